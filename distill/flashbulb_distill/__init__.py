@@ -1,0 +1,1 @@
+"""Distil a diffusion teacher into a one-step or few-step student."""

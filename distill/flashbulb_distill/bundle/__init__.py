@@ -1,0 +1,31 @@
+"""Student bundles: what the distiller writes and the service runs. Needs pydantic and the standard library only."""
+
+from .bundle import (
+    Bundle,
+    describe_files,
+    find_model,
+    hash_file,
+    list_models,
+    open_bundle,
+    write_manifest,
+)
+from .errors import BundleError
+from .manifest import Components, File, Guidance, Latent, Manifest, Shape, Text
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "Components",
+    "File",
+    "Guidance",
+    "Latent",
+    "Manifest",
+    "Shape",
+    "Text",
+    "describe_files",
+    "find_model",
+    "hash_file",
+    "list_models",
+    "open_bundle",
+    "write_manifest",
+]

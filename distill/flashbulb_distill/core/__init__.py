@@ -1,0 +1,1 @@
+"""Diffusion arithmetic: noise, schedules, the sampler. Runs without torch."""

@@ -1,0 +1,67 @@
+"""The one sampler: training, evaluation, export parity and every backend call it. NumPy and torch arrays alike."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from .schedule import Array, Prediction, Schedule, add_noise, ode_step, to_x0
+
+
+def sample_steps(
+    denoise: Callable[[Array, float], Array],
+    noise: Array,
+    time_steps: Sequence[float],
+    *,
+    prediction: Prediction,
+    schedule: Schedule,
+    renoise: Callable[[int], Array] | None = None,
+) -> Iterator[Array]:
+    """Yield the student's estimate of the clean latents after each of its time steps.
+
+    Args:
+        denoise: (xt, t in (0, 1]) -> the network's output.
+        noise: [b, ...] unit normal, the state at the first time step (which is 1 for a one-step student).
+        time_steps: descending, in (0, 1].
+        renoise: step index -> fresh unit noise for the state at that step; needed for more than one step.
+    Raises:
+        ValueError: several time steps and no `renoise`.
+    """
+    if len(time_steps) > 1 and renoise is None:
+        raise ValueError(f"expected renoise for {len(time_steps)} time steps, got None")
+    xt = noise
+    for index, t in enumerate(time_steps):
+        if index > 0 and renoise is not None:
+            xt = add_noise(schedule, x0, renoise(index), t)
+        x0 = to_x0(prediction, schedule, denoise(xt, t), xt, t)
+        yield x0
+
+
+def sample(
+    denoise: Callable[[Array, float], Array],
+    noise: Array,
+    time_steps: Sequence[float],
+    *,
+    prediction: Prediction,
+    schedule: Schedule,
+    renoise: Callable[[int], Array] | None = None,
+) -> Array:
+    """Return the clean latents of a few-step student; see `sample_steps`."""
+    *_, x0 = sample_steps(
+        denoise, noise, time_steps, prediction=prediction, schedule=schedule, renoise=renoise
+    )
+    return x0
+
+
+def sample_ode(
+    denoise: Callable[[Array, float], Array],
+    noise: Array,
+    num_steps: int,
+    *,
+    prediction: Prediction,
+    schedule: Schedule,
+) -> Array:
+    """Integrate the probability-flow ODE from t = 1 to 0 in equal steps (DDIM, Euler): how a teacher samples."""
+    xt = noise
+    for index in range(num_steps):
+        t, s = 1 - index / num_steps, 1 - (index + 1) / num_steps
+        x0_hat = to_x0(prediction, schedule, denoise(xt, t), xt, t)
+        xt = ode_step(schedule, x0_hat, xt, t, s)
+    return xt

@@ -1,0 +1,1 @@
+"""Export: a student becomes a bundle, or nothing at all."""

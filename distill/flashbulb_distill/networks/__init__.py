@@ -1,0 +1,1 @@
+"""Networks that are trained or read beside the teacher: heads, discriminators, image features."""

@@ -1,0 +1,69 @@
+"""The two discriminators: of noised latents, on the frozen teacher; of pixels, on a frozen image classifier."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..teachers.denoiser import Condition, Denoiser
+from .heads import Head, Heads, VectorHead
+from .lite0 import Lite0
+
+INPUT = -1  # the tap that reads the noised latents themselves, before the backbone
+
+
+class LatentDiscriminator(nn.Module):
+    """Judge noised latents at their time: D(xt, t, condition) on features of the frozen teacher.
+
+    Only the heads are trained. Gradients pass through the frozen backbone to its input.
+
+    Args:
+        backbone: the teacher's network; kept out of this module's parameters, since it is the teacher's.
+        taps: block numbers; -1 is the input itself.
+        channels: channels of the latents.   width: channels of a block's features.
+    """
+
+    def __init__(self, backbone: Denoiser, taps: Sequence[int], *, channels: int, width: int) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # a tuple, so that it is no submodule
+        self.taps = tuple(taps)
+        self.heads = Heads([Head(channels if tap == INPUT else width) for tap in taps])
+
+    def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Return logits [b, places] of latents [b, c, h, w] at times [b]."""
+        blocks = [tap for tap in self.taps if tap != INPUT]
+        maps = dict(zip(blocks, self._backbone[0].features(xt, t, cond, blocks), strict=True)) if blocks else {}
+        return self.heads([maps[tap] if tap in maps else xt for tap in self.taps], t)  # type: ignore[no-any-return]
+
+
+class VectorDiscriminator(nn.Module):
+    """Judge points of the mixture teacher, which has no blocks: a small network of (x, t)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = Heads([VectorHead(channels)])
+
+    def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Return logits [b, 1]."""
+        return self.heads([xt], t)  # type: ignore[no-any-return]
+
+
+class PixelDiscriminator(nn.Module):
+    """Judge pixels [b, 3, h, w] in [-1, 1] on maps of a frozen EfficientNet-Lite0; no noise, no time.
+
+    Args:
+        taps: block numbers of the backbone.   channels: of those blocks' maps.   size: side the backbone sees, px.
+    """
+
+    def __init__(self, backbone: Lite0, taps: Sequence[int], channels: Sequence[int], *, size: int) -> None:
+        super().__init__()
+        self._backbone = (backbone,)
+        self.taps, self.size = tuple(taps), size
+        self.heads = Heads([Head(width) for width in channels])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits [b, places]."""
+        if pixels.shape[-1] != self.size:
+            pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bicubic", align_corners=False)
+        maps = self._backbone[0].maps(pixels, self.taps)
+        return self.heads(maps, pixels.new_zeros(len(pixels)))  # type: ignore[no-any-return]

@@ -1,0 +1,74 @@
+"""Discriminator heads: small trainable readers of frozen feature maps."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+TIME_FEATURES = 16
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Return sines and cosines of times [b] in [0, 1] at 8 octaves, [b, 16]."""
+    angles = t[:, None] * (math.pi / 2) * 2 ** torch.arange(TIME_FEATURES // 2, device=t.device)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Head(nn.Module):
+    """Read one feature map [b, channels, h, w] at times [b] into logits [b, places].
+
+    Each sample's map is normalised as a whole first, so that taps of any scale learn at one learning rate.
+    """
+
+    def __init__(self, channels: int, width: int = 64) -> None:
+        super().__init__()
+        self.scale = nn.GroupNorm(1, channels)
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.time = nn.Linear(TIME_FEATURES, width)
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 4, stride=2, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, 1, 1),
+        )
+
+    def forward(self, features: Tensor, t: Tensor) -> Tensor:
+        """Return one logit a place."""
+        x = self.enter(self.scale(features)) + self.time(time_features(t))[:, :, None, None]
+        logits: Tensor = self.body(x)
+        return logits.flatten(1)
+
+
+class VectorHead(nn.Module):
+    """Read a vector [b, width] at times [b] into one logit, for latents too small for convolutions."""
+
+    def __init__(self, channels: int, width: int = 128) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(channels + TIME_FEATURES, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 1),
+        )
+
+    def forward(self, features: Tensor, t: Tensor) -> Tensor:
+        """Return the logit [b, 1]."""
+        logit: Tensor = self.body(torch.cat([features.flatten(1), time_features(t)], dim=1))
+        return logit
+
+
+class Heads(nn.ModuleList):
+    """One head for each map; their logits side by side."""
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__(heads)
+
+    def forward(self, maps: Sequence[Tensor], t: Tensor) -> Tensor:
+        """Return logits [b, places of all heads]."""
+        return torch.cat([head(features, t) for head, features in zip(self, maps, strict=True)], dim=1)

@@ -1,0 +1,1 @@
+"""ODE pairs of the teacher: made once, resumable, read whole."""

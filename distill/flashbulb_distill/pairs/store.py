@@ -1,0 +1,85 @@
+"""ODE pairs on disk: index.jsonl names shard-*.safetensors, each with x_T, x_0 and which prompt.
+
+Shards are written whole and renamed into place; the index is what counts, so an interrupted run goes on where its
+index ends.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..bundle import hash_file
+
+INDEX = "index.jsonl"
+PROMPTS = "prompts.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """All pairs of a store: x_T and x_0 [n, c, h, w] float32, and each one's row in `prompts`, int64 [n]."""
+
+    x_T: Tensor
+    x_0: Tensor
+    prompt: Tensor
+    prompts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+def start_store(folder: Path, prompts: tuple[str, ...]) -> int:
+    """Create the store or check that an existing one has the same prompts; return how many pairs it holds.
+
+    Raises:
+        ValueError: the folder holds pairs of other prompts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PROMPTS
+    if path.exists():
+        if tuple(json.loads(path.read_text())) != prompts:
+            raise ValueError(f"{folder}: holds pairs of other prompts; expected the same, choose another folder")
+    else:
+        path.write_text(json.dumps(prompts))
+    return sum(entry["count"] for entry in _entries(folder))
+
+
+def append_shard(folder: Path, x_T: Tensor, x_0: Tensor, prompt: Tensor) -> None:
+    """Write one shard and then its line in the index."""
+    name = f"shard-{len(_entries(folder)):05d}.safetensors"
+    temporary = folder / f".{name}.tmp"
+    tensors = {"x_T": x_T.half(), "x_0": x_0.half(), "prompt": prompt}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+    entry = {"file": name, "count": len(prompt), "sha256": hash_file(temporary)}
+    temporary.replace(folder / name)
+    with (folder / INDEX).open("a") as index:
+        index.write(json.dumps(entry) + "\n")
+
+
+def read_pairs(folder: Path) -> Pairs:
+    """Load a store whole.
+
+    Raises:
+        ValueError: a shard is missing or damaged, or there is none.
+    """
+    entries = _entries(folder)
+    if not entries:
+        raise ValueError(f"{folder}: expected ODE pairs, found none; run the pairs stage first")
+    shards = []
+    for entry in entries:
+        path = folder / entry["file"]
+        if not path.is_file() or hash_file(path) != entry["sha256"]:
+            raise ValueError(f"{path}: expected sha256 {entry['sha256']}, found another or no file; make the pairs anew")
+        shards.append(load_file(path))
+    joined = {key: torch.cat([shard[key] for shard in shards]) for key in ("x_T", "x_0", "prompt")}
+    prompts = tuple(json.loads((folder / PROMPTS).read_text()))
+    return Pairs(joined["x_T"].float(), joined["x_0"].float(), joined["prompt"], prompts)
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    path = folder / INDEX
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

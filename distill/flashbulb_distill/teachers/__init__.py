@@ -1,0 +1,1 @@
+"""Teachers: wrappers that give every family one face, and one whose score is exact."""

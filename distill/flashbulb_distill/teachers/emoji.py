@@ -1,0 +1,131 @@
+"""The demo family: an SD3 transformer on patch latents that predicts x0, and its folder on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from diffusers import SD3Transformer2DModel
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..bundle import hash_file
+from .denoiser import Condition, Denoiser
+from .patch_codec import PatchCodec
+from .text import TextEncoder, encode_prompts, load_text_encoder, load_tokenizer
+
+TIMESTEP_SCALE = 1000.0
+
+
+class EmojiDenoiser(Denoiser):
+    """An SD3Transformer2DModel that predicts x0 under rectified flow; computes in bfloat16 where asked to."""
+
+    prediction = "x0"
+    schedule = "rectified-flow"
+
+    def __init__(self, transformer: SD3Transformer2DModel, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.bf16 = bf16
+
+    def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Return the network's estimate of x0, float32 [b, 64, 8, 8]."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            out = self.transformer(
+                hidden_states=xt,
+                timestep=t * TIMESTEP_SCALE,
+                encoder_hidden_states=cond.tokens,
+                pooled_projections=cond.pooled,
+                return_dict=False,
+            )[0]
+        return cast(Tensor, out.float())
+
+    def features(self, xt: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> list[Tensor]:
+        """Return the image tokens after the numbered blocks (from 0) as maps [b, width, h, w], float32."""
+        found: dict[int, Tensor] = {}
+
+        def keep(index: int) -> object:
+            def hook(module: object, args: object, output: tuple[Tensor, Tensor]) -> None:
+                found[index] = output[1]  # (text tokens, image tokens)
+
+            return self.transformer.transformer_blocks[index].register_forward_hook(hook)
+
+        handles = [keep(index) for index in taps]
+        try:
+            self(xt, t, cond)
+        finally:
+            for handle in handles:
+                handle.remove()  # type: ignore[attr-defined]
+        height, width = xt.shape[-2:]
+        return [found[i].float().transpose(1, 2).reshape(len(xt), -1, height, width) for i in taps]
+
+    @property
+    def num_blocks(self) -> int:
+        """Return how many blocks there are to tap."""
+        return len(self.transformer.transformer_blocks)
+
+    @property
+    def width(self) -> int:
+        """Return the number of channels of a block's features."""
+        return int(self.transformer.inner_dim)
+
+
+@dataclass(frozen=True)
+class EmojiTeacher:
+    """A loaded teacher folder: transformer/ and codec/ as diffusers writes them, text encoder from its package."""
+
+    folder: Path
+    denoiser: EmojiDenoiser
+    codec: PatchCodec
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the latents."""
+        config = self.denoiser.transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def new_denoiser(self, *, bf16: bool) -> EmojiDenoiser:
+        """Return a trainable copy of the teacher's network."""
+        copy = load_transformer(self.folder)
+        return EmojiDenoiser(copy, bf16=bf16)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts, any number of them."""
+        return Condition(*encode_prompts(self.text_encoder, self.tokenizer, prompts))
+
+    def sha256(self) -> dict[str, str]:
+        """Return the hashes of the teacher's weight files, by path in its folder."""
+        files = sorted(self.folder.rglob("*.safetensors"))
+        return {file.relative_to(self.folder).as_posix(): hash_file(file) for file in files}
+
+
+def load_transformer(folder: Path) -> SD3Transformer2DModel:
+    """Load a teacher folder's transformer in float32."""
+    model = SD3Transformer2DModel.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=torch.float32, local_files_only=True
+    )
+    return cast(SD3Transformer2DModel, model)
+
+
+def load_emoji_teacher(folder: Path, *, bf16: bool = False) -> EmojiTeacher:
+    """Load a teacher of the demo family, frozen.
+
+    Raises:
+        FileNotFoundError: the folder is not a teacher folder.
+    """
+    for part in ("transformer", "codec"):
+        if not (folder / part / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder}: expected an emoji teacher with {part}/config.json, found none; "
+                "give a folder like examples/emoji/teacher"
+            )
+    denoiser = EmojiDenoiser(load_transformer(folder), bf16=bf16)
+    codec = PatchCodec.from_pretrained(
+        folder, subfolder="codec", torch_dtype=torch.float32, local_files_only=True
+    )
+    denoiser.requires_grad_(False).eval()
+    codec.requires_grad_(False).eval()
+    return EmojiTeacher(folder, denoiser, cast(PatchCodec, codec), load_text_encoder(), load_tokenizer())

@@ -1,0 +1,1 @@
+"""Training: recipes, the loop, the methods ADP and ADM."""

@@ -1,0 +1,138 @@
+"""Adversarial distribution matching: from one noised student sample, the teacher's and the fake score's short
+ODE steps are told apart by a discriminator, and the student is trained to make that impossible.
+
+Source: arXiv 2507.18569, adversarial distribution matching. No data, no regression, no further term.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..core.draws import Draws
+from ..core.sampler import sample_steps
+from ..core.schedule import Schedule, add_noise, alpha_sigma, ode_step
+from ..core.times import adm_times
+from ..losses import discriminator_hinge, generator_hinge, velocity_loss
+from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
+from .recipe import AdmRecipe
+from .step import accuracy_by_time, update
+
+
+def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Return xs with a gradient to xt alone: the score network's own Jacobian is dropped.
+
+    xs = k xt + e(network): under rectified flow k = 1 and e holds the velocity, under a variance-preserving
+    schedule k = alpha(s) / alpha(t) and e holds the noise estimate.
+    """
+    if schedule == "rectified-flow":
+        return xt + (xs - xt).detach()
+    k = alpha_sigma(schedule, s)[0] / alpha_sigma(schedule, t)[0]
+    return k * xt + (xs - k * xt).detach()
+
+
+@dataclass(frozen=True)
+class Adm:
+    """The networks of ADM and its updates: fake score, discriminator, then student."""
+
+    recipe: AdmRecipe
+    draws: Draws
+    cond: Condition  # one row for each training prompt
+    uncond: Condition  # the empty prompt
+    latent_shape: tuple[int, ...]
+    time_steps: Sequence[float]
+    teacher: Denoiser
+    student: Denoiser
+    fake: Denoiser
+    latent: nn.Module
+    optimizers: Mapping[str, Optimizer]
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The trained networks by role."""
+        return {"student": self.student, "fake": self.fake, "latent": self.latent}
+
+    def step(self, step: int) -> dict[str, float]:
+        """Update the fake score and the heads, and the student after the warm-up, every `update_ratio` steps."""
+        recipe, draws = self.recipe, self.draws
+        rows = range(recipe.batch_size)
+        moves = step >= recipe.warmup_steps and step % recipe.update_ratio == 0
+
+        picks = torch.from_numpy(draws.integers("adm/prompt", step, rows, len(self.cond)))
+        cond = self.cond.take(picks)
+        with torch.set_grad_enabled(moves):
+            x_0 = self._generate(step, rows, cond)
+
+        logs = self._update_fake(step, rows, x_0.detach(), cond)
+
+        # One noised student sample, two short steps down the flow: by the teacher and by the fake score.
+        low, high = recipe.time_range
+        uniform = draws.uniform("adm/time", step, rows)
+        t = torch.from_numpy(adm_times(uniform, low=max(low, recipe.delta_t), high=high)).float()
+        s = (t - recipe.delta_t).clamp(min=0)
+        eps = torch.from_numpy(draws.normal("adm/noise", step, rows, x_0.shape[1:]))
+        xt = add_noise(self.teacher.schedule, x_0, eps, spread(t, x_0))  # float32, as both steps must be
+        with torch.no_grad():
+            real_x0 = guided_x0(self.teacher, xt, t, cond, self.uncond, recipe.guidance)
+            x_real = self._advance(real_x0, xt, t, s)
+        with torch.set_grad_enabled(moves and recipe.jacobian == "full"):
+            fake_x0 = self.fake.x0(xt, t, cond)
+            x_fake = self._advance(fake_x0, xt, t, s)
+        if recipe.jacobian == "detach":
+            at, to = spread(t, xt), spread(s, xt)
+            x_fake = keep_position(self.teacher.schedule, xt, x_fake, at, to)
+        # Not trained on: the paper reports that this falls all the same (its Figure 3).
+        logs["dmd"] = (fake_x0.detach() - real_x0).square().mean().item()
+
+        # Discriminator: both sides in one batch, so that the arithmetic's own noise is common to them.
+        twice = Condition(cond.tokens.repeat(2, 1, 1), cond.pooled.repeat(2, 1))
+        real, guess = self.latent(torch.cat([x_real, x_fake.detach()]), torch.cat([s, s]), twice).chunk(2)
+        loss = discriminator_hinge(real, guess)
+        update(loss, [self.optimizers["latent"]], recipe.clip)
+        logs |= {"latent_hinge": loss.item(), "margin": (real - guess).mean().item()}
+        logs |= accuracy_by_time(real, guess, s)
+
+        if moves:
+            adversarial = generator_hinge(self.latent(x_fake, s, cond))
+            logs["student_norm"] = update(adversarial, [self.optimizers["student"]], recipe.clip)
+            logs["student_loss"] = adversarial.item()
+        return logs
+
+    def _advance(self, x0_hat: Tensor, xt: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        xs: Tensor = ode_step(self.teacher.schedule, x0_hat, xt, spread(t, xt), spread(s, xt))
+        return xs
+
+    def _generate(self, step: int, rows: range, cond: Condition) -> Tensor:
+        """Sample the student as it is used, up to a drawn step; only that step carries a gradient."""
+        last = int(self.draws.integers("adm/stop", step, [0], len(self.time_steps))[0])
+        shape = self.latent_shape
+        noises = [torch.from_numpy(self.draws.normal(f"adm/start/{i}", step, rows, shape)) for i in range(last + 1)]
+
+        def denoise(xt: Tensor, t: float) -> Tensor:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and t == self.time_steps[last]):
+                return self.student(xt, torch.full((len(xt),), t), cond)
+
+        *_, x_0 = sample_steps(
+            denoise,
+            noises[0],
+            self.time_steps[: last + 1],
+            prediction=self.student.prediction,
+            schedule=self.student.schedule,
+            renoise=noises.__getitem__,
+        )
+        return x_0  # type: ignore[no-any-return]
+
+    def _update_fake(self, step: int, rows: range, x_0: Tensor, cond: Condition) -> dict[str, float]:
+        """Train the fake score on the student's samples, by the teacher's own denoising loss."""
+        losses = []
+        for index in range(self.recipe.fake_updates):
+            name = f"adm/fake/{index}"
+            t = torch.from_numpy(self.draws.uniform(f"{name}/time", step, rows)).float().clamp(min=1e-3)
+            eps = torch.from_numpy(self.draws.normal(f"{name}/noise", step, rows, x_0.shape[1:]))
+            xt = add_noise(self.fake.schedule, x_0, eps, spread(t, x_0))
+            loss = velocity_loss(self.fake.x0(xt, t, cond), x_0, t)
+            update(loss, [self.optimizers["fake"]], self.recipe.clip)
+            losses.append(loss.item())
+        return {"fake_loss": sum(losses) / len(losses)}

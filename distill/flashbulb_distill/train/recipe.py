@@ -1,0 +1,155 @@
+"""A recipe: one YAML file that says everything about a run. Frozen, and an unknown key is an error."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Strict(BaseModel):
+    """Base of every part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PairsRecipe(Strict):
+    """How the teacher's ODE pairs are made."""
+
+    count: int = Field(ge=1)
+    num_steps: int = Field(ge=1)
+    guidance: float = Field(ge=1)
+    batch_size: int = Field(default=64, ge=1)
+
+
+class Rates(Strict):
+    """Learning rates of the roles, and Adam's betas."""
+
+    student: float = Field(gt=0)
+    heads: float = Field(gt=0)
+    fake: float = Field(default=1e-4, gt=0)
+    betas: tuple[float, float] = (0.0, 0.99)
+
+
+class StageRecipe(Strict):
+    """What every training stage needs."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=2)
+    rates: Rates
+    warmup_steps: int = Field(default=0, ge=0, description="steps before the student moves")
+    ema: float = Field(default=0.995, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+    taps: tuple[int, ...] = Field(min_length=1, description="blocks of the frozen backbone; -1 is the input")
+
+
+class AdpRecipe(StageRecipe):
+    """Adversarial distillation pre-training (arXiv 2507.18569)."""
+
+    lambda_latent: float = Field(default=0.85, ge=0)
+    lambda_pixel: float = Field(default=0.15, ge=0)
+    pixel_taps: tuple[int, ...] = ()
+    pixel_size: int = Field(default=64, ge=32)
+    pixel_batch: int = Field(default=32, ge=2, description="how many of the batch the pixel discriminator sees")
+
+
+class AdmRecipe(StageRecipe):
+    """Adversarial distribution matching (arXiv 2507.18569)."""
+
+    delta_t: float = Field(default=1 / 64, gt=0, lt=1)
+    guidance: float = Field(ge=1, description="of the real score; the fake score has none")
+    time_range: tuple[float, float] = (0.02, 0.98)
+    jacobian: Literal["detach", "full"] = "detach"
+    fake_updates: int = Field(default=1, ge=1, description="per step")
+    update_ratio: int = Field(default=1, ge=1, description="fake and heads updates per student update")
+
+
+class EvaluateRecipe(Strict):
+    """What the evaluation samples."""
+
+    reference: Path
+    num_seeds: int = Field(default=16, ge=2)
+    first_seed: int = Field(default=1_000_000, ge=0)
+    teacher_steps: int = Field(default=50, ge=1)
+    teacher_guidance: float = Field(default=2.0, ge=1)
+
+
+class ExportRecipe(Strict):
+    """What the bundle says of itself, and its parity gate."""
+
+    licence: str
+    attribution: str = ""
+    max_batch: int = Field(default=16, ge=1)
+    tolerance: float = Field(default=1e-3, gt=0)
+
+
+class Recipe(Strict):
+    """A whole run: teacher to verified bundle."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
+    version: int = Field(ge=1)
+    family: Literal["emoji"]
+    teacher: Path
+    prompts: Path
+    seed: int = Field(ge=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    time_steps: tuple[float, ...] = (1.0,)
+    pairs: PairsRecipe
+    adp: AdpRecipe
+    adm: AdmRecipe
+    evaluate: EvaluateRecipe | None
+    export: ExportRecipe
+
+    def sha256(self) -> str:
+        """Return the hash of the resolved recipe."""
+        return digest(self.model_dump(mode="json"))
+
+
+class RecipeError(ValueError):
+    """Say in one line what of a recipe is wrong."""
+
+
+def digest(value: object) -> str:
+    """Return the sha256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply overrides of the form "adm.steps=100".
+
+    Raises:
+        RecipeError: no such file, no YAML, an unknown key, a value out of range, or a malformed override.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: expected a recipe, found no such file") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: expected YAML, got {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected a mapping of recipe keys, got {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"--set: expected key.of.recipe=value, got {override!r}")
+    *parents, last = key.split(".")
+    node = raw
+    for part in parents:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: the recipe has no section {part!r}")
+        node = child
+    node[last] = yaml.safe_load(text)

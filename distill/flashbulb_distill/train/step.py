@@ -1,0 +1,40 @@
+"""Pieces that the methods' steps share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+TIME_BINS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.01))
+
+
+def update(loss: Tensor, optimizers: Sequence[Optimizer], clip: float) -> float:
+    """Move the optimisers' parameters down the gradient of `loss`, and nothing else; return the gradient's norm.
+
+    Gradients are taken of those parameters only, so that a network which the loss merely passes through keeps none.
+    """
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(norm)
+
+
+def accuracy_by_time(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, float]:
+    """Return how often a sample's mean logit has the right sign, in thirds of the time axis (.5: blind).
+
+    Args:
+        real, fake: [b, places] logits.   t: [b] times of both.
+    """
+    right = ((real.mean(1) > 0).float() + (fake.mean(1) < 0).float()) / 2
+    result = {}
+    for low, high in TIME_BINS:
+        inside = (t >= low) & (t < high)
+        if inside.any():
+            result[f"accuracy_t{low:.2f}"] = right[inside].mean().item()
+    return result

@@ -1,0 +1,161 @@
+"""Draw the demo's pictures: every concept in three open art styles, from npm packages.
+
+    python examples/emoji/prepare.py [--out examples/emoji/data] [--variants 16]
+
+Writes reference.safetensors + reference.json (one centred picture of each concept and style, 64 x 64, with its
+split) and train.safetensors (seeded shifted and scaled variants of the training split), and prompts.txt beside this script. One style of every tenth
+concept is held out: it is in the reference as "held-out" and never in the training file.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+from PIL import Image
+from safetensors.numpy import save_file
+
+HERE = Path(__file__).parent
+STYLES = ("noto", "twemoji", "fluent")
+SIZE_PX = 64
+RENDER_PX = 128
+HELD_OUT_EVERY = 10
+
+
+def read_concepts(path: Path) -> list[str]:
+    """Return the concept names of a list file, without comments and empty lines."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def held_out_style(concept_index: int) -> str | None:
+    """Return the style that concept number `concept_index` must never be trained in, if any."""
+    if concept_index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1:
+        return None
+    return STYLES[(concept_index // HELD_OUT_EVERY) % len(STYLES)]
+
+
+def fetch(package: str, version: str, sha256: str, cache: Path) -> Path:
+    """Return the package's tarball, downloaded with npm once and checked against its pinned hash."""
+    name = package.lstrip("@").replace("/", "-") + f"-{version}.tgz"
+    path = cache / name
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "pack", "--silent", f"{package}@{version}"]
+        subprocess.run(command, cwd=cache, check=True, stdout=subprocess.DEVNULL)
+    arrived = hashlib.sha256(path.read_bytes()).hexdigest()
+    if arrived != sha256:
+        raise ValueError(f"{path.name}: expected sha256 {sha256}, got {arrived}; delete the file and try again")
+    return path
+
+
+def read_json(tarball: Path, member: str) -> dict:
+    """Return one JSON file of an npm tarball."""
+    with tarfile.open(tarball) as archive:
+        handle = archive.extractfile(f"package/{member}")
+        assert handle is not None
+        return json.load(handle)
+
+
+class Art:
+    """The SVG art of one style, looked up by emoji code points."""
+
+    def __init__(self, tarball: Path) -> None:
+        icons = read_json(tarball, "icons.json")
+        self._icons, self._aliases = icons["icons"], icons.get("aliases", {})
+        self._size = (icons.get("width", 16), icons.get("height", 16))
+        chars = read_json(tarball, "chars.json")
+        self._names = {code.replace("-fe0f", ""): name for code, name in chars.items()}
+
+    def svg(self, code: str, *, zoom: float, shift: tuple[float, float]) -> str:
+        """Return a square SVG of one emoji: `zoom` 1 fills the square; `shift` in parts of its side."""
+        name = self._names[code]
+        icon = self._icons.get(name) or self._icons[self._aliases[name]["parent"]]
+        width, height = icon.get("width", self._size[0]), icon.get("height", self._size[1])
+        side = max(width, height) / zoom  # letterboxed: not every icon is square
+        left = (width - side) / 2 - shift[0] * side
+        top = (height - side) / 2 - shift[1] * side
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{left} {top} {side} {side}">{icon["body"]}</svg>'
+        )
+
+
+def draw(svg: str) -> np.ndarray:
+    """Rasterise on white: uint8 [64, 64, 3], each pixel the mean of 2 x 2 rendered ones."""
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_PX, height=RENDER_PX)
+    image = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"), dtype=np.float32)
+    alpha = image[..., 3:] / 255
+    rgb = image[..., :3] * alpha + 255 * (1 - alpha)
+    ratio = RENDER_PX // SIZE_PX
+    rgb = rgb.reshape(SIZE_PX, ratio, SIZE_PX, ratio, 3).mean(axis=(1, 3))
+    return np.round(rgb).astype(np.uint8)
+
+
+def variants(count: int, *, key: tuple[int, int]) -> Iterator[tuple[float, tuple[float, float]]]:
+    """Yield `count` seeded (zoom, shift) pairs: zoom .90 to 1, shift up to 3 % of the side."""
+    rng = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
+    for _ in range(count):
+        zoom, dx, dy = rng.uniform((0.90, -0.03, -0.03), (1.0, 0.03, 0.03))
+        yield float(zoom), (float(dx), float(dy))
+
+
+def training_prompts(concepts: list[str]) -> list[str]:
+    """List the prompts to distil with, half of them without a style word; held-out pairs are never named."""
+    prompts = []
+    for index, concept in enumerate(concepts):
+        prompts += [concept] * 4 + [f"a {concept}"] * 2
+        for style in STYLES:
+            if style != held_out_style(index):
+                prompts += [f"{concept}, {style} style", f"{style} emoji of {concept}"]
+    return prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "data")
+    parser.add_argument("--variants", type=int, default=16)
+    args = parser.parse_args()
+    sources = json.loads((HERE / "sources.json").read_text())
+    cache = args.out / "npm"
+
+    def tarball(entry: dict) -> Path:
+        return fetch(entry["package"], entry["version"], entry["sha256"], cache)
+
+    codes = {}
+    for emoji, entry in read_json(tarball(sources["names"]), "data-by-emoji.json").items():
+        codes[entry["name"]] = "-".join(f"{ord(char):x}" for char in emoji if char != "\ufe0f")
+    art = {style: Art(tarball(sources["styles"][style])) for style in STYLES}
+
+    labels, centred, train_labels, train_images = [], [], [], []
+    concepts = read_concepts(HERE / "concepts.txt")
+    for index, concept in enumerate(concepts):
+        for style_index, style in enumerate(STYLES):
+            held_out = style == held_out_style(index)
+            label = {"concept": concept, "style": style, "split": "held-out" if held_out else "train"}
+            labels.append(label)
+            centred.append(draw(art[style].svg(codes[concept], zoom=0.95, shift=(0.0, 0.0))))
+            if not held_out:
+                train_labels.append(label)
+                moves = variants(args.variants, key=(index, style_index))
+                train_images.append([draw(art[style].svg(codes[concept], zoom=z, shift=s)) for z, s in moves])
+        if sys.stderr.isatty():
+            print(f"\rdrawn {index + 1}/{len(concepts)}", end="", file=sys.stderr)
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_file({"images": np.stack(centred)}, args.out / "reference.safetensors")
+    (args.out / "reference.json").write_text(json.dumps(labels, indent=0))
+    save_file({"images": np.array(train_images)}, args.out / "train.safetensors")
+    (args.out / "train.json").write_text(json.dumps(train_labels, indent=0))
+    (HERE / "prompts.txt").write_text("\n".join(training_prompts(concepts)) + "\n", encoding="utf-8")
+    print(f"{len(concepts)} concepts, {len(labels)} pictures, {len(train_labels)} of them for training -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

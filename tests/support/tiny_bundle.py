@@ -1,0 +1,150 @@
+"""A real student bundle with random weights, small enough to be made anew by each test; needs no torch."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from flashbulb_distill.bundle import (
+    Components,
+    Guidance,
+    Latent,
+    Manifest,
+    Shape,
+    Text,
+    describe_files,
+    write_manifest,
+)
+from onnx import TensorProto, helper, numpy_helper
+
+LENGTH, WIDTH, CHANNELS, SIDE = 14, 384, 64, 8
+WORDS = ("red", "green", "blue", "apple", "heart", "rocket", "dog", "a")
+
+
+def make_tiny_bundle(folder: Path, *, name: str = "tiny", version: int = 1) -> Path:
+    """Write a bundle to `folder`/name/version and return that path; equal names and versions give equal bytes."""
+    path = folder / name / str(version)
+    path.mkdir(parents=True)
+    rng = np.random.Generator(np.random.Philox(version))
+    _save(_text_encoder(rng), path / "text_encoder.onnx")
+    _save(_denoiser(rng), path / "denoiser.onnx")
+    _save(_decoder(rng), path / "decoder.onnx")
+    (path / "tokenizer.json").write_text(json.dumps(_tokenizer()))
+    files = describe_files(path)
+    manifest = Manifest(
+        schema_version=1,
+        name=name,
+        version=version,
+        task="text-to-image",
+        family="emoji",
+        prediction="x0",
+        schedule="rectified-flow",
+        time_steps=(1.0,),
+        timestep_scale=1000.0,
+        guidance=Guidance(mode="baked", scale=2.0),
+        shapes=(Shape(width=64, height=64),),
+        max_batch=8,
+        latent=Latent(channels=CHANNELS, downscale=8),
+        text=Text(tokenizer="tokenizer.json", max_length=LENGTH),
+        dtype="float32",
+        components=Components(
+            text_encoder="text_encoder.onnx", denoiser="denoiser.onnx", decoder="decoder.onnx"
+        ),
+        files=files,
+        licence="Apache-2.0",
+    )
+    write_manifest(path, manifest)
+    return path
+
+
+def _tensor(name: str, shape: list[int | str], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _constant(name: str, value: np.ndarray) -> onnx.TensorProto:
+    return numpy_helper.from_array(value, name)
+
+
+def _save(graph: onnx.GraphProto, path: Path) -> None:
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def _text_encoder(rng: np.random.Generator) -> onnx.GraphProto:
+    table = rng.standard_normal((len(WORDS) + 2, WIDTH), dtype=np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask2"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask2", "last"], ["mask"]),
+        helper.make_node("Mul", ["rows", "mask"], ["prompt_embeds"]),
+        helper.make_node("ReduceMean", ["prompt_embeds", "one"], ["pooled_prompt_embeds"], keepdims=0),
+    ]
+    constants = [
+        _constant("table", table),
+        _constant("last", np.array([2], dtype=np.int64)),
+        _constant("one", np.array([1], dtype=np.int64)),
+    ]
+    inputs = [
+        _tensor("input_ids", ["b", LENGTH], TensorProto.INT64),
+        _tensor("attention_mask", ["b", LENGTH], TensorProto.INT64),
+    ]
+    outputs = [_tensor("prompt_embeds", ["b", LENGTH, WIDTH]), _tensor("pooled_prompt_embeds", ["b", WIDTH])]
+    return helper.make_graph(nodes, "text_encoder", inputs, outputs, constants)
+
+
+def _denoiser(rng: np.random.Generator) -> onnx.GraphProto:
+    """prediction = tanh(latents + W pooled + mean of prompt_embeds + timestep / 1000), so that all inputs matter."""
+    weight = rng.standard_normal((WIDTH, CHANNELS), dtype=np.float32) / WIDTH**0.5
+    nodes = [
+        helper.make_node("MatMul", ["pooled_prompt_embeds", "weight"], ["bias2"]),
+        helper.make_node("Unsqueeze", ["bias2", "plane"], ["bias"]),
+        helper.make_node("ReduceMean", ["prompt_embeds", "both"], ["level"], keepdims=0),
+        helper.make_node("Mul", ["timestep", "milli"], ["t"]),
+        helper.make_node("Add", ["level", "t"], ["shift1"]),
+        helper.make_node("Unsqueeze", ["shift1", "channel_plane"], ["shift"]),
+        helper.make_node("Add", ["latents", "bias"], ["biased"]),
+        helper.make_node("Add", ["biased", "shift"], ["sum"]),
+        helper.make_node("Tanh", ["sum"], ["prediction"]),
+    ]
+    constants = [
+        _constant("weight", weight),
+        _constant("plane", np.array([2, 3], dtype=np.int64)),
+        _constant("channel_plane", np.array([1, 2, 3], dtype=np.int64)),
+        _constant("both", np.array([1, 2], dtype=np.int64)),
+        _constant("milli", np.array(0.001, dtype=np.float32)),
+    ]
+    inputs = [
+        _tensor("latents", ["b", CHANNELS, SIDE, SIDE]),
+        _tensor("timestep", ["b"]),
+        _tensor("prompt_embeds", ["b", LENGTH, WIDTH]),
+        _tensor("pooled_prompt_embeds", ["b", WIDTH]),
+    ]
+    return helper.make_graph(
+        nodes, "denoiser", inputs, [_tensor("prediction", ["b", CHANNELS, SIDE, SIDE])], constants
+    )
+
+
+def _decoder(rng: np.random.Generator) -> onnx.GraphProto:
+    weight = rng.standard_normal((CHANNELS, 3, 8, 8), dtype=np.float32) / CHANNELS**0.5
+    nodes = [
+        helper.make_node("ConvTranspose", ["latents", "weight"], ["raw"], strides=[8, 8]),
+        helper.make_node("Tanh", ["raw"], ["pixels"]),
+    ]
+    inputs, outputs = [_tensor("latents", ["b", CHANNELS, SIDE, SIDE])], [_tensor("pixels", ["b", 3, 64, 64])]
+    return helper.make_graph(nodes, "decoder", inputs, outputs, [_constant("weight", weight)])
+
+
+def _tokenizer() -> dict[str, object]:
+    vocabulary = {"[PAD]": 0, "[UNK]": 1} | {word: index + 2 for index, word in enumerate(WORDS)}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+    }
