@@ -62,7 +62,7 @@ def _parse(path: Path, data: bytes) -> Manifest:
     except ValueError as error:
         raise BundleError(f"{path}: expected JSON, got {error}; restore the bundle") from error
     found = raw.get("schema_version") if isinstance(raw, dict) else None
-    if found != SCHEMA_VERSION:
+    if found != SCHEMA_VERSION or isinstance(found, bool):
         raise BundleError(
             f"{path}: expected schema_version {SCHEMA_VERSION}, got {found!r}; "
             "export the student again with this version of flashbulb, or use the version that wrote it"

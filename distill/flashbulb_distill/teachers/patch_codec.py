@@ -68,7 +68,7 @@ def fit_linear(codec: PatchCodec, pixels: Tensor) -> None:
     centred = columns - columns.mean(0)
     variances, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
     variances, vectors = variances.flip(0)[:channels], vectors.flip(1)[:, :channels]
-    scale = variances.pow(-0.25)
+    scale = variances.clamp(min=1e-6 * float(variances[0])).pow(-0.25)
     scale = scale / (variances * scale.square()).mean().sqrt()
     forward = (vectors * scale).T  # [channels, 3 * patch * patch]
     backward = (vectors / scale).T

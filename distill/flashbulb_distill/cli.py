@@ -1,0 +1,62 @@
+"""flashbulb distill: from a teacher to a verified bundle."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Distil a diffusion teacher into a one-step or few-step student.", no_args_is_help=True
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe, like distill/recipes/emoji.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override one value of the recipe, like --set adm.steps=100")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/<name> by default")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")]
+
+
+@app.callback()
+def distill() -> None:
+    """Distil a diffusion teacher into a one-step or few-step student."""
+
+
+@app.command(
+    epilog="Examples:  flashbulb distill run distill/recipes/emoji.yaml  |  "
+    "flashbulb distill run my.yaml --set adm.steps=100 --out runs/try --resume"
+)
+def run(recipe: RecipePath, set_: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+    """Run all stages: pairs, adp, adm, evaluate, export with its parity gate."""
+    from .run import start_run
+    from .train.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    started = start_run(loaded, out or Path("runs") / loaded.name, resume=resume)
+    parity = started.export()
+    table = started.out / "evaluation" / "table.md"
+    if table.exists():
+        print(table.read_text())
+    for entry in parity:
+        print(f"parity {entry.component}: {entry.error:.2e} of at most {entry.tolerance:.0e}")
+    print(f"bundle: {started.bundle_folder}")
+    print(f"serve it: copy it to models/{loaded.name}/{loaded.version} and run flashbulb serve", file=sys.stderr)
+
+
+def _stage(name: str) -> None:
+    def command(recipe: RecipePath, set_: Overrides = None, out: Out = None) -> None:
+        from .run import start_run
+        from .train.recipe import load_recipe
+
+        loaded = load_recipe(recipe, set_ or ())
+        started = start_run(loaded, out or Path("runs") / loaded.name, resume=True)
+        getattr(started, name)()
+        print(f"{name}: done, in {started.out}")
+
+    command.__doc__ = f"Run the stages up to {name}; those that are done are not repeated."
+    app.command(name)(command)
+
+
+for _name in ("pairs", "adp", "adm", "evaluate", "export"):
+    _stage(_name)

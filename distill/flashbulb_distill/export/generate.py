@@ -1,0 +1,70 @@
+"""Pictures from prompts and seeds in torch: what the exported bundle must reproduce, and the teacher to compare with."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core.noise import draw_noise
+from ..core.sampler import sample
+from ..pairs.generate import sample_teacher
+from ..teachers.denoiser import Condition
+from ..teachers.emoji import EmojiDenoiser, EmojiTeacher
+
+Images = NDArray[np.uint8]
+Generate = Callable[[list[str], list[int]], Images]
+
+
+def to_images(pixels: Tensor) -> Images:
+    """Turn pixels [n, 3, h, w] in [-1, 1] into uint8 [n, h, w, 3]."""
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.movedim(1, -1).contiguous().numpy()
+
+
+def student_images(teacher: EmojiTeacher, student: EmojiDenoiser, time_steps: tuple[float, ...]) -> Generate:
+    """Return a function (prompts, seeds) -> pictures by the few-step student, image index 0 of each seed."""
+
+    @torch.no_grad()
+    def generate(prompts: list[str], seeds: list[int]) -> Images:
+        cond = _encode_once(teacher, prompts)
+
+        def noise(step: int) -> Tensor:
+            return torch.from_numpy(np.stack([draw_noise(s, 0, teacher.latent_shape, step) for s in seeds]))
+
+        def denoise(xt: Tensor, t: float) -> Tensor:
+            return student(xt, torch.full((len(xt),), t), cond)
+
+        latents = sample(
+            denoise,
+            noise(0),
+            time_steps,
+            prediction=student.prediction,
+            schedule=student.schedule,
+            renoise=noise,
+        )
+        return to_images(teacher.codec.decode(latents))
+
+    return generate
+
+
+def teacher_images(teacher: EmojiTeacher, num_steps: int, guidance: float) -> Generate:
+    """Return a function (prompts, seeds) -> pictures by the teacher's guided ODE, from the student's noise."""
+    uncond = teacher.encode([""])
+
+    @torch.no_grad()
+    def generate(prompts: list[str], seeds: list[int]) -> Images:
+        noise = torch.from_numpy(np.stack([draw_noise(s, 0, teacher.latent_shape) for s in seeds]))
+        cond = _encode_once(teacher, prompts)
+        latents = sample_teacher(teacher.denoiser, noise, cond, uncond, num_steps=num_steps, guidance=guidance)
+        return to_images(teacher.codec.decode(latents))
+
+    return generate
+
+
+def _encode_once(teacher: EmojiTeacher, prompts: list[str]) -> Condition:
+    """Encode each distinct prompt once."""
+    distinct = list(dict.fromkeys(prompts))
+    rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+    return teacher.encode(distinct).take(rows)

@@ -1,0 +1,330 @@
+"""From teacher to verified bundle: pairs -> adp -> adm -> evaluate -> export, each stage hashed and restartable.
+
+    <out>/recipe.json           the resolved recipe
+    <out>/pairs/                index.jsonl, shards
+    <out>/adp/, <out>/adm/      metrics.jsonl, checkpoint.safetensors, student.safetensors
+    <out>/evaluation/           teacher.json, student.json, table.md, grid.png
+    <out>/bundle/<name>/<version>/
+
+A stage that is done leaves stage.json with the hash of all that it was made from; it runs again only if that changed.
+"""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .bundle import BundleError, hash_file
+from .core.draws import Draws
+from .evaluate.compare import Comparison, compare, markdown_table
+from .evaluate.grid import save_grid
+from .evaluate.reference import Reference, load_reference
+from .evaluate.run import EvaluationResult, Prompt, evaluate, reference_prompts
+from .export.bundle import export_bundle
+from .export.generate import student_images, teacher_images
+from .export.parity import Parity
+from .pairs.generate import generate_pairs
+from .pairs.store import read_pairs
+from .teachers.denoiser import Condition
+from .teachers.emoji import EmojiDenoiser, EmojiTeacher, load_emoji_teacher
+from .train.build import build_adm, build_adp, student_of
+from .train.recipe import Recipe, RecipeError, digest
+from .train.trainer import Method, train
+
+STUDENT = "student.safetensors"
+GRID_COLUMNS = 10
+
+
+class Progress:
+    """Say how far a stage is: one changing line on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._started: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, stage: str, done: int, total: int, logs: Mapping[str, float] | None = None) -> None:
+        """Report `done` of `total` of a stage, and scalars."""
+        now = time.monotonic()
+        started, first = self._started.setdefault(stage, (now, done))
+        terminal = sys.stderr.isatty()
+        if done < total and now - self._last < (0.2 if terminal else 10):
+            return
+        self._last = now
+        left = (now - started) / max(done - first, 1) * (total - done)
+        scalars = "".join(f"  {name} {value:.3g}" for name, value in (logs or {}).items())
+        line = f"{stage} {done}/{total}  {left:.0f} s left{scalars}"
+        if terminal:
+            print(f"\r\033[K{line[:160]}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a recipe in its folder. Inputs are loaded when a stage first needs them."""
+
+    recipe: Recipe
+    out: Path
+    progress: Progress
+
+    @cached_property
+    def teacher(self) -> EmojiTeacher:
+        """The frozen teacher."""
+        return load_emoji_teacher(self.recipe.teacher, bf16=self.recipe.precision == "bfloat16")
+
+    @cached_property
+    def teacher_sha256(self) -> str:
+        """The hash of the teacher's weight files."""
+        return digest(self.teacher.sha256())
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """The training prompts; a prompt that is listed twice is drawn twice as often."""
+        try:
+            lines = self.recipe.prompts.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise RecipeError(f"prompts: expected a file with a prompt a line, found no {self.recipe.prompts}") from None
+        prompts = tuple(line.strip() for line in lines if line.strip())
+        if not prompts:
+            raise RecipeError(f"prompts: expected a prompt a line, {self.recipe.prompts} has none")
+        return prompts
+
+    @cached_property
+    def condition(self) -> Condition:
+        """The prompts' embeddings."""
+        return self.teacher.encode(self.prompts)
+
+    @cached_property
+    def uncond(self) -> Condition:
+        """The empty prompt's embedding."""
+        return self.teacher.encode([""])
+
+    # Stages. Each returns its identity: the hash of all that it is made from.
+
+    def pairs(self) -> str:
+        """Make the teacher's ODE pairs."""
+        recipe = self.recipe
+        inputs = {"teacher": self.teacher_sha256, "prompts": digest(self.prompts), "seed": recipe.seed}
+        identity = digest(inputs | {"recipe": recipe.pairs.model_dump(), "precision": recipe.precision})
+        folder = self.out / "pairs"
+        if self._done(folder, identity):
+            return identity
+        self._claim(folder, identity)
+        generate_pairs(
+            folder,
+            self.teacher.denoiser,
+            self.prompts,
+            self.condition,
+            self.uncond,
+            latent_shape=self.teacher.latent_shape,
+            count=recipe.pairs.count,
+            num_steps=recipe.pairs.num_steps,
+            guidance=recipe.pairs.guidance,
+            draws=Draws(recipe.seed),
+            batch_size=recipe.pairs.batch_size,
+            progress=lambda done, total: self.progress("pairs", done, total),
+        )
+        return self._finish(folder, identity)
+
+    def adp(self) -> str:
+        """Pre-train the student on the pairs by ADP."""
+        recipe = self.recipe
+        parent = self.pairs()
+        identity = digest({"pairs": parent, "recipe": recipe.adp.model_dump(), "seed": recipe.seed})
+
+        def build() -> Method:
+            return build_adp(recipe, self.teacher, read_pairs(self.out / "pairs"), self.condition)
+
+        return self._train("adp", identity, build, recipe.adp.steps, recipe.adp.ema, recipe.adp.warmup_steps)
+
+    def adm(self) -> str:
+        """Distil the pre-trained student by ADM."""
+        recipe = self.recipe
+        parent = self.adp()
+        inputs = {"adp": parent, "time_steps": recipe.time_steps, "seed": recipe.seed}
+        identity = digest(inputs | {"recipe": recipe.adm.model_dump()})
+
+        def build() -> Method:
+            start = load_file(self.out / "adp" / STUDENT)
+            return build_adm(recipe, self.teacher, self.condition, self.uncond, start)
+
+        return self._train("adm", identity, build, recipe.adm.steps, recipe.adm.ema, recipe.adm.warmup_steps)
+
+    def evaluate(self) -> tuple[str, Comparison | None]:
+        """Measure the student beside its teacher, on seeds that training never used."""
+        parent = self.adm()
+        recipe = self.recipe.evaluate
+        if recipe is None:
+            return parent, None
+        reference = load_reference(recipe.reference)
+        identity = digest(
+            {"adm": parent, "recipe": recipe.model_dump(mode="json"), "reference": reference.sha256}
+        )
+        folder = self.out / "evaluation"
+        if not self._done(folder, identity):
+            self._claim(folder, identity)
+            self._evaluate(folder, reference)
+            self._finish(folder, identity)
+        student = EvaluationResult.model_validate_json((folder / "student.json").read_text())
+        teacher = EvaluationResult.model_validate_json((folder / "teacher.json").read_text())
+        return identity, compare(student, teacher)
+
+    def export(self) -> list[Parity]:
+        """Export the student as a verified bundle; the parity gate must pass."""
+        recipe = self.recipe
+        _, comparison = self.evaluate()
+        metrics: dict[str, float] = {}
+        if comparison is not None:
+            for name, estimate in comparison:
+                if estimate is not None:
+                    metrics[f"{name}_of_teacher"] = estimate.value
+        folder = self.bundle_folder
+        if folder.exists():
+            raise BundleError(f"{folder}: expected no such bundle yet; give the recipe another version or --out")
+        parents = {
+            "teacher": self.teacher_sha256,
+            "recipe": recipe.sha256(),
+            "pairs": hash_file(self.out / "pairs" / "index.jsonl"),
+            "adp": hash_file(self.out / "adp" / STUDENT),
+            "adm": hash_file(self.out / "adm" / STUDENT),
+        }
+        return export_bundle(
+            folder,
+            self.teacher,
+            self.student,
+            name=recipe.name,
+            version=recipe.version,
+            time_steps=recipe.time_steps,
+            guidance=recipe.adm.guidance,
+            max_batch=recipe.export.max_batch,
+            parents=parents,
+            metrics=metrics,
+            licence=recipe.export.licence,
+            attribution=recipe.export.attribution,
+            tolerance=recipe.export.tolerance,
+        )
+
+    @property
+    def bundle_folder(self) -> Path:
+        """Where the bundle is put."""
+        return self.out / "bundle" / self.recipe.name / str(self.recipe.version)
+
+    @property
+    def student(self) -> EmojiDenoiser:
+        """The averaged student of ADM, as it is exported: in float16's precision."""
+        values = load_file(self.out / "adm" / STUDENT)
+        return student_of(self.teacher, {name: value.half().float() for name, value in values.items()})
+
+    def _train(
+        self, stage: str, identity: str, build: Callable[[], Method], steps: int, ema: float, average_from: int
+    ) -> str:
+        folder = self.out / stage
+        if self._done(folder, identity):
+            return identity
+        self._claim(folder, identity)
+        averages: dict[str, Tensor] = train(
+            build(),
+            folder,
+            stage=stage,
+            steps=steps,
+            ema=ema,
+            identity=identity,
+            average_from=average_from,
+            report=self.progress,
+        )
+        save_file({name: value.contiguous() for name, value in averages.items()}, folder / STUDENT)
+        return self._finish(folder, identity)
+
+    def _evaluate(self, folder: Path, reference: Reference) -> None:
+        recipe = self.recipe.evaluate
+        assert recipe is not None
+        prompts = reference_prompts(reference)
+        seeds = range(recipe.first_seed, recipe.first_seed + recipe.num_seeds)
+        by_student = student_images(self.teacher, self.student, self.recipe.time_steps)
+        by_teacher = teacher_images(self.teacher, recipe.teacher_steps, recipe.teacher_guidance)
+        results = {}
+        for name, generate in (("student", by_student), ("teacher", by_teacher)):
+            results[name] = evaluate(
+                generate,
+                reference,
+                prompts,
+                seeds,
+                provenance={"teacher": self.teacher_sha256, "recipe": self.recipe.sha256()},
+                progress=lambda done, total, name=name: self.progress(f"evaluate {name}", done, total),  # type: ignore[misc]
+            )
+            (folder / f"{name}.json").write_text(results[name].model_dump_json(indent=1) + "\n")
+        (folder / "table.md").write_text(markdown_table(results))
+        self._grid(folder / "grid.png", prompts, by_student, by_teacher)
+
+    def _grid(
+        self,
+        path: Path,
+        prompts: tuple[Prompt, ...],
+        by_student: Callable[[list[str], list[int]], np.ndarray],  # type: ignore[type-arg]
+        by_teacher: Callable[[list[str], list[int]], np.ndarray],  # type: ignore[type-arg]
+    ) -> None:
+        """Forty prompts evenly through the list, unpicked seeds 0, 1, 2, ...: teacher beside student."""
+        spread = np.linspace(0, len(prompts) - 1, min(40, len(prompts))).astype(int)
+        texts = [prompts[i].text for i in spread]
+        seeds = list(range(len(texts)))
+        rows = [("teacher", list(by_teacher(texts, seeds))), ("student, one step", list(by_student(texts, seeds)))]
+        save_grid(rows, texts, path, max_columns=GRID_COLUMNS)
+
+    # A stage's folder.
+
+    def _done(self, folder: Path, identity: str) -> bool:
+        path = folder / "stage.json"
+        if not path.exists():
+            return False
+        found = json.loads(path.read_text())
+        if found["identity"] != identity:
+            raise RecipeError(
+                f"{folder}: was made from another recipe, teacher or data; "
+                "choose another --out, or delete this folder and those after it"
+            )
+        return bool(found["done"])
+
+    def _claim(self, folder: Path, identity: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write(folder, identity, done=False)
+
+    def _finish(self, folder: Path, identity: str) -> str:
+        self._write(folder, identity, done=True)
+        return identity
+
+    def _write(self, folder: Path, identity: str, *, done: bool) -> None:
+        temporary = folder / ".stage.json.tmp"
+        temporary.write_text(json.dumps({"identity": identity, "done": done}) + "\n")
+        temporary.replace(folder / "stage.json")
+
+
+def start_run(recipe: Recipe, out: Path, *, resume: bool) -> Run:
+    """Prepare a run's folder and write what is needed to repeat the run.
+
+    Raises:
+        RecipeError: the folder holds a run and `resume` was not asked for.
+    """
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise RecipeError(f"{out}: expected a new folder, found files; pass --resume to go on, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {name: version_of(name) for name in ("flashbulb", "torch", "diffusers", "numpy")}
+    record = {
+        "recipe": recipe.model_dump(mode="json"),
+        "sha256": recipe.sha256(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+    (out / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+    torch.manual_seed(recipe.seed)
+    return Run(recipe, out, Progress())
+

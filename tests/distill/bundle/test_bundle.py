@@ -1,0 +1,91 @@
+"""Bundles: every damage is refused in one line, and reading needs neither torch nor numpy."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from flashbulb_distill.bundle import BundleError, find_model, list_models, open_bundle
+from support.tiny_bundle import make_tiny_bundle
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return make_tiny_bundle(tmp_path)
+
+
+def test_a_whole_bundle_opens(bundle):
+    opened = open_bundle(bundle)
+    assert opened.manifest.name == "tiny"
+    assert opened.file("denoiser.onnx").is_file()
+
+
+def test_one_flipped_byte_anywhere_is_refused(bundle):
+    for path in sorted(bundle.rglob("*")):
+        data = path.read_bytes()
+        for place in {0, len(data) // 3, len(data) // 2, len(data) - 1}:
+            for mask in (0x01, 0x2A):
+                damaged = bytearray(data)
+                damaged[place] ^= mask
+                path.write_bytes(damaged)
+                with pytest.raises(BundleError) as caught:
+                    open_bundle(bundle)
+                assert "\n" not in str(caught.value)
+        path.write_bytes(data)
+    open_bundle(bundle)
+
+
+def test_whitespace_changed_in_the_manifest_is_refused_too(bundle):
+    path = bundle / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"  ", b" \t", 1))
+    with pytest.raises(BundleError, match="changed or damaged"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("version", [2, "1", None, True])
+def test_another_schema_version_is_refused_before_anything_else(bundle, version):
+    path = bundle / "manifest.json"
+    fields = json.loads(path.read_text())
+    fields["schema_version"] = version
+    path.write_text(json.dumps(fields, indent=2) + "\n")
+    with pytest.raises(BundleError, match="expected schema_version 1"):
+        open_bundle(bundle)
+
+
+def test_a_missing_file_and_a_stranger_are_refused(bundle):
+    (bundle / "stranger.txt").write_text("x")
+    with pytest.raises(BundleError, match="only files that the manifest names"):
+        open_bundle(bundle)
+    (bundle / "stranger.txt").unlink()
+    (bundle / "decoder.onnx").unlink()
+    with pytest.raises(BundleError, match="not found"):
+        open_bundle(bundle)
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path):
+    with pytest.raises(BundleError, match="found no manifest.json"):
+        open_bundle(tmp_path)
+
+
+def test_models_are_found_by_name_and_by_version_the_latest_first(tmp_path):
+    for version in (1, 2, 10):
+        make_tiny_bundle(tmp_path, version=version)
+    assert [(name, version) for name, version, _ in list_models(tmp_path)] == [("tiny", 1), ("tiny", 2), ("tiny", 10)]
+    assert find_model(tmp_path, "tiny").name == "10"
+    assert find_model(tmp_path, "tiny@2").name == "2"
+    with pytest.raises(BundleError, match=r"it holds: tiny@1, tiny@2, tiny@10"):
+        find_model(tmp_path, "tiny@3")
+
+
+def test_reading_a_bundle_imports_neither_torch_nor_numpy():
+    code = "import flashbulb_distill.bundle, sys; sys.exit(bool({'torch', 'numpy', 'onnx'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_noise_and_sampler_run_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; "
+        "from flashbulb_distill.core.noise import draw_noise; from flashbulb_distill.core.sampler import sample; "
+        "sample(lambda x, t: x, draw_noise(0, 0, (2,)), (1.0,), prediction='flow', schedule='variance-preserving')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,164 @@
+"""ADM against what is known exactly."""
+
+import pytest
+import torch
+from flashbulb_distill.core.draws import Draws
+from flashbulb_distill.core.schedule import add_noise, ode_step
+from flashbulb_distill.networks.discriminators import VectorDiscriminator
+from flashbulb_distill.networks.point import PointDenoiser
+from flashbulb_distill.teachers.denoiser import Condition
+from flashbulb_distill.teachers.mixture import MixtureDenoiser, ring
+from flashbulb_distill.train.adm import Adm, keep_position
+from flashbulb_distill.train.recipe import AdmRecipe, Rates
+
+NO_PROMPT = Condition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+
+
+class Recorder(VectorDiscriminator):
+    """A discriminator that keeps the pairs it was shown."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.seen = []
+
+    def forward(self, xt, t, cond):
+        self.seen.append((xt.detach().clone(), t.clone()))
+        return super().forward(xt, t, cond)
+
+
+def make(latent, *, fake=None, **overrides):
+    torch.manual_seed(0)
+    options = {"steps": 10, "batch_size": 16, "rates": Rates(student=1e-3, heads=1e-3, fake=1e-3), "taps": (-1,)}
+    options |= {"guidance": 1.0, "delta_t": 1 / 16, "time_range": (0.1, 0.9)} | overrides
+    recipe = AdmRecipe(**options)
+    student, fake = PointDenoiser(2), fake or PointDenoiser(2)
+    rate = {"student": student, "fake": fake, "latent": latent}
+    optimizers = {
+        role: torch.optim.SGD(list(module.parameters()) or [torch.zeros(1, requires_grad=True)], lr=1e-2)
+        for role, module in rate.items()
+    }
+    return Adm(
+        recipe=recipe,
+        draws=Draws(0),
+        cond=NO_PROMPT,
+        uncond=NO_PROMPT,
+        latent_shape=(2, 1, 1),
+        time_steps=(1.0,),
+        teacher=MixtureDenoiser(ring(4), 0.2),
+        student=student,
+        fake=fake,
+        latent=latent,
+        optimizers=optimizers,
+    )
+
+
+class FrozenCopy(MixtureDenoiser):
+    """The teacher as a fake score that no update can move."""
+
+    def __init__(self):
+        super().__init__(ring(4), 0.2)
+        self.unused = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, xt, t, cond):
+        return super().forward(xt, t, cond) + 0 * self.unused
+
+
+def test_with_fake_equal_to_teacher_and_no_guidance_the_discriminator_sees_one_and_the_same_point():
+    """Both steps are then identical, so no discriminator can do better than zero information: hinge 2 at best."""
+    latent = Recorder()
+    method = make(latent, fake=FrozenCopy())
+    for step in range(3):
+        logs = method.step(step)
+        both, times = latent.seen[2 * step]
+        real, fake = both.chunk(2)
+        assert torch.equal(real, fake)
+        assert torch.equal(*times.chunk(2))
+        assert logs["margin"] == 0
+        assert logs["latent_hinge"] >= 2 - 1e-6
+        assert logs["dmd"] == 0
+
+
+def test_the_two_points_differ_by_delta_t_times_the_difference_of_velocities():
+    latent = Recorder()
+    method = make(latent, warmup_steps=5)
+    method.step(0)
+    both, times = latent.seen[0]
+    real, fake = both.chunk(2)
+    rows, draws = range(16), method.draws
+    noise, eps = (torch.from_numpy(draws.normal(f"adm/{name}", 0, rows, (2, 1, 1))) for name in ("start/0", "noise"))
+    t = torch.from_numpy(0.1 + 0.8 * draws.uniform("adm/time", 0, rows)).float()
+    torch.testing.assert_close(times[:16], t - 1 / 16)
+    at = t[:, None, None, None]
+    with torch.no_grad():
+        xt = (1 - at) * method.student(noise, torch.ones(16), NO_PROMPT) + at * eps
+        guesses = [network(xt, t, NO_PROMPT) for network in (method.fake, method.teacher)]
+    fake_velocity, real_velocity = ((xt - guess) / at for guess in guesses)
+    torch.testing.assert_close(fake, xt - fake_velocity / 16)
+    torch.testing.assert_close(fake - real, (real_velocity - fake_velocity) / 16, atol=1e-6, rtol=1e-4)
+
+
+def test_the_discriminator_is_conditioned_on_the_time_after_the_step():
+    latent = Recorder()
+    make(latent, warmup_steps=1).step(0)
+    times = latent.seen[0][1]
+    assert times.min() >= 0.1 - 1 / 16
+    assert times.max() <= 0.9 - 1 / 16
+
+
+@pytest.mark.parametrize("jacobian", ["detach", "full"])
+def test_each_role_moves_by_its_own_loss_only(jacobian):
+    """During the warm-up the student stands still; the teacher never moves."""
+    method = make(VectorDiscriminator(2), warmup_steps=1, jacobian=jacobian)
+
+    def snapshot():
+        return {role: [p.clone() for p in m.parameters()] for role, m in method.modules.items()}
+
+    before = snapshot()
+    method.step(0)
+    middle = snapshot()
+    method.step(1)
+    after = snapshot()
+    for role in method.modules:
+        moved_first = any(not torch.equal(a, b) for a, b in zip(before[role], middle[role], strict=True))
+        moved_second = any(not torch.equal(a, b) for a, b in zip(middle[role], after[role], strict=True))
+        assert moved_first == (role != "student"), role
+        assert moved_second, role
+
+
+@pytest.mark.parametrize("schedule", ["rectified-flow", "variance-preserving"])
+def test_keep_position_changes_no_value_and_passes_the_positions_gradient(schedule):
+    x0, eps = torch.randn(2, 3, 2, 1, 1)
+    t, s = torch.tensor(0.6), torch.tensor(0.5)
+    xt = add_noise(schedule, x0, eps, t).requires_grad_()
+    xs = ode_step(schedule, x0, xt, t, s)
+    kept = keep_position(schedule, xt, xs, t, s)
+    torch.testing.assert_close(kept, xs)
+    (gradient,) = torch.autograd.grad(kept.sum(), xt)
+    k = 1.0 if schedule == "rectified-flow" else float(torch.cos(s * torch.pi / 2) / torch.cos(t * torch.pi / 2))
+    torch.testing.assert_close(gradient, torch.full_like(xt, k))
+
+
+def test_full_jacobian_adds_the_score_networks_own_gradient():
+    gradients = {}
+    for jacobian in ("detach", "full"):
+        method = make(VectorDiscriminator(2), jacobian=jacobian)
+        before = [p.clone() for p in method.student.parameters()]
+        method.step(0)
+        gradients[jacobian] = torch.cat(
+            [(b - p.detach()).flatten() for b, p in zip(before, method.student.parameters(), strict=True)]
+        )
+    assert gradients["detach"].norm() > 0
+    assert not torch.allclose(gradients["detach"], gradients["full"], rtol=1e-3)
+
+
+def test_the_fake_score_learns_the_students_distribution():
+    """Against the exact answer: a frozen student at one point makes E[x0 | xt] that point."""
+    method = make(VectorDiscriminator(2), warmup_steps=10_000)
+    method.optimizers["fake"].param_groups[0]["lr"] = 5e-2
+    target = method.student(torch.zeros(1, 2, 1, 1), torch.ones(1), NO_PROMPT).detach()
+    for parameter in method.student.parameters():
+        parameter.data.mul_(0)
+    first = method.step(0)["fake_loss"]
+    last = [method.step(step)["fake_loss"] for step in range(1, 150)][-10:]
+    assert target is not None
+    assert sum(last) / 10 < 0.3 * first

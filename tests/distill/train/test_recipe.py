@@ -1,0 +1,46 @@
+"""Recipes: the shipped one loads, and what is wrong is said in one line."""
+
+from pathlib import Path
+
+import pytest
+from flashbulb_distill.train.recipe import RecipeError, load_recipe
+
+RECIPE = Path(__file__).parents[3] / "distill" / "recipes" / "emoji.yaml"
+
+
+def test_the_shipped_recipe_holds_the_papers_numbers():
+    recipe = load_recipe(RECIPE)
+    assert (recipe.adp.lambda_latent, recipe.adp.lambda_pixel) == (0.85, 0.15)
+    assert recipe.adm.update_ratio == 1
+    assert recipe.time_steps == (1.0,)
+
+
+def test_overrides_change_one_value_and_the_hash():
+    recipe, other = load_recipe(RECIPE), load_recipe(RECIPE, ["adm.steps=3", "adp.rates.student=1e-5"])
+    assert (other.adm.steps, other.adp.rates.student) == (3, 1e-5)
+    assert other.sha256() != recipe.sha256()
+    assert other.pairs == recipe.pairs
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adm.stepz=3", "adm.stepz"),
+        ("adm.steps=0", "greater than or equal to 1"),
+        ("adm.steps", "expected key.of.recipe=value"),
+        ("nothing.here=1", "no section 'nothing'"),
+        ("adm.jacobian=half", "detach"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_line(override, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(RECIPE, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_file_that_is_no_yaml_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(RecipeError, match="expected YAML"):
+        load_recipe(tmp_path / "bad.yaml")

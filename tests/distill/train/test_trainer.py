@@ -1,0 +1,80 @@
+"""The loop: exact resume, averages, refusals."""
+
+import json
+
+import pytest
+import torch
+from flashbulb_distill.core.draws import Draws
+from flashbulb_distill.train.checkpoint import load_checkpoint
+from flashbulb_distill.train.trainer import train
+from safetensors.torch import load_file
+
+
+class Regression:
+    """A method small enough to follow by hand: fit one matrix to drawn targets."""
+
+    def __init__(self, stop_at=None, fault_at=None):
+        torch.manual_seed(0)
+        self.modules = {"student": torch.nn.Linear(3, 2)}
+        self.optimizers = {"student": torch.optim.AdamW(self.modules["student"].parameters(), lr=1e-2)}
+        self.stop_at, self.fault_at = stop_at, fault_at
+
+    def step(self, step):
+        if step == self.stop_at:
+            raise KeyboardInterrupt
+        x = torch.from_numpy(Draws(0).normal("x", step, range(4), (3,)))
+        loss = (self.modules["student"](x) - x[:, :2]).square().mean()
+        self.optimizers["student"].zero_grad()
+        loss.backward()
+        self.optimizers["student"].step()
+        return {"loss": float("nan") if step == self.fault_at else loss.item()}
+
+
+def run(method, folder, **options):
+    settings = {"stage": "test", "steps": 20, "ema": 0.9, "identity": "a", "log_every": 5} | options
+    return train(method, folder, **settings)
+
+
+def test_an_interrupted_run_ends_bitwise_where_the_unbroken_one_does(tmp_path):
+    whole = run(Regression(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(stop_at=13), tmp_path / "parts")
+    parts = run(Regression(), tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    a, b = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a), "weights, optimiser states and averages"
+
+
+def test_the_average_is_the_one_computed_by_hand(tmp_path):
+    averages = run(Regression(), tmp_path, steps=3, average_from=1)
+    twin, by_hand = Regression(), None
+    for step in range(3):
+        twin.step(step)
+        weight = twin.modules["student"].weight.detach().clone()
+        decay = 0.0 if step < 1 else min(0.9, step / (9 + step))
+        by_hand = weight if by_hand is None else by_hand * decay + weight * (1 - decay)
+    torch.testing.assert_close(averages["weight"], by_hand)
+
+
+def test_metrics_are_logged_as_means_a_line_each(tmp_path):
+    run(Regression(), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_checkpoint_of_another_run_and_a_damaged_one_are_refused(tmp_path):
+    run(Regression(), tmp_path)
+    with pytest.raises(ValueError, match="another recipe"):
+        run(Regression(), tmp_path, identity="b")
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    method = Regression()
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(path, method.modules, method.optimizers, {}, "a")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 7"):
+        run(Regression(fault_at=7), tmp_path)
