@@ -10,7 +10,9 @@ app = typer.Typer(
     help="Distil a diffusion teacher into a one-step or few-step student.", no_args_is_help=True
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe, like distill/recipes/emoji.yaml")]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="a YAML recipe, like distill/recipes/emoji.yaml")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override one value of the recipe, like --set adm.steps=100")
 ]
@@ -41,7 +43,9 @@ def run(recipe: RecipePath, set_: Overrides = None, out: Out = None, resume: Res
     for entry in parity:
         print(f"parity {entry.component}: {entry.error:.2e} of at most {entry.tolerance:.0e}")
     print(f"bundle: {started.bundle_folder}")
-    print(f"serve it: copy it to models/{loaded.name}/{loaded.version} and run flashbulb serve", file=sys.stderr)
+    print(
+        f"serve it: copy it to models/{loaded.name}/{loaded.version} and run flashbulb serve", file=sys.stderr
+    )
 
 
 def _stage(name: str) -> None:

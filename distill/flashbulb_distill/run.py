@@ -93,7 +93,9 @@ class Run:
         try:
             lines = self.recipe.prompts.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
-            raise RecipeError(f"prompts: expected a file with a prompt a line, found no {self.recipe.prompts}") from None
+            raise RecipeError(
+                f"prompts: expected a file with a prompt a line, found no {self.recipe.prompts}"
+            ) from None
         prompts = tuple(line.strip() for line in lines if line.strip())
         if not prompts:
             raise RecipeError(f"prompts: expected a prompt a line, {self.recipe.prompts} has none")
@@ -190,7 +192,9 @@ class Run:
                     metrics[f"{name}_of_teacher"] = estimate.value
         folder = self.bundle_folder
         if folder.exists():
-            raise BundleError(f"{folder}: expected no such bundle yet; give the recipe another version or --out")
+            raise BundleError(
+                f"{folder}: expected no such bundle yet; give the recipe another version or --out"
+            )
         parents = {
             "teacher": self.teacher_sha256,
             "recipe": recipe.sha256(),
@@ -226,7 +230,13 @@ class Run:
         return student_of(self.teacher, {name: value.half().float() for name, value in values.items()})
 
     def _train(
-        self, stage: str, identity: str, build: Callable[[], Method], steps: int, ema: float, average_from: int
+        self,
+        stage: str,
+        identity: str,
+        build: Callable[[], Method],
+        steps: int,
+        ema: float,
+        average_from: int,
     ) -> str:
         folder = self.out / stage
         if self._done(folder, identity):
@@ -259,6 +269,7 @@ class Run:
                 reference,
                 prompts,
                 seeds,
+                num_components=recipe.num_components,
                 provenance={"teacher": self.teacher_sha256, "recipe": self.recipe.sha256()},
                 progress=lambda done, total, name=name: self.progress(f"evaluate {name}", done, total),  # type: ignore[misc]
             )
@@ -277,7 +288,10 @@ class Run:
         spread = np.linspace(0, len(prompts) - 1, min(40, len(prompts))).astype(int)
         texts = [prompts[i].text for i in spread]
         seeds = list(range(len(texts)))
-        rows = [("teacher", list(by_teacher(texts, seeds))), ("student, one step", list(by_student(texts, seeds)))]
+        rows = [
+            ("teacher", list(by_teacher(texts, seeds))),
+            ("student, one step", list(by_student(texts, seeds))),
+        ]
         save_grid(rows, texts, path, max_columns=GRID_COLUMNS)
 
     # A stage's folder.
@@ -315,7 +329,9 @@ def start_run(recipe: Recipe, out: Path, *, resume: bool) -> Run:
         RecipeError: the folder holds a run and `resume` was not asked for.
     """
     if out.exists() and any(out.iterdir()) and not resume:
-        raise RecipeError(f"{out}: expected a new folder, found files; pass --resume to go on, or another --out")
+        raise RecipeError(
+            f"{out}: expected a new folder, found files; pass --resume to go on, or another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     versions = {name: version_of(name) for name in ("flashbulb", "torch", "diffusers", "numpy")}
     record = {
@@ -327,4 +343,3 @@ def start_run(recipe: Recipe, out: Path, *, resume: bool) -> Run:
     (out / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
     torch.manual_seed(recipe.seed)
     return Run(recipe, out, Progress())
-

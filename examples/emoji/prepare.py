@@ -52,7 +52,9 @@ def fetch(package: str, version: str, sha256: str, cache: Path) -> Path:
         subprocess.run(command, cwd=cache, check=True, stdout=subprocess.DEVNULL)
     arrived = hashlib.sha256(path.read_bytes()).hexdigest()
     if arrived != sha256:
-        raise ValueError(f"{path.name}: expected sha256 {sha256}, got {arrived}; delete the file and try again")
+        raise ValueError(
+            f"{path.name}: expected sha256 {sha256}, got {arrived}; delete the file and try again"
+        )
     return path
 
 
@@ -119,7 +121,9 @@ def training_prompts(concepts: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=HERE / "data")
     parser.add_argument("--variants", type=int, default=16)
     args = parser.parse_args()
@@ -154,7 +158,9 @@ def main() -> None:
     save_file({"images": np.array(train_images)}, args.out / "train.safetensors")
     (args.out / "train.json").write_text(json.dumps(train_labels, indent=0))
     (HERE / "prompts.txt").write_text("\n".join(training_prompts(concepts)) + "\n", encoding="utf-8")
-    print(f"{len(concepts)} concepts, {len(labels)} pictures, {len(train_labels)} of them for training -> {args.out}")
+    print(
+        f"{len(concepts)} concepts, {len(labels)} pictures, {len(train_labels)} of them for training -> {args.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flashbulb_distill.teachers.patch_codec import PatchCodec, to_pixels
 from safetensors.torch import load_file
+
+from flashbulb_distill.teachers.patch_codec import PatchCodec, to_pixels
 
 HERE = Path(__file__).parent
 SEED = 20261123
@@ -27,7 +28,9 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--codec", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=HERE / "data")
     parser.add_argument("--steps", type=int, default=3000)
@@ -48,7 +51,9 @@ def main() -> None:
         strength = torch.from_numpy(rng.uniform(0, MAX_NOISE, (BATCH, 1, 1, 1)).astype(np.float32))
         with torch.no_grad():
             latents = codec.encode(pixels)
-            latents = latents + strength * torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
+            latents = latents + strength * torch.from_numpy(
+                rng.standard_normal(latents.shape, dtype=np.float32)
+            )
         loss = (codec.decode(latents) - pixels).abs().mean()
         loss.backward()
         for group in optimizer.param_groups:
@@ -64,7 +69,9 @@ def main() -> None:
         for noise in (0.0, 0.2):
             noisy = latents + noise * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
             linear, full = codec.synthesis(noisy), codec.decode(noisy)
-            print(f"noise {noise}: linear {psnr(linear, pixels):.2f} dB, de-blocked {psnr(full, pixels):.2f} dB")
+            print(
+                f"noise {noise}: linear {psnr(linear, pixels):.2f} dB, de-blocked {psnr(full, pixels):.2f} dB"
+            )
     codec.save_pretrained(args.codec)
 
 

@@ -1,8 +1,8 @@
 """Train the demo teacher: a small SD3 transformer on emoji, flow matching, resumable to the step.
 
-    python examples/emoji/train_teacher.py --run RUN_FOLDER [--steps 20000] [--threads 2]
+    python examples/emoji/train_teacher.py --run RUN_FOLDER [--export examples/emoji/teacher]
 
-Start it again with the same arguments to go on from the newest checkpoint; every random draw is a function of
+Run train_codec.py on RUN_FOLDER/codec before it ends: the export takes the codec from there. Start it again with the same arguments to go on from the newest checkpoint; every random draw is a function of
 (seed, step), so a resumed run follows the unbroken one.
 """
 
@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file
+
+from flashbulb_distill.bundle import hash_file
 from flashbulb_distill.teachers.patch_codec import PatchCodec, fit_linear, to_pixels
 from flashbulb_distill.teachers.text import encode_prompts, load_text_encoder, load_tokenizer
-from safetensors.torch import load_file, save_file
+from flashbulb_distill.train.checkpoint import load_checkpoint, save_checkpoint
 
 HERE = Path(__file__).parent
 SEED = 20261122
@@ -55,6 +58,11 @@ def build_transformer() -> SD3Transformer2DModel:
     return model
 
 
+def optimizer_of(model: SD3Transformer2DModel) -> torch.optim.AdamW:
+    """Return the teacher's optimiser; its learning rate is set at each step."""
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+
+
 def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then sqrt(1 - progress)."""
     return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps) ** 0.5
@@ -73,11 +81,16 @@ def draw_times(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=HERE / "data")
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--stop-at", type=int, default=None, help="stop early, at this step of the same schedule")
+    parser.add_argument("--steps", type=int, default=15_000)
+    parser.add_argument(
+        "--stop-at", type=int, default=None, help="stop early, at this step of the same schedule"
+    )
+    parser.add_argument("--export", type=Path, default=None, help="the teacher folder to write at the end")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args()
@@ -103,12 +116,14 @@ def main() -> None:
 
     # Networks and optimiser.
     model = build_transformer()
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    averages = {name: p.detach().clone() for name, p in model.named_parameters()}
+    modules, optimizers = {"teacher": model}, {"teacher": optimizer_of(model)}
+    optimizer = optimizers["teacher"]
+    identity = f"steps {args.steps}, data {hash_file(args.data / 'train.safetensors')}"
     step = 0
     newest = args.run / "checkpoint.safetensors"
     if newest.exists():
-        step = load_checkpoint(newest, model, ema, optimizer)
+        step = load_checkpoint(newest, modules, optimizers, averages, identity)
         print(f"going on from step {step}")
 
     log = (args.run / "log.jsonl").open("a")
@@ -120,7 +135,9 @@ def main() -> None:
         image = rng.integers(0, count, BATCH)
         variant = rng.integers(0, num_variants, BATCH)
         template = rng.choice(len(TEMPLATES), BATCH, p=TEMPLATE_WEIGHTS)
-        caption = np.where(rng.uniform(0, 1, BATCH) < CAPTION_DROPOUT, empty, image * len(TEMPLATES) + template)
+        caption = np.where(
+            rng.uniform(0, 1, BATCH) < CAPTION_DROPOUT, empty, image * len(TEMPLATES) + template
+        )
         t = torch.from_numpy(draw_times(rng, BATCH))
         x0 = latents[image, variant]
         eps = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
@@ -146,7 +163,7 @@ def main() -> None:
         with torch.no_grad():
             decay = ema_decay(step)
             for name, parameter in model.named_parameters():
-                ema[name].lerp_(parameter, 1 - decay)
+                averages[name].lerp_(parameter, 1 - decay)
         step += 1
 
         # Report and save.
@@ -158,34 +175,20 @@ def main() -> None:
             print(json.dumps(line), file=log, flush=True)
             print(line, flush=True)
         if step % args.save_every == 0 or step == stop_at:
-            save_checkpoint(newest, model, ema, optimizer, step)
+            save_checkpoint(newest, step, modules, optimizers, averages, identity)
+    if step == args.steps and args.export:
+        export(args.export, model, averages, PatchCodec.from_pretrained(args.run / "codec"))
 
 
-def save_checkpoint(path, model, ema, optimizer, step) -> None:
-    """Write everything that a resumed run needs, atomically."""
-    names = [name for name, _ in model.named_parameters()]
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            tensors[f"optimizer.{names[index]}.{key}"] = state[key]
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
-    temporary.replace(path)
-
-
-def load_checkpoint(path, model, ema, optimizer) -> int:
-    """Restore a checkpoint in place and return its step."""
-    tensors = load_file(path)
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    state = {}
-    for index, (name, parameter) in enumerate(model.named_parameters()):
-        ema[name].copy_(tensors[f"ema.{name}"])
-        keys = ("exp_avg", "exp_avg_sq", "step")
-        state[index] = {key: tensors[f"optimizer.{name}.{key}"] for key in keys}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return int(next(iter(state.values()))["step"].item())
+def export(
+    folder: Path, model: SD3Transformer2DModel, averages: dict[str, torch.Tensor], codec: PatchCodec
+) -> None:
+    """Write the averaged network and the codec as a teacher folder, in float16."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(averages[name])
+    model.half().save_pretrained(folder / "transformer")
+    codec.half().save_pretrained(folder / "codec")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import TensorProto, helper, numpy_helper
+
 from flashbulb_distill.bundle import (
     Components,
     Guidance,
@@ -15,7 +17,6 @@ from flashbulb_distill.bundle import (
     describe_files,
     write_manifest,
 )
-from onnx import TensorProto, helper, numpy_helper
 
 LENGTH, WIDTH, CHANNELS, SIDE = 14, 384, 64, 8
 WORDS = ("red", "green", "blue", "apple", "heart", "rocket", "dog", "a")

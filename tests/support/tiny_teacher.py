@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
+
 from flashbulb_distill.teachers.patch_codec import PatchCodec, fit_linear
 
 

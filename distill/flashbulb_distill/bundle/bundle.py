@@ -46,9 +46,13 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
     path = Path(path)
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
-        raise BundleError(f"{path}: expected a student bundle, found no {MANIFEST}; give a folder like models/emoji/1")
+        raise BundleError(
+            f"{path}: expected a student bundle, found no {MANIFEST}; give a folder like models/emoji/1"
+        )
     if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise BundleError(f"{manifest_path}: expected at most {_MAX_MANIFEST_BYTES} bytes; the file is damaged")
+        raise BundleError(
+            f"{manifest_path}: expected at most {_MAX_MANIFEST_BYTES} bytes; the file is damaged"
+        )
     data = manifest_path.read_bytes()
     manifest = _parse(manifest_path, data)
     if verify:
@@ -69,7 +73,9 @@ def _parse(path: Path, data: bytes) -> Manifest:
         )
     same_text = _text(raw).encode() == data  # byte for byte, so that no flipped byte goes unseen
     if raw.pop("manifest_sha256", None) != manifest_digest(raw) or not same_text:
-        raise BundleError(f"{path}: expected manifest_sha256 to match its content; the file was changed or damaged")
+        raise BundleError(
+            f"{path}: expected manifest_sha256 to match its content; the file was changed or damaged"
+        )
     try:
         return Manifest.model_validate_json(json.dumps(raw))
     except ValidationError as error:

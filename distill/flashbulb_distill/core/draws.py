@@ -19,7 +19,9 @@ class Draws:
     def _generator(self, purpose: str, step: int, sample: int) -> np.random.Generator:
         name = hashlib.sha256(f"{self._seed}/{purpose}".encode()).digest()
         key = np.frombuffer(name[:16], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, sample, step], np.uint64)))
+        return np.random.Generator(
+            np.random.Philox(key=key, counter=np.array([0, 0, sample, step], np.uint64))
+        )
 
     def normal(
         self, purpose: str, step: int, samples: Iterable[int], shape: Sequence[int]

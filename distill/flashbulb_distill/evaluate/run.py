@@ -219,7 +219,8 @@ def _check_sizes(
     num_trained = int(reference.trained.sum())
     if not 1 <= num_components < num_trained:
         raise EvaluationError(
-            f"expected 1 to {num_trained - 1} components for {num_trained} training pictures, got {num_components}"
+            f"expected 1 to {num_trained - 1} components for {num_trained} training pictures, "
+            f"got {num_components}"
         )
     asked_for = np.isin(reference.concepts, [prompt.concept for prompt in seen]) & reference.trained
     if min(int(asked_for.sum()), len(seen) * num_seeds) <= NEIGHBOURS:

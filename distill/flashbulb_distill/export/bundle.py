@@ -58,7 +58,9 @@ def export_bundle(
         ParityError: an exported graph does not compute what its module does.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder}: expected a new version, but it exists; choose another version or remove it")
+        raise FileExistsError(
+            f"{folder}: expected a new version, but it exists; choose another version or remove it"
+        )
     work = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -90,7 +92,8 @@ def export_bundle(
             licence=licence,
             attribution=attribution,
             metrics=dict(metrics),
-            parity={f"{p.component}_error": p.error for p in parity} | {"tolerance": tolerance, "passed": True},
+            parity={f"{p.component}_error": p.error for p in parity}
+            | {"tolerance": tolerance, "passed": True},
         )
         write_manifest(work, manifest)
         open_bundle(work)
@@ -140,8 +143,12 @@ def _write(work: Path, teacher: EmojiTeacher, student: EmojiDenoiser, tolerance:
     save_model(decoder, work / "decoder.onnx")
 
     return [
-        check_component("text_encoder", work / "text_encoder.onnx", teacher.text_encoder, _batches(text_in), tolerance),
-        check_component("denoiser", work / "denoiser.onnx", denoiser_module, _batches(denoiser_in), tolerance),
+        check_component(
+            "text_encoder", work / "text_encoder.onnx", teacher.text_encoder, _batches(text_in), tolerance
+        ),
+        check_component(
+            "denoiser", work / "denoiser.onnx", denoiser_module, _batches(denoiser_in), tolerance
+        ),
         check_component("decoder", work / "decoder.onnx", decoder_module, _batches(decoder_in), tolerance),
     ]
 

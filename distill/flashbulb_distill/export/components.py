@@ -49,9 +49,7 @@ class DecoderComponent(nn.Module):
         return self.codec.decode(latents).clamp(-1, 1)
 
 
-def export_onnx(
-    module: nn.Module, inputs: dict[str, Tensor], output_names: Sequence[str]
-) -> onnx.ModelProto:
+def export_onnx(module: nn.Module, inputs: dict[str, Tensor], output_names: Sequence[str]) -> onnx.ModelProto:
     """Export a module of positional tensors with a dynamic batch axis, the weights inside."""
     batch = torch.export.Dim.DYNAMIC
     program = torch.onnx.export(

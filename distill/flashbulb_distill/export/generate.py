@@ -57,7 +57,9 @@ def teacher_images(teacher: EmojiTeacher, num_steps: int, guidance: float) -> Ge
     def generate(prompts: list[str], seeds: list[int]) -> Images:
         noise = torch.from_numpy(np.stack([draw_noise(s, 0, teacher.latent_shape) for s in seeds]))
         cond = _encode_once(teacher, prompts)
-        latents = sample_teacher(teacher.denoiser, noise, cond, uncond, num_steps=num_steps, guidance=guidance)
+        latents = sample_teacher(
+            teacher.denoiser, noise, cond, uncond, num_steps=num_steps, guidance=guidance
+        )
         return to_images(teacher.codec.decode(latents))
 
     return generate

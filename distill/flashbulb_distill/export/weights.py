@@ -56,7 +56,9 @@ def use_safetensors(model: onnx.ModelProto, folder: Path, location: str) -> None
     floats = {name: value.astype(np.float32) for name, value in contents.items()}
     missing = _replace(model, floats, store)
     if missing:
-        raise ValueError(f"{path}: expected the weights of the graph, found none for {', '.join(missing[:3])}")
+        raise ValueError(
+            f"{path}: expected the weights of the graph, found none for {', '.join(missing[:3])}"
+        )
 
 
 def quantise_inside(model: onnx.ModelProto, weights: Mapping[str, NDArray[np.float32]]) -> None:

@@ -20,7 +20,9 @@ def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
     Source: arXiv 2507.18569, L_D of ADM and each term of ADP's.
     """
     if real.shape != fake.shape:
-        raise ValueError(f"expected real and fake logits of one shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
+        raise ValueError(
+            f"expected real and fake logits of one shape, got {tuple(real.shape)} and {tuple(fake.shape)}"
+        )
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 

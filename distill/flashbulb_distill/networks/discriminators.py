@@ -32,7 +32,9 @@ class LatentDiscriminator(nn.Module):
     def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Return logits [b, places] of latents [b, c, h, w] at times [b]."""
         blocks = [tap for tap in self.taps if tap != INPUT]
-        maps = dict(zip(blocks, self._backbone[0].features(xt, t, cond, blocks), strict=True)) if blocks else {}
+        maps = (
+            dict(zip(blocks, self._backbone[0].features(xt, t, cond, blocks), strict=True)) if blocks else {}
+        )
         return self.heads([maps[tap] if tap in maps else xt for tap in self.taps], t)  # type: ignore[no-any-return]
 
 

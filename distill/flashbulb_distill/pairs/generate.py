@@ -51,9 +51,7 @@ def generate_pairs(
         samples = range(done, min(done + batch_size, count))
         prompt = torch.from_numpy(draws.integers("pairs/prompt", 0, samples, len(prompts)))
         x_T = torch.from_numpy(draws.normal("pairs/noise", 0, samples, latent_shape))
-        x_0 = sample_teacher(
-            denoiser, x_T, cond.take(prompt), uncond, num_steps=num_steps, guidance=guidance
-        )
+        x_0 = sample_teacher(denoiser, x_T, cond.take(prompt), uncond, num_steps=num_steps, guidance=guidance)
         append_shard(folder, x_T, x_0, prompt)
         done += len(samples)
         progress(done, count)

@@ -42,7 +42,9 @@ def start_store(folder: Path, prompts: tuple[str, ...]) -> int:
     path = folder / PROMPTS
     if path.exists():
         if tuple(json.loads(path.read_text())) != prompts:
-            raise ValueError(f"{folder}: holds pairs of other prompts; expected the same, choose another folder")
+            raise ValueError(
+                f"{folder}: holds pairs of other prompts; expected the same, choose another folder"
+            )
     else:
         path.write_text(json.dumps(prompts))
     return sum(entry["count"] for entry in _entries(folder))
@@ -73,7 +75,9 @@ def read_pairs(folder: Path) -> Pairs:
     for entry in entries:
         path = folder / entry["file"]
         if not path.is_file() or hash_file(path) != entry["sha256"]:
-            raise ValueError(f"{path}: expected sha256 {entry['sha256']}, found another or no file; make the pairs anew")
+            raise ValueError(
+                f"{path}: expected sha256 {entry['sha256']}, found another or no file; make the pairs anew"
+            )
         shards.append(load_file(path))
     joined = {key: torch.cat([shard[key] for shard in shards]) for key in ("x_T", "x_0", "prompt")}
     prompts = tuple(json.loads((folder / PROMPTS).read_text()))

@@ -4,11 +4,11 @@ Weights are rounded to int8 per row when they are loaded, so that what training 
 computes. Hidden states and their mean are brought to unit root mean square, padding to zero.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -67,12 +67,17 @@ def model_folder() -> Path:
 
 def load_text_encoder() -> TextEncoder:
     """Load the first three layers of MiniLM-L6 from the installed package; no network."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import BertModel
+    from transformers import BertConfig, BertModel
 
-    bert = BertModel.from_pretrained(model_folder(), local_files_only=True, add_pooling_layer=False)
-    bert.encoder.layer = bert.encoder.layer[:NUM_LAYERS]
-    bert.config.num_hidden_layers = NUM_LAYERS
+    folder = model_folder()
+    config = BertConfig.from_json_file(folder / "config.json")
+    config.num_hidden_layers = NUM_LAYERS
+    bert = BertModel(config, add_pooling_layer=False)
+    wanted = bert.state_dict()
+    weights = {
+        name: value for name, value in load_file(folder / "model.safetensors").items() if name in wanted
+    }
+    bert.load_state_dict(weights)
     return TextEncoder(bert)
 
 

@@ -108,7 +108,9 @@ class Adm:
         """Sample the student as it is used, up to a drawn step; only that step carries a gradient."""
         last = int(self.draws.integers("adm/stop", step, [0], len(self.time_steps))[0])
         shape = self.latent_shape
-        noises = [torch.from_numpy(self.draws.normal(f"adm/start/{i}", step, rows, shape)) for i in range(last + 1)]
+        noises = [
+            torch.from_numpy(self.draws.normal(f"adm/start/{i}", step, rows, shape)) for i in range(last + 1)
+        ]
 
         def denoise(xt: Tensor, t: float) -> Tensor:
             with torch.set_grad_enabled(torch.is_grad_enabled() and t == self.time_steps[last]):

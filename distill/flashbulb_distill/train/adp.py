@@ -67,7 +67,9 @@ class Adp:
 
         # Discriminators.
         both = torch.cat([noised_real, noised_fake.detach()])
-        logits = self.latent(both, torch.cat([s, s]), Condition(cond.tokens.repeat(2, 1, 1), cond.pooled.repeat(2, 1)))
+        logits = self.latent(
+            both, torch.cat([s, s]), Condition(cond.tokens.repeat(2, 1, 1), cond.pooled.repeat(2, 1))
+        )
         real, guess = logits.chunk(2)
         loss = recipe.lambda_latent * discriminator_hinge(real, guess)
         logs = {"latent_hinge": discriminator_hinge(real, guess).item(), **accuracy_by_time(real, guess, s)}

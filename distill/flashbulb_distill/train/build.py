@@ -72,7 +72,9 @@ def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Set a module's parameters, all of them, by name."""
     own = dict(module.named_parameters())
     if own.keys() != values.keys():
-        raise ValueError(f"expected {len(own)} parameters, got {len(values)}; the weights are of another network")
+        raise ValueError(
+            f"expected {len(own)} parameters, got {len(values)}; the weights are of another network"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(values[name])

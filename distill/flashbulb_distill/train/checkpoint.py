@@ -60,7 +60,9 @@ def load_checkpoint(
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a checkpoint, got a damaged file ({error}); delete it") from error
     if metadata.get("identity") != identity:
-        raise ValueError(f"{path}: made by another recipe, teacher or data; choose another --out, or delete it")
+        raise ValueError(
+            f"{path}: made by another recipe, teacher or data; choose another --out, or delete it"
+        )
     with torch.no_grad():
         for name, value in averages.items():
             value.copy_(tensors[f"average/{name}"])

@@ -53,7 +53,9 @@ class AdpRecipe(StageRecipe):
     lambda_pixel: float = Field(default=0.15, ge=0)
     pixel_taps: tuple[int, ...] = ()
     pixel_size: int = Field(default=64, ge=32)
-    pixel_batch: int = Field(default=32, ge=2, description="how many of the batch the pixel discriminator sees")
+    pixel_batch: int = Field(
+        default=32, ge=2, description="how many of the batch the pixel discriminator sees"
+    )
 
 
 class AdmRecipe(StageRecipe):
@@ -73,6 +75,7 @@ class EvaluateRecipe(Strict):
     reference: Path
     num_seeds: int = Field(default=16, ge=2)
     first_seed: int = Field(default=1_000_000, ge=0)
+    num_components: int = Field(default=64, ge=1, description="principal components of the Frechet distance")
     teacher_steps: int = Field(default=50, ge=1)
     teacher_guidance: float = Field(default=2.0, ge=1)
 

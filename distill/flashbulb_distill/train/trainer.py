@@ -81,7 +81,9 @@ def train(
             logs = method.step(step)
             for name, value in logs.items():
                 if not math.isfinite(value):
-                    raise FloatingPointError(f"{stage} step {step}: {name} is {value}; lower the learning rates")
+                    raise FloatingPointError(
+                        f"{stage} step {step}: {name} is {value}; lower the learning rates"
+                    )
                 sums.setdefault(name, []).append(value)
             # A short memory first, so that the average forgets where the student started.
             moved = step - average_from

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from flashbulb_distill.bundle import BundleError, find_model, list_models, open_bundle
 from support.tiny_bundle import make_tiny_bundle
 
@@ -70,7 +71,11 @@ def test_a_folder_without_manifest_is_refused(tmp_path):
 def test_models_are_found_by_name_and_by_version_the_latest_first(tmp_path):
     for version in (1, 2, 10):
         make_tiny_bundle(tmp_path, version=version)
-    assert [(name, version) for name, version, _ in list_models(tmp_path)] == [("tiny", 1), ("tiny", 2), ("tiny", 10)]
+    assert [(name, version) for name, version, _ in list_models(tmp_path)] == [
+        ("tiny", 1),
+        ("tiny", 2),
+        ("tiny", 10),
+    ]
     assert find_model(tmp_path, "tiny").name == "10"
     assert find_model(tmp_path, "tiny@2").name == "2"
     with pytest.raises(BundleError, match=r"it holds: tiny@1, tiny@2, tiny@10"):
@@ -78,7 +83,9 @@ def test_models_are_found_by_name_and_by_version_the_latest_first(tmp_path):
 
 
 def test_reading_a_bundle_imports_neither_torch_nor_numpy():
-    code = "import flashbulb_distill.bundle, sys; sys.exit(bool({'torch', 'numpy', 'onnx'} & set(sys.modules)))"
+    code = (
+        "import flashbulb_distill.bundle, sys; sys.exit(bool({'torch', 'numpy', 'onnx'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

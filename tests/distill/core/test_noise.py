@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.stats import kstest
+
 from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.core.noise import MAX_SEED, draw_noise
-from scipy.stats import kstest
 
 SHAPE = (64, 8, 8)
 
@@ -18,7 +19,9 @@ def test_same_request_gives_the_same_noise_and_another_seed_image_or_step_other_
 
 def test_first_numbers_never_change():
     """A published image must stay reproducible: these numbers are part of the contract."""
-    expected = np.random.Generator(np.random.Philox(key=np.array([7, 2], np.uint64))).standard_normal(3, np.float32)
+    expected = np.random.Generator(np.random.Philox(key=np.array([7, 2], np.uint64))).standard_normal(
+        3, np.float32
+    )
     np.testing.assert_array_equal(draw_noise(7, 2, (3,)), expected)
 
 

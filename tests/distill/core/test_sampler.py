@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from flashbulb_distill.core.sampler import sample, sample_ode
 from flashbulb_distill.core.times import adm_times, cubic_times
 
@@ -33,7 +34,12 @@ def test_few_steps_with_renoising_have_the_variance_that_the_linear_denoiser_imp
     rng = np.random.default_rng(0)
     fresh = {i: rng.standard_normal(count) for i in range(1, 4)}
     arrived = sample(
-        denoise, rng.standard_normal(count), steps, prediction="x0", schedule="rectified-flow", renoise=fresh.get
+        denoise,
+        rng.standard_normal(count),
+        steps,
+        prediction="x0",
+        schedule="rectified-flow",
+        renoise=fresh.get,
     )
     variance = 0.0
     for t in steps:  # of x0 after each step: xt = (1 - t) x0 + t eps, then the denoiser's gain

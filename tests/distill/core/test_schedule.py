@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from flashbulb_distill.core.schedule import add_noise, alpha_sigma, ode_step, to_eps, to_x0
 
 SCHEDULES = ("rectified-flow", "variance-preserving")
@@ -40,7 +41,9 @@ def test_ends_of_the_schedule_are_data_and_noise(schedule, data):
 def test_ode_step_with_the_true_x0_stays_on_the_sample_path(schedule, data):
     x0, eps = data
     xt = add_noise(schedule, x0, eps, 0.8)
-    np.testing.assert_allclose(ode_step(schedule, x0, xt, 0.8, 0.5), add_noise(schedule, x0, eps, 0.5), atol=1e-12)
+    np.testing.assert_allclose(
+        ode_step(schedule, x0, xt, 0.8, 0.5), add_noise(schedule, x0, eps, 0.5), atol=1e-12
+    )
 
 
 def test_rectified_flow_step_is_euler_in_the_velocity(data):
@@ -48,7 +51,9 @@ def test_rectified_flow_step_is_euler_in_the_velocity(data):
     guess = x0 + 0.1
     xt = add_noise("rectified-flow", x0, eps, 0.6)
     velocity = (xt - guess) / 0.6
-    np.testing.assert_allclose(ode_step("rectified-flow", guess, xt, 0.6, 0.5), xt - 0.1 * velocity, atol=1e-12)
+    np.testing.assert_allclose(
+        ode_step("rectified-flow", guess, xt, 0.6, 0.5), xt - 0.1 * velocity, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

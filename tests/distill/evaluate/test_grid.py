@@ -56,7 +56,7 @@ def test_long_labels_stay_inside_the_canvas_and_off_the_pictures(tmp_path: Path)
     labels = ["smiling face with sunglasses", "Donaudampfschifffahrtsgesellschaft"]
     rows = [("teacher, 50 steps, guidance 3.5", [flat(RED, 32), flat(RED, 32)])]
     pixels = read(save_grid(rows, labels, tmp_path / "grid.png"))
-    dark = (pixels < 100).all(axis=-1)
+    dark = np.asarray((pixels < 100).all(axis=-1))
     assert dark.any()
     assert not dark[:4].any() and not dark[-4:].any()
     assert not dark[:, :4].any() and not dark[:, -4:].any()

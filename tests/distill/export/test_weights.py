@@ -5,11 +5,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from flashbulb_distill.export.components import export_onnx, save_model
 from flashbulb_distill.export.parity import ParityError, check_component
 from flashbulb_distill.export.weights import quantise_inside, use_safetensors
 from flashbulb_distill.teachers.text import quantise_rows
-from safetensors.torch import save_file
 
 
 class Small(torch.nn.Module):
@@ -38,7 +39,9 @@ def copy(model):
 
 
 def run(path, x):
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[
+        0
+    ]
 
 
 def test_a_graph_over_safetensors_computes_the_same_and_holds_no_matrix(exported, tmp_path):

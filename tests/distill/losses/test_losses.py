@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flashbulb_distill.losses import discriminator_hinge, generator_hinge, velocity_loss
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.pairs.generate import generate_pairs, sample_teacher
 from flashbulb_distill.pairs.store import read_pairs
@@ -14,7 +15,13 @@ UNCOND = Condition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
 
 
 def generate(folder, count, **options):
-    settings = {"latent_shape": (2, 1, 1), "num_steps": 20, "guidance": 1.0, "draws": Draws(0), "batch_size": 5}
+    settings = {
+        "latent_shape": (2, 1, 1),
+        "num_steps": 20,
+        "guidance": 1.0,
+        "draws": Draws(0),
+        "batch_size": 5,
+    }
     denoiser = MixtureDenoiser(ring(4), 0.05)
     generate_pairs(folder, denoiser, PROMPTS, COND, UNCOND, count=count, **(settings | options))
 
@@ -62,6 +69,8 @@ def test_an_empty_store_is_refused(tmp_path):
 def test_teacher_sampling_of_one_gaussian_is_its_exact_flow():
     denoiser = MixtureDenoiser(torch.tensor([[1.0, -2.0]]), 0.5)
     noise = torch.randn(50, 2, 1, 1, generator=torch.Generator().manual_seed(0))
-    arrived = sample_teacher(denoiser, noise, COND.take(torch.zeros(50, dtype=torch.int64)), UNCOND, num_steps=300, guidance=1.0)
+    arrived = sample_teacher(
+        denoiser, noise, COND.take(torch.zeros(50, dtype=torch.int64)), UNCOND, num_steps=300, guidance=1.0
+    )
     expected = torch.tensor([1.0, -2.0])[:, None, None] + 0.5 * noise
     torch.testing.assert_close(arrived, expected, atol=0.02, rtol=0)

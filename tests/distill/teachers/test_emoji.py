@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+
 from flashbulb_distill.teachers.emoji import load_emoji_teacher
 from flashbulb_distill.teachers.patch_codec import PatchCodec, fit_linear, to_pixels
-
 from support.tiny_teacher import make_tiny_teacher
 
 
@@ -53,7 +53,9 @@ def test_a_prompts_embedding_does_not_depend_on_its_neighbours(teacher):
 def test_codec_is_exact_on_what_its_components_and_each_channels_level_span():
     torch.manual_seed(0)
     basis = torch.randn(5, 3, 64)
-    basis = (basis - basis.mean(-1, keepdim=True)).flatten(1)  # a channel's level is the bias's, not a component's
+    basis = (basis - basis.mean(-1, keepdim=True)).flatten(
+        1
+    )  # a channel's level is the bias's, not a component's
     patches = torch.randn(4, 64, 5) @ basis + 0.3
     pixels = torch.nn.functional.pixel_shuffle(patches.transpose(1, 2).reshape(4, 192, 8, 8), 8)
     codec = PatchCodec(channels=16)

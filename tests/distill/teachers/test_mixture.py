@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from flashbulb_distill.teachers.denoiser import Condition, guided_x0, join
 from flashbulb_distill.teachers.mixture import MixtureDenoiser, ring
 

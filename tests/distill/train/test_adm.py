@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.core.schedule import add_noise, ode_step
 from flashbulb_distill.networks.discriminators import VectorDiscriminator
@@ -28,7 +29,12 @@ class Recorder(VectorDiscriminator):
 
 def make(latent, *, fake=None, **overrides):
     torch.manual_seed(0)
-    options = {"steps": 10, "batch_size": 16, "rates": Rates(student=1e-3, heads=1e-3, fake=1e-3), "taps": (-1,)}
+    options = {
+        "steps": 10,
+        "batch_size": 16,
+        "rates": Rates(student=1e-3, heads=1e-3, fake=1e-3),
+        "taps": (-1,),
+    }
     options |= {"guidance": 1.0, "delta_t": 1 / 16, "time_range": (0.1, 0.9)} | overrides
     recipe = AdmRecipe(**options)
     student, fake = PointDenoiser(2), fake or PointDenoiser(2)
@@ -85,7 +91,9 @@ def test_the_two_points_differ_by_delta_t_times_the_difference_of_velocities():
     both, times = latent.seen[0]
     real, fake = both.chunk(2)
     rows, draws = range(16), method.draws
-    noise, eps = (torch.from_numpy(draws.normal(f"adm/{name}", 0, rows, (2, 1, 1))) for name in ("start/0", "noise"))
+    noise, eps = (
+        torch.from_numpy(draws.normal(f"adm/{name}", 0, rows, (2, 1, 1))) for name in ("start/0", "noise")
+    )
     t = torch.from_numpy(0.1 + 0.8 * draws.uniform("adm/time", 0, rows)).float()
     torch.testing.assert_close(times[:16], t - 1 / 16)
     at = t[:, None, None, None]
@@ -134,7 +142,11 @@ def test_keep_position_changes_no_value_and_passes_the_positions_gradient(schedu
     kept = keep_position(schedule, xt, xs, t, s)
     torch.testing.assert_close(kept, xs)
     (gradient,) = torch.autograd.grad(kept.sum(), xt)
-    k = 1.0 if schedule == "rectified-flow" else float(torch.cos(s * torch.pi / 2) / torch.cos(t * torch.pi / 2))
+    k = (
+        1.0
+        if schedule == "rectified-flow"
+        else float(torch.cos(s * torch.pi / 2) / torch.cos(t * torch.pi / 2))
+    )
     torch.testing.assert_close(gradient, torch.full_like(xt, k))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.pairs.store import Pairs
 from flashbulb_distill.teachers.emoji import load_emoji_teacher
@@ -12,8 +13,6 @@ from flashbulb_distill.train.recipe import load_recipe
 from support.tiny_teacher import make_tiny_teacher
 
 RECIPE = Path(__file__).parents[3] / "distill" / "recipes" / "emoji.yaml"
-
-
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,9 @@ def make(teacher, *overrides):
 
 
 def weights(modules):
-    return {role: torch.cat([p.detach().flatten().clone() for p in m.parameters()]) for role, m in modules.items()}
+    return {
+        role: torch.cat([p.detach().flatten().clone() for p in m.parameters()]) for role, m in modules.items()
+    }
 
 
 def test_heads_learn_during_the_warm_up_and_the_student_only_after_it(teacher):

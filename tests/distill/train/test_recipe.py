@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 
 RECIPE = Path(__file__).parents[3] / "distill" / "recipes" / "emoji.yaml"

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.train.checkpoint import load_checkpoint
 from flashbulb_distill.train.trainer import train
-from safetensors.torch import load_file
 
 
 class Regression:

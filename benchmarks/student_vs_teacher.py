@@ -1,0 +1,124 @@
+"""Model time of one picture: the one-step student beside its teacher's guided sampling, in one run.
+
+    python benchmarks/student_vs_teacher.py [--bundle models/emoji/1] [--teacher examples/emoji/teacher] [--rounds 15]
+
+CPU time of this process on one thread, medians, the two sides by turns. Each side is whole: text encoder, network,
+decoder. The teacher is measured twice: as it is sampled in torch, and with its network on the same runtime as the
+student's, which is the fairer comparison and the smaller ratio. Guidance costs two rows a step, in one batch.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import onnxruntime
+import torch
+
+from flashbulb_distill.bundle import open_bundle
+from flashbulb_distill.core.noise import draw_noise
+from flashbulb_distill.core.sampler import sample, sample_ode
+from flashbulb_distill.export.generate import teacher_images
+from flashbulb_distill.teachers.emoji import load_emoji_teacher
+from flashbulb_distill.teachers.text import tokenise
+
+PROMPT, STEPS, GUIDANCE = "red apple", 50, 2.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, default=Path("models/emoji/1"))
+    parser.add_argument("--teacher", type=Path, default=Path("examples/emoji/teacher"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=None, help="also write the result as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    bundle = open_bundle(args.bundle)
+    teacher = load_emoji_teacher(args.teacher)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    sessions = {
+        part: onnxruntime.InferenceSession(
+            str(bundle.file(name)), options, providers=["CPUExecutionProvider"]
+        )
+        for part, name in bundle.manifest.components.model_dump().items()
+    }
+
+    def text(prompts: list[str]) -> list[np.ndarray]:
+        ids, mask = tokenise(teacher.tokenizer, prompts)
+        return sessions["text_encoder"].run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+
+    def network(latents: np.ndarray, t: float, tokens: np.ndarray, pooled: np.ndarray) -> np.ndarray:
+        times = np.full(len(latents), t * bundle.manifest.timestep_scale, np.float32)
+        inputs = {
+            "latents": latents,
+            "timestep": times,
+            "prompt_embeds": tokens,
+            "pooled_prompt_embeds": pooled,
+        }
+        return sessions["denoiser"].run(None, inputs)[0]
+
+    noise = draw_noise(0, 0, teacher.latent_shape)[None]
+    schedule = {"prediction": "x0", "schedule": "rectified-flow"}
+    empty = text([""])
+
+    def student() -> None:
+        tokens, pooled = text([PROMPT])
+        steps = bundle.manifest.time_steps
+        x0 = sample(lambda xt, t: network(xt, t, tokens, pooled), noise, steps, **schedule)
+        sessions["decoder"].run(None, {"latents": x0})
+
+    def teacher_same_runtime() -> None:
+        tokens, pooled = (np.concatenate(pair) for pair in zip(text([PROMPT]), empty, strict=True))
+
+        def guided(xt: np.ndarray, t: float) -> np.ndarray:
+            cond, uncond = network(np.concatenate([xt, xt]), t, tokens, pooled)
+            return (uncond + GUIDANCE * (cond - uncond))[None]
+
+        x0 = sample_ode(guided, noise, STEPS, **schedule)
+        sessions["decoder"].run(None, {"latents": x0.astype(np.float32)})
+
+    in_torch = teacher_images(teacher, STEPS, GUIDANCE)
+    sides = {
+        "student": student,
+        "teacher, same runtime": teacher_same_runtime,
+        "teacher, torch": lambda: in_torch([PROMPT], [0]),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(args.rounds + 1):  # the first round warms up
+        for name, run in sides.items():
+            started = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - started)
+    medians = {name: statistics.median(values[1:]) * 1000 for name, values in seconds.items()}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    result = {
+        "cpu_ms": {name: round(value, 2) for name, value in medians.items()},
+        "ratio_same_runtime": round(medians["teacher, same runtime"] / medians["student"], 1),
+        "ratio_torch": round(medians["teacher, torch"] / medians["student"], 1),
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "rounds": args.rounds,
+        "threads": 1,
+        "machine": platform.machine(),
+        "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
+        "commit": commit.stdout.strip(),
+    }
+    print(json.dumps(result, indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""HTTP: the OpenAI-shaped routes, their bodies and errors. Only this folder knows status codes."""

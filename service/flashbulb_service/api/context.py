@@ -1,0 +1,33 @@
+"""What the routes of one app share, handed over by `create_app`."""
+
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from flashbulb_service.catalog import Catalog
+from flashbulb_service.observability import Metrics
+from flashbulb_service.presence import Presence
+from flashbulb_service.queue import Queue
+from flashbulb_service.results import ResultStore
+from flashbulb_service.settings import Settings
+
+
+@dataclass(frozen=True)
+class Context:
+    """The parts of one API process."""
+
+    settings: Settings
+    queue: Queue
+    results: ResultStore
+    presence: Presence
+    catalog: Catalog
+    metrics: Metrics
+
+
+def context_of(request: Request) -> Context:
+    """Return the context of the app that serves the request."""
+    return cast(Context, request.app.state.context)
+
+
+Shared = Annotated[Context, Depends(context_of)]

@@ -1,0 +1,197 @@
+"""Every error as the OpenAI body ``{"error": {message, type, param, code}}``.
+
+`describe` is the one place where an error gets its HTTP status.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from flashbulb_service.api.schemas import ImagesRequest
+from flashbulb_service.errors import (
+    IdempotencyConflict,
+    InvalidRequest,
+    JobCancelled,
+    JobFailed,
+    JobNotFound,
+    QueueFull,
+    QueueUnavailable,
+    ServiceError,
+    UnknownModel,
+)
+
+
+class NotReady(ServiceError):
+    """This process is up, but a request would not be answered yet."""
+
+    code = "not_ready"
+
+
+class ResultNotFound(ServiceError):
+    """There is no picture of this name: it never existed, or its time is over."""
+
+    code = "result_not_found"
+
+
+class BodyTooLarge(ServiceError):
+    """The request body is larger than the server reads."""
+
+    code = "body_too_large"
+
+
+class RequestTimeout(ServiceError):
+    """The pictures did not come within the time a request may take."""
+
+    code = "deadline_exceeded"
+
+
+class ClientGone(ServiceError):
+    """The client closed the connection; nobody reads this answer."""
+
+    code = "client_closed_request"
+
+
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """What goes over the wire for an error."""
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def type(self) -> str:
+        """Return OpenAI's error type for the status."""
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    def response(self) -> JSONResponse:
+        """Build the response."""
+        body = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return JSONResponse({"error": body}, self.status, dict(self.headers))
+
+
+# A client library retries some statuses by itself; where that cannot help, it is told so.
+NO_RETRY: Mapping[str, str] = {"x-should-retry": "false"}
+
+
+def describe(error: Exception) -> ErrorAnswer:
+    """Turn any error into its answer; here, and only here, errors get their HTTP status."""
+    match error:
+        case RequestValidationError():
+            return describe(_first_problem(error.errors()))
+        case InvalidRequest():
+            return ErrorAnswer(400, error.detail_code, error.message, error.param)
+        case UnknownModel():
+            return ErrorAnswer(404, error.code, error.message, "model")
+        case JobNotFound() | ResultNotFound():
+            return ErrorAnswer(404, error.code, error.message)
+        case IdempotencyConflict():
+            return ErrorAnswer(409, error.code, error.message, "Idempotency-Key", NO_RETRY)
+        case JobCancelled():
+            return ErrorAnswer(409, error.code, error.message, headers=NO_RETRY)
+        case BodyTooLarge():
+            return ErrorAnswer(413, error.code, error.message)
+        case QueueFull():
+            return ErrorAnswer(429, error.code, error.message, headers=_retry_after(error.retry_after_s))
+        case ClientGone():
+            return ErrorAnswer(499, error.code, error.message)
+        case JobFailed(error_code="deadline_exceeded"):
+            return ErrorAnswer(504, error.error_code, error.message, headers=NO_RETRY)
+        case JobFailed():
+            return ErrorAnswer(500, error.error_code, error.message)
+        case QueueUnavailable() | NotReady():
+            return ErrorAnswer(503, error.code, error.message, headers=_retry_after(1.0))
+        case RequestTimeout():
+            return ErrorAnswer(504, error.code, error.message, headers=NO_RETRY)
+        case ServiceError():
+            return ErrorAnswer(500, error.code, error.message)
+        case HTTPException(status_code=404):
+            return ErrorAnswer(404, "route_not_found", "no such route: see /openapi.json for those there are")
+        case HTTPException(status_code=405):
+            allowed = (error.headers or {}).get("Allow", "another method")
+            return ErrorAnswer(
+                405, "method_not_allowed", f"this route expects {allowed}", headers=error.headers or {}
+            )
+        case HTTPException(status_code=413):
+            return describe(BodyTooLarge("request body too large: send a shorter one"))
+        case HTTPException():
+            return ErrorAnswer(
+                error.status_code, "http_error", str(error.detail), headers=error.headers or {}
+            )
+        case _:
+            return ErrorAnswer(
+                500, "internal_error", "internal error: the server's log has it under this request id"
+            )
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    """Say when to come again; the SDK prefers the exact header, proxies know the whole-second one."""
+    return {"retry-after": str(max(1, round(seconds))), "retry-after-ms": str(max(1, round(seconds * 1000)))}
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """How a pydantic error type is told to the caller."""
+
+    code: str
+    text: str
+
+
+_PROBLEMS: Mapping[str, _Problem] = {
+    "missing": _Problem("missing_required_parameter", "expected this field, got none"),
+    "json_invalid": _Problem("invalid_json", "expected a JSON body, got {error}"),
+    "string_too_short": _Problem(
+        "empty_string", "expected at least {min_length} character, got an empty string"
+    ),
+    "string_too_long": _Problem("string_above_max_length", "expected at most {max_length} characters"),
+    "greater_than_equal": _Problem("integer_below_min_value", "expected at least {ge}, got {input}"),
+    "less_than_equal": _Problem("integer_above_max_value", "expected at most {le}, got {input}"),
+    "literal_error": _Problem("invalid_value", "expected {expected}, got {input!r}"),
+}
+
+
+class _Kept(dict[str, Any]):
+    """A mapping for format_map that leaves unknown names visible instead of failing."""
+
+    missing_text: ClassVar[str] = "?"
+
+    def __missing__(self, key: str) -> str:
+        return self.missing_text
+
+
+def _first_problem(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    """Tell the first thing wrong with a request: one error at a time, as OpenAI does."""
+    problem = problems[0]
+    place = [str(part) for part in problem["loc"] if part != "body"]
+    param = ".".join(place) or None
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return unknown_parameter(place[-1])
+    if kind == "json_invalid":
+        param = None
+    if kind in ("model_attributes_type", "dict_type", "model_type"):
+        message = "expected a JSON object with the header 'Content-Type: application/json'"
+        return InvalidRequest(message, code="invalid_body")
+    known = _PROBLEMS.get(kind)
+    if known is None:
+        code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
+        return InvalidRequest(f"{param}: {problem['msg']}", param=param, code=code)
+    text = known.text.format_map(_Kept(problem.get("ctx", {}), input=problem.get("input")))
+    return InvalidRequest(f"{param or 'body'}: {text}", param=param, code=known.code)
+
+
+def unknown_parameter(name: str) -> InvalidRequest:
+    """Refuse a field that nobody defines, with the nearest name that exists."""
+    near = get_close_matches(name, list(ImagesRequest.model_fields), n=1)
+    hint = f": did you mean {near[0]!r}?" if near else ": remove it"
+    return InvalidRequest(f"unknown parameter {name!r}{hint}", param=name, code="unknown_parameter")

@@ -1,0 +1,43 @@
+"""The API process: routes over a queue and a result store. Never imports a model library."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from flashbulb_service.api import health, images, models, playground
+from flashbulb_service.api.context import Context
+from flashbulb_service.api.errors import describe
+from flashbulb_service.api.middleware import RequestFrame
+from flashbulb_service.catalog import Catalog
+from flashbulb_service.errors import ServiceError
+from flashbulb_service.observability import Metrics
+from flashbulb_service.presence import Presence
+from flashbulb_service.queue import Queue
+from flashbulb_service.results import ResultStore
+from flashbulb_service.settings import Settings
+
+
+def create_app(
+    settings: Settings, *, queue: Queue, results: ResultStore, presence: Presence, catalog: Catalog
+) -> FastAPI:
+    """Make an API over open parts; whoever opened them closes them."""
+    context = Context(settings, queue, results, presence, catalog, Metrics())
+    app = FastAPI(
+        title="Flashbulb",
+        summary="Pictures from distilled one-step students, in OpenAI's shape",
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.context = context
+    app.add_middleware(RequestFrame, metrics=context.metrics, max_body_bytes=settings.max_body_bytes)
+    # The frame judges the declared length; this limit, inside it, counts what arrives without one.
+    for router in (images.router, models.router, health.router, playground.create_router()):
+        app.include_router(router, max_body_size=settings.max_body_bytes)
+    for kind in (ServiceError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _answer_error)
+    return app
+
+
+async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
+    return describe(error).response()

@@ -1,0 +1,133 @@
+"""The models that can be asked for, read from the manifests of the model repository. Opens no model file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashbulb_distill.bundle import Bundle, BundleError, list_models, open_bundle
+from flashbulb_service.errors import BundleRejected, InvalidRequest, UnknownModel
+
+
+@dataclass(frozen=True)
+class Model:
+    """A student that can be asked for."""
+
+    name: str
+    version: int
+    bundle: Bundle
+
+    @property
+    def id(self) -> str:
+        """Return name@version, the name that never changes its meaning."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Return the offered (width, height) pairs; the first is the default."""
+        return tuple((shape.width, shape.height) for shape in self.bundle.manifest.shapes)
+
+
+def open_model(path: Path, name: str, version: int, *, verify: bool) -> Model:
+    """Open one bundle.
+
+    Raises:
+        BundleRejected: it is missing, damaged, of another schema, or not the model its folder claims.
+    """
+    try:
+        bundle = open_bundle(path, verify=verify)
+    except BundleError as error:
+        raise BundleRejected(str(error)) from error
+    manifest = bundle.manifest
+    if (manifest.name, manifest.version) != (name, version):
+        raise BundleRejected(
+            f"{path}: expected the manifest of {name}@{version} in this folder, "
+            f"got {manifest.name}@{manifest.version}: move the bundle to <name>/<version>/"
+        )
+    return Model(name, version, bundle)
+
+
+class Catalog:
+    """The models of one repository, with their aliases and the default."""
+
+    def __init__(
+        self, models: Sequence[Model], *, default: str | None = None, aliases: Mapping[str, str] | None = None
+    ) -> None:
+        """Keep the models.
+
+        Raises:
+            UnknownModel: the default or the target of an alias is not among them.
+        """
+        self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))
+        self._aliases = dict(aliases or {})
+        self._default = default
+        for target in (*self._aliases.values(), *([default] if default else [])):
+            self._resolve(target)
+
+    @classmethod
+    def load(
+        cls,
+        models_dir: Path,
+        *,
+        verify: bool,
+        default: str | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> "Catalog":
+        """Read every bundle of a model repository.
+
+        Raises:
+            BundleRejected: there is no such folder, it holds no bundle, or one of them cannot be used.
+        """
+        try:
+            found = list(list_models(models_dir))
+        except BundleError as error:
+            raise BundleRejected(str(error)) from error
+        if not found:
+            raise BundleRejected(
+                f"expected bundles as {models_dir}/<name>/<version>/manifest.json, found none: "
+                "pass the model repository with --models"
+            )
+        models = [open_model(path, name, version, verify=verify) for name, version, path in found]
+        return cls(models, default=default, aliases=aliases)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return what may be written as 'model': names, and names with a version."""
+        return tuple(dict.fromkeys([m.name for m in self.models] + [m.id for m in self.models]))
+
+    def find(self, wanted: str | None) -> Model:
+        """Find a model by "name" (its newest version), "name@version" or alias; None is the default.
+
+        Raises:
+            UnknownModel: there is none of that name.
+        """
+        if wanted is None:
+            return self._resolve(self._default) if self._default else self.newest()[0]
+        return self._resolve(self._aliases.get(wanted, wanted))
+
+    def newest(self) -> list[Model]:
+        """Return the newest version of every name."""
+        return list({model.name: model for model in self.models}.values())
+
+    def _resolve(self, wanted: str) -> Model:
+        matching = [model for model in self.models if wanted in (model.name, model.id)]
+        if not matching:
+            raise UnknownModel(wanted, sorted({model.name for model in self.models} | set(self._aliases)))
+        return matching[-1]
+
+
+def choose_size(model: Model, wanted: str) -> tuple[int, int]:
+    """Turn "auto" or "WxH" into an offered (width, height).
+
+    Raises:
+        InvalidRequest: the size is not offered by the model.
+    """
+    if wanted == "auto":
+        return model.sizes[0]
+    offered = {f"{width}x{height}": (width, height) for width, height in model.sizes}
+    if wanted not in offered:
+        raise InvalidRequest(
+            f"expected a size that {model.id} offers ({', '.join(['auto', *offered])}), got {wanted!r}",
+            param="size",
+            code="invalid_size",
+        )
+    return offered[wanted]

@@ -1,0 +1,333 @@
+"""The command `flashbulb`. Nothing heavy is imported before a command needs it.
+
+Exit code 0 success, 1 failure of the work, 2 wrong usage. An error is one line on stderr; --debug adds the
+traceback.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from flashbulb_distill.bundle import Bundle
+    from flashbulb_service.settings import Settings
+
+COMMAND_GROUP = "flashbulb.commands"
+
+Models = Annotated[Path | None, typer.Option("--models", metavar="DIR", help="Model repository [./models]")]
+Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Queue and results of this machine")]
+Redis = Annotated[str | None, typer.Option("--redis", metavar="URL", help="redis:// or unix:// of the queue")]
+Host = Annotated[str | None, typer.Option("--host", help="Address to listen on [127.0.0.1]")]
+Port = Annotated[int | None, typer.Option("--port", help="Port to listen on, 0 for any free one [8000]")]
+BackendOption = Annotated[
+    str | None, typer.Option("--backend", metavar="NAME", help="What runs models [onnx]")
+]
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads of one worker [one per core]")]
+Public = Annotated[bool, typer.Option("--allow-public", help="Listen where others can reach it")]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+models_app = typer.Typer(no_args_is_help=True, help="Look at the model repository.")
+app.add_typer(models_app, name="models")
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+) -> None:
+    """Make one-step students of diffusion models, and serve them."""
+
+
+@app.command()
+def serve(
+    models: Models = None,
+    data: Data = None,
+    redis: Redis = None,
+    host: Host = None,
+    port: Port = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Worker processes")] = 1,
+    backend: BackendOption = None,
+    threads: Threads = None,
+    allow_public: Public = False,
+) -> None:
+    """Serve API, playground and workers, with a queue server of its own unless --redis names one."""
+    from flashbulb_service.processes import stop_on_signals
+    from flashbulb_service.serve import bind, check_host, queue_server, run_all
+
+    settings = _settings(
+        models=models, data=data, redis=redis, host=host, port=port, backend=backend, threads=threads
+    )
+    _configure_logging(settings)
+    check_host(settings.host, allow_public=allow_public)
+    with bind(settings.host, settings.port) as listener, queue_server(settings) as complete:
+
+        async def run() -> None:
+            await run_all(complete, listener, stop_on_signals(), num_workers=workers, on_ready=_announce)
+
+        _run(run())
+
+
+@app.command()
+def api(
+    models: Models = None,
+    data: Data = None,
+    redis: Redis = None,
+    host: Host = None,
+    port: Port = None,
+    allow_public: Public = False,
+) -> None:
+    """Serve the API alone; workers run elsewhere on the same queue and result store."""
+    from flashbulb_service.processes import stop_on_signals
+    from flashbulb_service.serve import address_of, bind, check_host, run_api
+
+    settings = _settings(models=models, data=data, redis=redis, host=host, port=port)
+    _configure_logging(settings)
+    check_host(settings.host, allow_public=allow_public)
+    with bind(settings.host, settings.port) as listener:
+
+        async def run() -> None:
+            typer.echo(f"API on {address_of(listener)}", err=True)
+            await run_api(settings, listener, stop_on_signals())
+
+        _run(run())
+
+
+@app.command()
+def worker(
+    models: Models = None,
+    data: Data = None,
+    redis: Redis = None,
+    backend: BackendOption = None,
+    threads: Threads = None,
+    parent_pid: Annotated[int | None, typer.Option("--parent-pid", hidden=True)] = None,
+) -> None:
+    """Run batches from the queue until SIGTERM; then finish the batch in hand."""
+    from flashbulb_service.processes import die_with_parent, stop_on_signals
+
+    if parent_pid is not None:
+        die_with_parent(parent_pid)
+    from flashbulb_service.worker import run_worker
+
+    settings = _settings(models=models, data=data, redis=redis, backend=backend, threads=threads)
+    _configure_logging(settings)
+
+    async def run() -> bool:
+        return await run_worker(settings, stop_on_signals())
+
+    if not _run(run()):
+        # The batch was handed back, but its thread cannot be interrupted: leave without waiting for it.
+        sys.stderr.flush()
+        os._exit(1)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help=".png, .jpg or .webp")],
+    models: Models = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="name, name@version or a bundle's folder")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="[random]")] = None,
+    size: Annotated[str, typer.Option("--size", metavar="WxH", help="A size that the model offers")] = "auto",
+    count: Annotated[int, typer.Option("-n", min=1, max=1000, help="How many: FILE-0, FILE-1, …")] = 1,
+    backend: BackendOption = None,
+    threads: Threads = None,
+) -> None:
+    """Draw pictures into files, with no server. Equal seeds give equal bytes."""
+    import secrets
+
+    from flashbulb_service.backends import create_backend
+    from flashbulb_service.catalog import Model, choose_size
+    from flashbulb_service.errors import InvalidRequest
+    from flashbulb_service.generate import choose_format, resolve_bundle, write_pictures
+
+    settings = _settings(models=models, backend=backend, threads=threads)
+    if not prompt.strip():
+        raise InvalidRequest("expected a prompt of at least one word, got an empty one", param="PROMPT")
+    choose_format(out)
+    bundle = resolve_bundle(settings.models, model or _default_model(settings), verify=True)
+    chosen = Model(bundle.manifest.name, bundle.manifest.version, bundle)
+    width, height = choose_size(chosen, size)
+    seed = secrets.randbits(63) if seed is None else seed
+    engine = create_backend(settings.backend, threads=settings.threads)
+    engine.load(bundle)
+    try:
+        report = write_pictures(engine, bundle, prompt, out, seed=seed, size=(width, height), count=count)
+    finally:
+        engine.close()
+    for file in report.files:
+        typer.echo(str(file))
+    typer.echo(
+        f"{chosen.id}, {width}x{height}, seed {seed}, {report.model_ms / count:.1f} ms per picture", err=True
+    )
+
+
+@models_app.command("list")
+def list_models_command(models: Models = None) -> None:
+    """List every model and version."""
+    from flashbulb_service.catalog import Catalog
+
+    for model in Catalog.load(_settings(models=models).models, verify=False).models:
+        sizes = " ".join(f"{width}x{height}" for width, height in model.sizes)
+        manifest = model.bundle.manifest
+        size_mb = sum(file.bytes for file in manifest.files.values()) / 1e6
+        steps = len(manifest.time_steps)
+        typer.echo(
+            f"{model.id}\t{sizes}\t{steps} step{'s' * (steps > 1)}\t{size_mb:.1f} MB\t{manifest.licence}"
+        )
+
+
+@models_app.command("inspect")
+def inspect_model(
+    model: Annotated[str, typer.Argument(help="name, name@version or a bundle's folder")],
+    models: Models = None,
+) -> None:
+    """Print a model's manifest as JSON; its files are not read."""
+    bundle = _open(_settings(models=models), model, verify=False)
+    shown = {"path": str(bundle.path), "sha256": bundle.sha256, **bundle.manifest.model_dump(mode="json")}
+    typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+
+
+@models_app.command("verify")
+def verify_models(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="[all]")] = None,
+    models: Models = None,
+) -> None:
+    """Check every byte of models against their manifests."""
+    from flashbulb_service.catalog import Catalog
+
+    settings = _settings(models=models)
+    wanted = names or [model.id for model in Catalog.load(settings.models, verify=False).models]
+    for name in wanted:
+        bundle = _open(settings, name, verify=True)
+        typer.echo(
+            f"{bundle.manifest.name}@{bundle.manifest.version}\tok\t{len(bundle.manifest.files)} files"
+        )
+
+
+def _open(settings: "Settings", reference: str, *, verify: bool) -> "Bundle":
+    from flashbulb_service.generate import resolve_bundle
+
+    return resolve_bundle(settings.models, reference, verify=verify)
+
+
+def _default_model(settings: "Settings") -> str:
+    from flashbulb_service.catalog import Catalog
+
+    return Catalog.load(settings.models, verify=False, default=settings.default_model).find(None).id
+
+
+def _settings(**given: object) -> "Settings":
+    """Read the environment, and let options that were given win."""
+    from pydantic import ValidationError
+
+    from flashbulb_service.errors import InvalidRequest
+    from flashbulb_service.settings import Settings
+
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        raise InvalidRequest(
+            f"setting {name}: {problem['msg']}, got {problem['input']!r}", param=name
+        ) from error
+
+
+def _configure_logging(settings: "Settings") -> None:
+    from flashbulb_service.observability import configure_logging
+
+    configure_logging(settings.log_format)
+
+
+def _announce(address: str) -> None:
+    typer.echo(f"\n  Flashbulb is ready: {address}\n")
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine on the fastest event loop that is installed."""
+    import asyncio
+
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if sys.platform != "win32":
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work)
+
+
+def _add_plugin(entry: EntryPoint) -> None:
+    """Add a command of another package; the package is imported when the command runs, not before."""
+
+    def forward(context: typer.Context) -> None:
+        try:
+            command = typer.main.get_command(entry.load())
+            code = command.main(context.args, prog_name=f"flashbulb {entry.name}", standalone_mode=False)
+        except ModuleNotFoundError as error:
+            raise typer.TyperException(
+                f"'flashbulb {entry.name}' needs the package {error.name!r}, which is not installed: "
+                f"pip install 'flashbulb[{entry.name}]'"
+            ) from error
+        if isinstance(code, int) and code:
+            raise typer.Exit(code)
+
+    forward.__doc__ = (
+        f"Run the commands of {entry.value.partition('.')[0]}; see 'flashbulb {entry.name} --help'."
+    )
+    app.command(
+        entry.name,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(forward)
+
+
+for _entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
+    _add_plugin(_entry)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    debug = "--debug" in arguments
+    try:
+        code = app(
+            args=[a for a in arguments if a != "--debug"], prog_name="flashbulb", standalone_mode=False
+        )
+    except Exception as error:
+        if debug:
+            raise
+        return _report(error)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: Exception) -> int:
+    """Say in one line what went wrong, and return the exit code."""
+    from flashbulb_service.errors import InvalidRequest, UnknownModel
+
+    if isinstance(error, typer.Abort):
+        typer.echo("flashbulb: stopped", err=True)
+        return 1
+    if isinstance(error, typer.TyperException):
+        message, code = error.format_message(), error.exit_code
+        if not message:  # a command group without a command has shown its help
+            return code
+    else:
+        message = str(error) or type(error).__name__
+        code = 2 if isinstance(error, (InvalidRequest, UnknownModel)) else 1
+    typer.echo(f"flashbulb: {' '.join(message.split())}", err=True)
+    return code
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Pictures with no server: a bundle, a backend, files."""
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashbulb_distill.bundle import Bundle, BundleError, find_model, open_bundle
+from flashbulb_service.backends import Backend, ImageRequest
+from flashbulb_service.errors import BundleRejected, InvalidRequest
+from flashbulb_service.formats import ImageFormat
+from flashbulb_service.images import encode_image
+from flashbulb_service.scheduler import in_chunks
+
+_SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, and how long the model took."""
+
+    files: tuple[Path, ...]
+    model_ms: float
+
+
+def resolve_bundle(models_dir: Path, reference: str, *, verify: bool) -> Bundle:
+    """Open "name", "name@version" of a repository, or the folder of a bundle.
+
+    Raises:
+        BundleRejected: there is none, or it is damaged.
+    """
+    try:
+        is_folder = os.sep in reference or (Path(reference) / "manifest.json").is_file()
+        path = Path(reference) if is_folder else find_model(models_dir, reference)
+        return open_bundle(path, verify=verify)
+    except BundleError as error:
+        raise BundleRejected(str(error)) from error
+
+
+def choose_format(out: Path) -> ImageFormat:
+    """Return the format that a file name asks for.
+
+    Raises:
+        InvalidRequest: it asks for none that is offered.
+    """
+    if out.suffix.lower() not in _SUFFIXES:
+        raise InvalidRequest(
+            f"expected a file name ending in {', '.join(_SUFFIXES)}, got {out.name!r}", param="-o"
+        )
+    return _SUFFIXES[out.suffix.lower()]
+
+
+def file_names(out: Path, count: int) -> tuple[Path, ...]:
+    """Name the files: `a.png`, or `a-0.png`, `a-1.png`, … for several."""
+    if count == 1:
+        return (out,)
+    return tuple(out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count))
+
+
+def write_pictures(
+    backend: Backend, bundle: Bundle, prompt: str, out: Path, *, seed: int, size: tuple[int, int], count: int
+) -> Report:
+    """Draw pictures and write them; each file appears whole or not at all.
+
+    Picture i is drawn from (seed, i), as the server does it.
+
+    Raises:
+        OSError: the folder of `out` is missing or not writable.
+    """
+    image_format = choose_format(out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"expected the folder {out.parent} to exist: create it, or choose another -o")
+    start = time.perf_counter()
+    requests = [ImageRequest(prompt, seed, index, *size) for index in range(count)]
+    pictures = [
+        picture
+        for chunk in in_chunks(requests, bundle.manifest.max_batch)
+        for picture in backend.generate(chunk).images
+    ]
+    model_ms = (time.perf_counter() - start) * 1000
+    files = file_names(out, count)
+    _write_all(files, [encode_image(picture, image_format) for picture in pictures])
+    return Report(files, model_ms)
+
+
+def _write_all(files: Sequence[Path], contents: Sequence[bytes]) -> None:
+    drafts: list[Path] = []
+    try:
+        for file, data in zip(files, contents, strict=True):
+            handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+            drafts.append(Path(name))
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            drafts[-1].chmod(0o666 & ~_umask())
+        for draft, file in zip(drafts, files, strict=True):
+            draft.replace(file)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

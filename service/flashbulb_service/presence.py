@@ -1,0 +1,107 @@
+"""Which workers are alive, and which models they serve. One sorted set, scored by the time each entry ends.
+
+All times are the Redis server's, so that machines with different clocks agree.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from flashbulb_service.errors import QueueUnavailable
+
+TTL_S = 6.0
+INTERVAL_S = 1.5
+
+
+@dataclass(frozen=True)
+class LiveWorker:
+    """A worker that said so within the last seconds."""
+
+    id: str
+    models: tuple[str, ...]  # name@version
+    backend: str
+
+
+class Presence:
+    """The list of live workers of one namespace."""
+
+    def __init__(self, client: Redis, *, namespace: str) -> None:
+        """Use an open client; see `connect`."""
+        self._client = client
+        self._key = f"{{{namespace}}}:workers"
+
+    @classmethod
+    def connect(cls, url: str, *, namespace: str) -> Self:
+        """Make the list on `redis://host:port/db` or `unix:///path`; connects lazily."""
+        return cls(Redis.from_url(url), namespace=namespace)
+
+    async def announce(self, worker: LiveWorker, ttl_s: float = TTL_S) -> None:
+        """Say that a worker is alive for the next `ttl_s` seconds.
+
+        Raises:
+            QueueUnavailable: the server does not answer.
+        """
+        try:
+            now = await self._now()
+            async with self._client.pipeline() as pipe:
+                pipe.zadd(self._key, {_to_member(worker): now + ttl_s})
+                pipe.zremrangebyscore(self._key, "-inf", now)
+                pipe.expire(self._key, 3600)
+                await pipe.execute()
+        except RedisError as error:
+            raise _unavailable(error) from error
+
+    async def withdraw(self, worker: LiveWorker) -> None:
+        """Take a worker off the list.
+
+        Raises:
+            QueueUnavailable: the server does not answer.
+        """
+        try:
+            await self._client.zrem(self._key, _to_member(worker))
+        except RedisError as error:
+            raise _unavailable(error) from error
+
+    async def workers(self) -> list[LiveWorker]:
+        """List the live workers.
+
+        Raises:
+            QueueUnavailable: the server does not answer.
+        """
+        try:
+            members = await self._client.zrangebyscore(self._key, await self._now(), "+inf")
+        except RedisError as error:
+            raise _unavailable(error) from error
+        return [_from_member(cast(bytes, member)) for member in members]
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _now(self) -> float:
+        seconds, micros = await self._client.time()
+        return int(seconds) + int(micros) / 1e6
+
+
+def serves(workers: Sequence[LiveWorker], model: str) -> bool:
+    """Tell whether a live worker serves the model (name@version)."""
+    return any(model in worker.models for worker in workers)
+
+
+def _to_member(worker: LiveWorker) -> str:
+    return json.dumps(
+        {"id": worker.id, "models": list(worker.models), "backend": worker.backend}, sort_keys=True
+    )
+
+
+def _from_member(member: bytes) -> LiveWorker:
+    fields = json.loads(member)
+    return LiveWorker(id=fields["id"], models=tuple(fields["models"]), backend=fields["backend"])
+
+
+def _unavailable(error: RedisError) -> QueueUnavailable:
+    return QueueUnavailable(f"expected an answer from Redis, got {type(error).__name__}: {error}")

@@ -1,0 +1,90 @@
+"""Every key of the queue, in one place: Python formats these templates, and so do the Lua scripts.
+
+All keys of a namespace share its hash tag `{name}`, so they live in one slot of a Redis Cluster.
+In each template the first %s is that tag. Whatever has no TTL gives its reason:
+
+key                   type   holds                                    ends
+job:<id>              HASH   the job                                  TTL once ended; live, it is the work
+b:<model>:<bucket>    ZSET   queued id -> fair start tag              empty when its last job is claimed
+ready:<model>         ZSET   bucket -> lowest tag in it               empty with the model's backlog
+waiting:<model>       ZSET   queued id -> enqueue time                empty with the model's backlog
+models                SET    models that have a backlog               empty with the last backlog
+tags:<model>          ZSET   tenant -> where its next job starts      deleted with the model's backlog
+clock                 HASH   model -> virtual time (fair queueing)    field deleted with the model's backlog
+wake:<model>          LIST   at most one token for sleeping workers   deleted with the model's backlog
+leases                ZSET   running id -> lease expiry               empty when nothing runs
+delayed               ZSET   id -> retry time                         empty when nothing is delayed
+deadlines             ZSET   queued or delayed id -> deadline         empty with the jobs that have one
+inuse                 HASH   tenant -> live jobs; "" -> all of them   fields deleted at 0
+dead                  ZSET   failed id -> time of death               TTL; bounded in number
+idem:<tenant>:<hash>  STR    request hash and ids                     TTL
+finished:<window>     STR    jobs ended in a 10 s window              TTL
+done:<instance>       -      pub/sub channel of one waiting process   not a key
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from types import MappingProxyType
+
+TEMPLATES = MappingProxyType(
+    {
+        "job": "%s:job:%s",
+        "bucket": "%s:b:%s:%s",
+        "ready": "%s:ready:%s",
+        "waiting": "%s:waiting:%s",
+        "models": "%s:models",
+        "tags": "%s:tags:%s",
+        "clock": "%s:clock",
+        "wake": "%s:wake:%s",
+        "leases": "%s:leases",
+        "delayed": "%s:delayed",
+        "deadlines": "%s:deadlines",
+        "inuse": "%s:inuse",
+        "dead": "%s:dead",
+        "idempotency": "%s:idem:%s:%s",
+        "finished": "%s:finished:%s",
+        "done": "%s:done:%s",
+    }
+)
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one namespace."""
+
+    namespace: str
+
+    def __post_init__(self) -> None:
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise ValueError(
+                f"a queue namespace must be 1 to 100 letters, digits or any of ._- , got {self.namespace!r}"
+            )
+
+    @property
+    def tag(self) -> str:
+        """The hash tag that every key starts with; it also routes the scripts."""
+        return "{" + self.namespace + "}"
+
+    def job(self, job_id: str) -> str:
+        """Hash of one job."""
+        return TEMPLATES["job"] % (self.tag, job_id)
+
+    def wake(self, model: str) -> str:
+        """List that sleeping workers of a model block on."""
+        return TEMPLATES["wake"] % (self.tag, model)
+
+    def done(self, instance: str) -> str:
+        """Channel on which one process hears that jobs have ended."""
+        return TEMPLATES["done"] % (self.tag, instance)
+
+    def pattern(self) -> str:
+        """Match every key of the namespace, for SCAN."""
+        return self.tag + ":*"
+
+
+def digest(text: str) -> str:
+    """Shorten a caller's idempotency key, which may be long or hold any character."""
+    return hashlib.sha256(text.encode()).hexdigest()

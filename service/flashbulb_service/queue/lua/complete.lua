@@ -1,0 +1,14 @@
+-- Store a result, fenced. ARGV: now, worker, id, attempt, result, result_ttl. Returns 1 when it stands.
+
+local now = now_ms(ARGV[1])
+local worker, id, attempt, result, result_ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
+if not owns(id, worker, attempt) then
+  local job = call('HMGET', key('job', id), 'state', 'worker', 'attempt')
+  -- our own earlier call, whose answer was lost on the way
+  return (job[1] == 'done' and job[2] == worker and job[3] == attempt) and 1 or 0
+end
+call('ZREM', key('leases'), id)
+call('HSET', key('job', id), 'result', result)
+call('HDEL', key('job', id), 'payload', 'code', 'message')
+finish(id, 'done', now, result_ttl)
+return 1

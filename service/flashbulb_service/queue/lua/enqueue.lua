@@ -1,0 +1,80 @@
+-- Store all jobs of one request, or none.
+-- ARGV: now, tenant, instance, max_live, max_live_tenant, idempotency digest or '', request hash,
+--       idempotency ttl, then per job: id, model, bucket, payload, cost, priority, deadline or '', max_attempts
+-- Returns {'created' | 'replayed', ids...}, {'conflict'} or {'full', scope, live, places missing, finished, over ms}.
+
+local now = now_ms(ARGV[1])
+local tenant, instance = ARGV[2], ARGV[3]
+local max_live, max_live_tenant = tonumber(ARGV[4]), tonumber(ARGV[5])
+local idempotency = ARGV[6] ~= '' and key('idempotency', tenant, ARGV[6])
+local request_hash, idempotency_ttl = ARGV[7], tonumber(ARGV[8])
+
+local jobs, ids = {}, {}
+for i = 9, #ARGV, 8 do
+  local job = {
+    id = ARGV[i], model = ARGV[i + 1], bucket = ARGV[i + 2], payload = ARGV[i + 3],
+    cost = tonumber(ARGV[i + 4]), priority = tonumber(ARGV[i + 5]),
+    deadline = ARGV[i + 6] ~= '' and now + tonumber(ARGV[i + 6]), max_attempts = tonumber(ARGV[i + 7]),
+  }
+  jobs[#jobs + 1] = job
+  ids[#ids + 1] = job.id
+end
+
+-- The client library sends a script again after a broken connection: ids are the caller's, so this is ours.
+if call('EXISTS', key('job', ids[1])) == 1 then
+  return { 'created', unpack(ids) }
+end
+
+if idempotency then
+  local known = call('GET', idempotency)
+  if known then
+    local hash, rest = string.match(known, '^(%S+) (.*)$')
+    if hash ~= request_hash then
+      return { 'conflict' }
+    end
+    local old, all_there = {}, true
+    for id in string.gmatch(rest, '%S+') do
+      old[#old + 1] = id
+      all_there = all_there and call('EXISTS', key('job', id)) == 1
+    end
+    if all_there then
+      return { 'replayed', unpack(old) }
+    end
+  end
+end
+
+local function refuse(scope, live, limit)
+  local window = math.floor(now / WINDOW_MS)
+  local finished = 0
+  for w = window - 1, window do
+    finished = finished + tonumber(call('GET', key('finished', string.format('%.0f', w))) or 0)
+  end
+  return { 'full', scope, live, live + #jobs - limit, finished, WINDOW_MS + now % WINDOW_MS }
+end
+
+local live = tonumber(call('HGET', key('inuse'), '') or 0)
+if live + #jobs > max_live then
+  return refuse('total', live, max_live)
+end
+local live_tenant = tonumber(call('HGET', key('inuse'), tenant) or 0)
+if live_tenant + #jobs > max_live_tenant then
+  return refuse('tenant', live_tenant, max_live_tenant)
+end
+
+for _, job in ipairs(jobs) do
+  local score = start_tag(job.model, tenant, job.cost) - job.priority
+  call('HSET', key('job', job.id), 'state', 'queued', 'model', job.model, 'bucket', job.bucket,
+    'tenant', tenant, 'payload', job.payload, 'enqueued', now, 'score', score, 'cost', job.cost,
+    'attempt', 0, 'burnt', 0, 'max_attempts', job.max_attempts, 'reply', instance)
+  if job.deadline then
+    call('HSET', key('job', job.id), 'deadline', job.deadline)
+  end
+  enter(job.id, job.model, job.bucket, score, now, job.deadline)
+  settle(job.model)
+end
+call('HINCRBY', key('inuse'), '', #jobs)
+call('HINCRBY', key('inuse'), tenant, #jobs)
+if idempotency then
+  call('SET', idempotency, request_hash .. ' ' .. table.concat(ids, ' '), 'PX', idempotency_ttl)
+end
+return { 'created', unpack(ids) }

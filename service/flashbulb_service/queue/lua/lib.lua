@@ -1,0 +1,134 @@
+-- Shared by every script, which is put behind it. KEYS[1] is the namespace's hash tag.
+-- Times are whole milliseconds. A script checks everything before its first write: Lua does not roll back.
+
+local call = redis.call
+
+local function key(name, ...)
+  return string.format(TEMPLATES[name], KEYS[1], ...)
+end
+
+local function now_ms(given)
+  if given ~= '' then
+    return tonumber(given)
+  end
+  local time = call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- After a model's backlog changed. One token is enough to wake everybody: whoever claims and leaves work
+-- behind puts the next one. With the backlog goes the fair-queueing state: a busy period has ended.
+local function settle(model)
+  local wake = key('wake', model)
+  if call('EXISTS', key('ready', model)) == 1 then
+    call('SADD', key('models'), model)
+    if call('LLEN', wake) == 0 then
+      call('RPUSH', wake, '1')
+    end
+  else
+    call('DEL', wake, key('tags', model))
+    call('HDEL', key('clock'), model)
+    call('SREM', key('models'), model)
+  end
+end
+
+-- Start-time fair queueing (Goyal, Vin, Cheng 1996): a job starts where its tenant's last one ended, or at
+-- the model's virtual time if that is later. One unit of cost is 1000.
+local function start_tag(model, tenant, cost)
+  local clock = tonumber(call('HGET', key('clock'), model) or 0)
+  local start = math.max(clock, tonumber(call('ZSCORE', key('tags', model), tenant) or 0))
+  call('ZADD', key('tags', model), start + cost * 1000, tenant)
+  return start
+end
+
+-- Put a job whose hash is written into its bucket. The caller settles the model.
+local function enter(id, model, bucket, score, enqueued, deadline)
+  call('ZADD', key('bucket', model, bucket), score, id)
+  call('ZADD', key('ready', model), 'LT', score, bucket)
+  call('ZADD', key('waiting', model), enqueued, id)
+  if deadline then
+    call('ZADD', key('deadlines'), deadline, id)
+  end
+end
+
+-- The lowest tag of a bucket may have changed, or the bucket may be empty.
+local function refresh(model, bucket)
+  local head = call('ZRANGE', key('bucket', model, bucket), 0, 0, 'WITHSCORES')
+  if head[1] then
+    call('ZADD', key('ready', model), head[2], bucket)
+  else
+    call('ZREM', key('ready', model), bucket)
+  end
+end
+
+-- Take a queued job out of its bucket, from anywhere in it.
+local function leave(id, model, bucket)
+  call('ZREM', key('bucket', model, bucket), id)
+  call('ZREM', key('waiting', model), id)
+  refresh(model, bucket)
+  settle(model)
+end
+
+-- A job that ran, or was to run again, returns to the head: its turn had come already.
+local function requeue(id)
+  local job = call('HMGET', key('job', id), 'model', 'bucket', 'score', 'enqueued', 'deadline')
+  local clock = tonumber(call('HGET', key('clock'), job[1]) or 0)
+  local score = math.min(tonumber(job[3]), clock)
+  call('HSET', key('job', id), 'state', 'queued', 'score', score)
+  call('HDEL', key('job', id), 'worker', 'started')
+  enter(id, job[1], job[2], score, job[4], job[5])
+  settle(job[1])
+end
+
+-- Does this worker still hold this attempt?
+local function owns(id, worker, attempt)
+  local job = call('HMGET', key('job', id), 'state', 'worker', 'attempt')
+  return job[1] == 'running' and job[2] == worker and job[3] == attempt
+end
+
+local WINDOW_MS = 10000
+
+-- The one way into done, failed and cancelled: counts, expiry and the one event per waiting process.
+local function finish(id, state, now, ttl_ms)
+  local job = key('job', id)
+  local fields = call('HMGET', job, 'tenant', 'reply')
+  call('HSET', job, 'state', state, 'finished', now)
+  call('PEXPIRE', job, ttl_ms)
+  call('ZREM', key('deadlines'), id)
+  for _, tenant in ipairs({ '', fields[1] }) do
+    if call('HINCRBY', key('inuse'), tenant, -1) <= 0 then
+      call('HDEL', key('inuse'), tenant)
+    end
+  end
+  local finished = key('finished', string.format('%.0f', math.floor(now / WINDOW_MS)))
+  call('INCR', finished)
+  call('PEXPIRE', finished, 3 * WINDOW_MS)
+  for instance in string.gmatch(fields[2] or '', '%S+') do
+    call('PUBLISH', key('done', instance), id)
+  end
+end
+
+local function fail_for_good(id, now, code, message, ttl_ms)
+  call('HSET', key('job', id), 'code', code, 'message', message)
+  finish(id, 'failed', now, ttl_ms)
+end
+
+local function fail_overdue(id, now, ttl_ms)
+  call('HDEL', key('job', id), 'payload')
+  fail_for_good(id, now, 'deadline_exceeded', 'no worker was free before the deadline', ttl_ms)
+end
+
+-- Fail a job and keep its payload for a replay, as one of the newest max_dead dead letters.
+local function bury(id, now, code, message, result_ttl_ms, dead_ttl_ms, max_dead)
+  local dead = key('dead')
+  fail_for_good(id, now, code, message, math.max(result_ttl_ms, dead_ttl_ms))
+  call('ZADD', dead, now, id)
+  call('PEXPIRE', dead, dead_ttl_ms)
+  call('ZREMRANGEBYSCORE', dead, '-inf', now - dead_ttl_ms)
+  for _ = 1, call('ZCARD', dead) - max_dead do
+    local oldest = call('ZPOPMIN', dead)[1]
+    if call('EXISTS', key('job', oldest)) == 1 then
+      call('HDEL', key('job', oldest), 'payload')
+      call('PEXPIRE', key('job', oldest), result_ttl_ms, 'LT')
+    end
+  end
+end

@@ -1,0 +1,541 @@
+"""The queue's interface: one typed wrapper per Lua script, and waiting without polling.
+
+Promise: at-least-once execution + fenced commit = at most one accepted result per job.
+All times come from the Redis server's clock, unless a test passes `now`.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import MappingProxyType, TracebackType
+from typing import Any, NoReturn, Self
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
+
+from flashbulb_service.errors import IdempotencyConflict, JobNotFound, QueueFull, QueueUnavailable
+from flashbulb_service.jobs import Job, JobError, JobState, JobView, NewJob
+from flashbulb_service.queue import scripts
+from flashbulb_service.queue.completions import Completions
+from flashbulb_service.queue.keys import Keys, digest
+
+log = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
+REAP_LIMIT = 200  # jobs moved per script call: the server serves nobody else meanwhile
+MAX_MESSAGE_CHARS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much the queue holds and for how long. Live = queued, delayed or running."""
+
+    max_queued: int = 10_000  # live jobs of all tenants
+    max_queued_per_tenant: int = 2_000  # live jobs of one tenant
+    result_ttl_s: float = 24 * 3600.0  # a finished job can be read for this long
+    idempotency_ttl_s: float = 24 * 3600.0
+    dead_ttl_s: float = 7 * 24 * 3600.0  # a failed job can be replayed for this long
+    max_dead: int = 1_000
+    max_priority_ms: int = 60_000  # |priority_ms| is clamped to this, so nothing starves
+    backoff_s: float = 0.5  # first retry; doubles each time
+    max_backoff_s: float = 60.0
+    default_retry_after_s: float = 1.0  # told to refused callers while no finish rate is known
+    max_retry_after_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    """ids: one per job, in the order given. created: False when an idempotency key replayed them."""
+
+    ids: tuple[str, ...]
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """Numbers for metrics and autoscaling, of one instant."""
+
+    queued: Mapping[str, int]  # model -> jobs waiting for a worker; models without any are left out
+    running: int
+    delayed: int
+    dead: int
+    oldest_age_s: float  # of the job that has been queued longest; 0.0 when none is queued
+
+
+class Queue:
+    """A namespace of jobs in one Redis or Valkey server.
+
+    Make it with `Queue.connect(url)` and close it with `aclose()`, or use it as an async context manager.
+    Every method raises QueueUnavailable when the server does not answer.
+    """
+
+    @classmethod
+    def connect(
+        cls,
+        url: str,
+        *,
+        namespace: str = "flashbulb",
+        limits: Limits | None = None,
+        max_connections: int = 64,
+    ) -> Self:
+        """Make a queue on `redis://host:port/db` or `unix:///path/to/socket`; connects lazily."""
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=max_connections,
+            # With a socket_timeout redis-py goes through asyncio.wait_for, which on Python 3.11 now and then
+            # swallows a cancellation; calls are bounded by asyncio.timeout instead.
+            socket_timeout=None,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 3),
+        )
+        return cls(Redis.from_pool(pool), namespace=namespace, limits=limits)
+
+    def __init__(
+        self, client: "Redis", *, namespace: str = "flashbulb", limits: Limits | None = None
+    ) -> None:
+        self.limits = limits or Limits()
+        self.keys = Keys(namespace)
+        self.instance = secrets.token_hex(8)  # names this process to those who end its jobs
+        self._client = client
+        self._patient = _patient_client(client)
+        self._scripts = {name: client.register_script(scripts.source(name)) for name in scripts.NAMES}
+        self._completions = Completions(self._patient, self.keys.done(self.instance), self._read_ended)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Stop the completion reader and close all connections."""
+        await self._completions.aclose()
+        await self._patient.aclose()
+        await self._client.aclose()
+
+    async def ping(self) -> None:
+        """Return when the server answers.
+
+        Raises:
+            QueueUnavailable: it does not.
+        """
+        async with _unavailable():
+            await self._client.ping()
+
+    # producers
+
+    async def enqueue(
+        self,
+        jobs: Sequence[NewJob],
+        *,
+        idempotency_key: str | None = None,
+        request_digest: str | None = None,
+        now: float | None = None,
+    ) -> Enqueued:
+        """Store all jobs of one request, or none.
+
+        All jobs must have the same tenant. With an idempotency key, the same jobs sent again return the
+        first ids with created=False, whatever became of those jobs. A key belongs to a tenant and is
+        remembered only for admitted requests, as long as the results are. "The same" is decided by a hash
+        of the jobs; pass request_digest (of what the client sent) when payloads hold fresh random draws.
+
+        Raises:
+            QueueFull: the total or the tenant's limit would be passed; has retry_after_s.
+            IdempotencyConflict: the key was used for different jobs.
+            ValueError: no jobs, or jobs of several tenants.
+        """
+        if not jobs:
+            raise ValueError("enqueue needs at least one job, got none")
+        tenants = {job.tenant for job in jobs}
+        if len(tenants) > 1:
+            raise ValueError(f"the jobs of one request must have one tenant, got {sorted(tenants)}")
+        rows: list[str | bytes | float] = []
+        for job in jobs:
+            priority = max(-self.limits.max_priority_ms, min(job.priority_ms, self.limits.max_priority_ms))
+            deadline = "" if job.deadline_s is None else _ms(job.deadline_s)
+            rows += [
+                new_id(),
+                job.model,
+                job.bucket,
+                job.payload,
+                job.cost,
+                priority,
+                deadline,
+                job.max_attempts,
+            ]
+        reply = await self._run(
+            "enqueue",
+            _time(now),
+            jobs[0].tenant,
+            self.instance,
+            self.limits.max_queued,
+            self.limits.max_queued_per_tenant,
+            "" if idempotency_key is None else digest(idempotency_key),
+            digest(request_digest) if request_digest is not None else _hash(jobs),
+            _ms(self.limits.idempotency_ttl_s),
+            *rows,
+        )
+        outcome, *rest = reply
+        if outcome == b"conflict":
+            raise IdempotencyConflict(
+                f"idempotency key {idempotency_key!r} was used for a different request: send a new key"
+            )
+        if outcome == b"full":
+            self._raise_full(jobs[0].tenant, *rest)
+        return Enqueued(ids=tuple(job_id.decode() for job_id in rest), created=outcome == b"created")
+
+    async def get(self, job_id: str) -> JobView | None:
+        """Read a job; None when there is none, or its result has expired."""
+        return (await self._views([job_id]))[0]
+
+    async def wait(self, ids: Sequence[str], timeout_s: float) -> list[JobView]:
+        """Wait until all jobs are done, failed or cancelled; completion is pushed, not polled.
+
+        Returns:
+            their views, in the order of ids.
+        Raises:
+            TimeoutError: not all ended within timeout_s; the jobs go on.
+            JobNotFound: an id is unknown.
+        """
+        async with asyncio.timeout(timeout_s):
+            while True:
+                await self._completions.wait(ids)
+                views = await self._views(ids)
+                ended = [view for view in views if view is not None and view.state.is_terminal]
+                if len(ended) == len(ids):
+                    return ended
+                for job_id, view in zip(ids, views, strict=True):
+                    if view is None:
+                        raise JobNotFound(job_id)
+
+    async def cancel(self, job_id: str, *, now: float | None = None) -> bool:
+        """Cancel a queued, delayed or running job; its worker learns it at the next heartbeat.
+
+        Returns:
+            True when this call cancelled it, False when it had already ended.
+        Raises:
+            JobNotFound: the id is unknown.
+        """
+        outcome = await self._run("cancel", _time(now), job_id, _ms(self.limits.result_ttl_s))
+        if outcome < 0:
+            raise JobNotFound(job_id)
+        return bool(outcome)
+
+    # workers
+
+    async def claim(
+        self,
+        worker_id: str,
+        models: Sequence[str],
+        max_batch: int,
+        lease_s: float,
+        *,
+        now: float | None = None,
+    ) -> list[Job]:
+        """Take up to max_batch jobs, all of one bucket of one of the models; [] when none waits.
+
+        Never waits. Of several models the one with the longest waiting job is served. Jobs whose deadline
+        has passed end as failed with code deadline_exceeded instead of being returned.
+        """
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        rows = await self._run(
+            "claim", _time(now), worker_id, max_batch, _ms(lease_s), _ms(self.limits.result_ttl_s), *models
+        )
+        return [
+            Job(
+                id=job_id.decode(),
+                model=model.decode(),
+                bucket=bucket.decode(),
+                tenant=tenant.decode(),
+                payload=payload,
+                attempt=attempt,
+                enqueued_at=enqueued_ms / 1000,
+            )
+            for job_id, model, bucket, tenant, payload, attempt, enqueued_ms in rows
+        ]
+
+    async def wait_for_work(self, models: Sequence[str], timeout_s: float) -> bool:
+        """Block until a model may have work; claim next in either case.
+
+        Returns:
+            True when woken, False after timeout_s. Waking is a hint: the claim may still be empty.
+        """
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s must be > 0 (0 would block for ever), got {timeout_s}")
+        # The margin ends a wait on a connection that died without a word.
+        async with _unavailable(timeout_s + CONNECT_TIMEOUT_S):
+            token = await self._patient.blpop([self.keys.wake(model) for model in models], timeout=timeout_s)
+        return token is not None
+
+    async def heartbeat(
+        self, worker_id: str, jobs: Sequence[Job], lease_s: float, *, now: float | None = None
+    ) -> set[str]:
+        """Extend the leases of running jobs to lease_s from now.
+
+        Returns:
+            ids that are no longer this worker's (cancelled, or lease lost): stop working on them.
+        """
+        if not jobs:
+            return set()
+        lost = await self._run("heartbeat", _time(now), worker_id, _ms(lease_s), *_held(jobs))
+        return {job_id.decode() for job_id in lost}
+
+    async def complete(self, worker_id: str, job: Job, result: bytes, *, now: float | None = None) -> bool:
+        """Store the result, if this worker still holds this attempt.
+
+        Returns:
+            True when the result stands (also when a repeated call finds its own), False when it was refused.
+        """
+        stands = await self._run(
+            "complete", _time(now), worker_id, job.id, job.attempt, result, _ms(self.limits.result_ttl_s)
+        )
+        return bool(stands)
+
+    async def fail(
+        self,
+        worker_id: str,
+        job: Job,
+        error: JobError,
+        *,
+        retry: bool,
+        delay_s: float | None = None,
+        now: float | None = None,
+    ) -> JobState:
+        """End an attempt without a result, if this worker still holds it.
+
+        With retry, the job is delayed by delay_s (default: exponential backoff) until max_attempts are
+        burnt. Otherwise it is failed and kept as a dead letter.
+
+        Returns:
+            the job's state afterwards. A refused call changes nothing and returns the state it found
+            (JobState.CANCELLED for a job that no longer exists).
+        """
+        state = await self._run(
+            "fail",
+            _time(now),
+            worker_id,
+            job.id,
+            job.attempt,
+            int(retry),
+            "" if delay_s is None else _ms(delay_s),
+            _ms(self.limits.backoff_s),
+            _ms(self.limits.max_backoff_s),
+            error.code,
+            error.message[:MAX_MESSAGE_CHARS],
+            *self._expiry(),
+        )
+        return JobState(state.decode()) if state else JobState.CANCELLED
+
+    async def release(self, worker_id: str, jobs: Sequence[Job]) -> int:
+        """Hand running jobs back at once, burning no attempt; for a worker that must stop.
+
+        Returns:
+            how many were still this worker's and went back to the head of their queue.
+        """
+        return int(await self._run("release", worker_id, *_held(jobs))) if jobs else 0
+
+    # upkeep
+
+    async def reap(self, now: float | None = None) -> int:
+        """Do what is due: expired leases go back or die, delayed jobs return, passed deadlines end jobs.
+
+        Any number of processes may call it at any time.
+
+        Returns:
+            how many jobs it moved.
+        """
+        total = 0
+        while True:
+            moved = int(await self._run("reap", _time(now), REAP_LIMIT, *self._expiry()))
+            total += moved
+            if moved < REAP_LIMIT:
+                return total
+
+    async def keep_reaping(self, interval_s: float = 0.25) -> None:
+        """Reap for ever, until the task is cancelled; outages are logged and survived."""
+        while True:
+            try:
+                await self.reap()
+            except QueueUnavailable as error:
+                log.warning("reaping interrupted: %s", error)
+            await asyncio.sleep(interval_s)
+
+    async def replay_dead(self, job_id: str, *, now: float | None = None) -> bool:
+        """Queue a failed job again with a fresh attempt budget and no deadline; not subject to admission.
+
+        Returns:
+            False when the job is not among the dead letters.
+        """
+        return bool(await self._run("replay", _time(now), job_id))
+
+    async def stats(self, *, now: float | None = None) -> QueueStats:
+        """Count what is where."""
+        reply = await self._run("stats", _time(now), _ms(self.limits.dead_ttl_s))
+        running, delayed, dead, oldest_ms, *queued = reply
+        counts = {model.decode(): count for model, count in zip(queued[::2], queued[1::2], strict=True)}
+        return QueueStats(MappingProxyType(counts), running, delayed, dead, oldest_ms / 1000)
+
+    # inside
+
+    async def _run(self, script: str, *args: str | bytes | float) -> Any:
+        async with _unavailable():
+            return await self._scripts[script](keys=[self.keys.tag], args=args)
+
+    def _expiry(self) -> tuple[int, int, int]:
+        return _ms(self.limits.result_ttl_s), _ms(self.limits.dead_ttl_s), self.limits.max_dead
+
+    async def _read_ended(self, ids: Sequence[str]) -> set[str]:
+        states = await self._run("watch", self.instance, *ids)
+        return {
+            job_id
+            for job_id, state in zip(ids, states, strict=True)
+            if not state or JobState(state.decode()).is_terminal
+        }
+
+    async def _views(self, ids: Sequence[str]) -> list[JobView | None]:
+        async with _unavailable(), self._client.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                pipe.hmget(self.keys.job(job_id), _VIEW_FIELDS)
+            rows = await pipe.execute()
+        return [_view(job_id, row) for job_id, row in zip(ids, rows, strict=True)]
+
+    def _raise_full(
+        self, tenant: str, scope: bytes, live: int, missing: int, finished: int, window_ms: int
+    ) -> NoReturn:
+        """Tell the caller when enough jobs will have ended, at the rate of the last seconds."""
+        limits = self.limits
+        rate = finished / window_ms * 1000
+        wait_s = missing / rate if rate > 0 else limits.default_retry_after_s
+        who, limit = (
+            ("the queue", limits.max_queued)
+            if scope == b"total"
+            else (f"the share of tenant {tenant!r}", limits.max_queued_per_tenant)
+        )
+        retry_after_s = min(max(wait_s, 0.1), limits.max_retry_after_s)
+        raise QueueFull(
+            f"{who} is full: {live} jobs of at most {limit}; try again in {retry_after_s:.1f} s",
+            retry_after_s=retry_after_s,
+            scope=scope.decode(),
+        )
+
+
+_VIEW_FIELDS = (
+    "state",
+    "model",
+    "bucket",
+    "attempt",
+    "enqueued",
+    "started",
+    "finished",
+    "result",
+    "code",
+    "message",
+)
+
+# Redis itself is well but refuses to write: full, a replica, or its disk is failing.
+_REFUSALS = ("MISCONF", "NOREPLICAS", "OOM", "READONLY", "LOADING", "MASTERDOWN")
+
+
+def new_id() -> str:
+    """Make a job id: unguessable, and sorted by time so that ties in a queue are served in order."""
+    return f"{time.time_ns():016x}{secrets.token_hex(8)}"
+
+
+def _patient_client(client: "Redis") -> "Redis":
+    """Copy a client for calls that block: their own connections, and no limit on reading."""
+    pool = client.connection_pool
+    return Redis.from_pool(
+        BlockingConnectionPool(
+            connection_class=pool.connection_class,
+            max_connections=32,
+            **{**pool.connection_kwargs, "socket_timeout": None, "socket_connect_timeout": CONNECT_TIMEOUT_S},
+        )
+    )
+
+
+@asynccontextmanager
+async def _unavailable(timeout_s: float = CALL_TIMEOUT_S) -> AsyncIterator[None]:
+    """Bound a call, and say in our words that the server cannot be used; let bugs through as they are."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise QueueUnavailable(
+            f"the queue's Redis or Valkey server did not answer within {timeout_s:g} s"
+        ) from error
+    except (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError) as error:
+        raise QueueUnavailable(f"the queue's Redis or Valkey server cannot be used: {error}") from error
+    except ResponseError as error:
+        if not str(error).startswith(_REFUSALS):
+            raise
+        raise QueueUnavailable(f"the queue's Redis or Valkey server refuses writes: {error}") from error
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _time(now: float | None) -> str | int:
+    """Encode a test's clock; the empty string asks the script for the server's."""
+    return "" if now is None else _ms(now)
+
+
+def _held(jobs: Sequence[Job]) -> list[str | int]:
+    return [part for job in jobs for part in (job.id, job.attempt)]
+
+
+def _hash(jobs: Sequence[NewJob]) -> str:
+    """Hash all that a request asks for."""
+    rows = [
+        (
+            job.model,
+            job.bucket,
+            hashlib.sha256(job.payload).hexdigest(),
+            job.cost,
+            job.priority_ms,
+            job.deadline_s,
+            job.max_attempts,
+        )
+        for job in jobs
+    ]
+    return digest(json.dumps(rows))
+
+
+def _view(job_id: str, row: Sequence[bytes | None]) -> JobView | None:
+    state, model, bucket, attempt, enqueued, started, finished, result, code, message = row
+    if state is None or model is None or bucket is None or attempt is None or enqueued is None:
+        return None
+    return JobView(
+        id=job_id,
+        state=JobState(state.decode()),
+        model=model.decode(),
+        bucket=bucket.decode(),
+        attempt=int(attempt),
+        enqueued_at=int(enqueued) / 1000,
+        started_at=None if started is None else int(started) / 1000,
+        finished_at=None if finished is None else int(finished) / 1000,
+        result=result,
+        error=None if code is None else JobError(code.decode(), (message or b"").decode()),
+    )

@@ -1,0 +1,32 @@
+"""Loads the Lua scripts: package data, each put behind the shared `lib.lua` and the key templates."""
+
+from functools import cache
+from importlib import resources
+
+from flashbulb_service.queue.keys import TEMPLATES
+
+NAMES = (
+    "enqueue",
+    "claim",
+    "heartbeat",
+    "complete",
+    "fail",
+    "release",
+    "cancel",
+    "reap",
+    "replay",
+    "watch",
+    "stats",
+)
+
+
+@cache
+def source(name: str) -> str:
+    """Return the full text of a script, as it is sent to the server."""
+    if name not in NAMES:
+        raise ValueError(f"unknown script {name!r}; there are {', '.join(NAMES)}")
+    folder = resources.files("flashbulb_service.queue") / "lua"
+    lib = (folder / "lib.lua").read_text(encoding="utf-8")
+    body = (folder / f"{name}.lua").read_text(encoding="utf-8")
+    templates = ", ".join(f"{key} = '{template}'" for key, template in TEMPLATES.items())
+    return f"local TEMPLATES = {{{templates}}}\n{lib}\n{body}"

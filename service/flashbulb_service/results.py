@@ -1,0 +1,99 @@
+"""Finished pictures as objects: one small key, bytes in, bytes out.
+
+Any obstore location works (``file:///…``, ``s3://bucket/prefix``). Only ``file://`` stores are cleaned by us;
+a bucket has lifecycle rules for that.
+"""
+
+import math
+import re
+import time
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import obstore
+from obstore.exceptions import NotFoundError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from flashbulb_service.formats import MEDIA_TYPES, ImageFormat
+
+# One path segment of safe characters: nothing that a file system or a URL could read as a direction.
+_RESULT_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(png|jpeg|webp)$")
+
+
+def result_id(job_id: str, image_format: ImageFormat) -> str:
+    """Name the picture of a job.
+
+    Raises:
+        ValueError: the job id holds characters that are no part of a safe file name.
+    """
+    name = f"{job_id}.{image_format}"
+    if not is_result_id(name):
+        raise ValueError(f"expected a job id of letters, digits, '-' and '_', got {job_id!r}")
+    return name
+
+
+def is_result_id(name: str) -> bool:
+    """Tell whether a name can be a result's; everything else is refused before a store sees it."""
+    return _RESULT_ID.fullmatch(name) is not None
+
+
+def media_type(name: str) -> str:
+    """Return the media type of a result id."""
+    return MEDIA_TYPES[name.rpartition(".")[2]]
+
+
+class ResultStore:
+    """Bytes by result id in an object store."""
+
+    def __init__(self, location: str, *, ttl_s: float) -> None:
+        """Open the store at an obstore URL; a ``file://`` folder is created."""
+        self.location = location
+        self.ttl_s = ttl_s
+        self._folder: Path | None = None
+        self._store: ObjectStore
+        url = urlparse(location)
+        if url.scheme == "file":
+            self._folder = Path(url2pathname(url.path))
+            self._store = LocalStore(self._folder, mkdir=True)
+        else:
+            self._store = from_url(location)
+
+    async def put(self, name: str, data: bytes) -> None:
+        """Write a picture; an equal name is replaced atomically (a retried job writes the same bytes).
+
+        Raises:
+            ValueError: the name is no result id.
+        """
+        if not is_result_id(name):
+            raise ValueError(f"expected a result id such as '<job id>.png', got {name!r}")
+        await obstore.put_async(self._store, name, data)
+
+    async def get(self, name: str) -> bytes | None:
+        """Read a picture; None when there is none (never written, or its time is over)."""
+        if not is_result_id(name):
+            return None
+        try:
+            answer = await obstore.get_async(self._store, name)
+            return bytes(await answer.bytes_async())
+        except (NotFoundError, FileNotFoundError):
+            return None
+
+    def clean(self, now: float | None = None) -> int:
+        """Delete pictures older than the time to live in a ``file://`` store; return how many."""
+        if self._folder is None:
+            return 0
+        oldest = (time.time() if now is None else now) - self.ttl_s
+        removed = 0
+        for path in self._folder.iterdir():
+            if is_result_id(path.name) and _modified_at(path) < oldest:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+
+def _modified_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another worker cleaned it first
+        return math.inf

@@ -1,0 +1,63 @@
+"""Every setting of the service, read once at start and passed on explicitly.
+
+Each field is an environment variable with the prefix ``FLASHBULB_`` (``FLASHBULB_MODELS=/srv/models``);
+an option of the command line wins over it.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+BackendName = Literal["onnx"]
+
+
+def state_folder() -> Path:
+    """Return where a program may keep data of its own on this machine (XDG state folder)."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "flashbulb"
+
+
+class Settings(BaseSettings):
+    """Settings of the API, the worker and the all-in-one server."""
+
+    model_config = SettingsConfigDict(env_prefix="FLASHBULB_", frozen=True, extra="forbid")
+
+    # where things are
+    models: Path = Field(default=Path("models"), description="model repository: <name>/<version>/ bundles")
+    data: Path = Field(default_factory=state_folder, description="queue and results of the embedded mode")
+    redis: str | None = Field(default=None, description="redis:// or unix:// URL; absent: embedded Valkey")
+    namespace: str = Field(default="flashbulb", pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    results_url: str | None = Field(default=None, description="obstore URL; absent: file://<data>/results")
+
+    # the API
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    default_model: str | None = Field(default=None, description="for requests without one; absent: the first")
+    model_aliases: dict[str, str] = Field(default_factory=dict, description='{"gpt-image-1": "emoji"}')
+    max_body_bytes: int = Field(default=1 << 20, gt=0)
+    max_prompt_chars: int = Field(default=2000, gt=0)
+    request_timeout_s: float = Field(default=600.0, gt=0)
+
+    # the worker
+    backend: BackendName = "onnx"
+    threads: int = Field(default=0, ge=0, description="threads of one worker's operators; 0: one per core")
+    max_batch: int = Field(default=64, ge=1, description="upper limit on top of what each bundle allows")
+    lease_s: float = Field(
+        default=10.0, gt=0, description="a batch whose worker is silent this long is retried"
+    )
+    drain_s: float = Field(default=30.0, ge=0, description="time a stopping worker has for the batch in hand")
+
+    # results
+    results_ttl_s: float = Field(
+        default=24 * 3600.0, gt=0, description="pictures in file:// stores live this long"
+    )
+
+    log_format: Literal["console", "json"] = "console"
+
+    @property
+    def results_location(self) -> str:
+        """Return the obstore URL of the result store."""
+        return self.results_url or (self.data.expanduser().resolve() / "results").as_uri()

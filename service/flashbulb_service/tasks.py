@@ -1,0 +1,63 @@
+"""What travels through the queue: a picture to make, and what became of it. JSON bytes, both ways.
+
+The API writes tasks and reads outcomes; the worker reads tasks and writes outcomes.
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flashbulb_service.formats import DEFAULT_QUALITY, ImageFormat
+
+MAX_SEED = 2**63 - 1
+
+
+class ImageTask(BaseModel):
+    """One picture to make: one row of a batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    seed: int = Field(ge=0, le=MAX_SEED)
+    index: int = Field(ge=0)  # which image of its request; the noise is drawn from (seed, index)
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    image_format: ImageFormat = "png"
+    quality: int = Field(default=DEFAULT_QUALITY, ge=0, le=100)
+
+    def to_bytes(self) -> bytes:
+        """Write the task as JSON."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ImageTask":
+        """Read a task.
+
+        Raises:
+            ValueError: the bytes are no task.
+        """
+        return cls.model_validate_json(data)
+
+
+class ImageOutcome(BaseModel):
+    """Where a finished picture lies and what it cost."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str  # result id in the result store
+    batch_size: int = Field(ge=1)
+    batch_ms: float  # wall time of the batch that made it
+    encode_ms: float
+    stages_ms: dict[str, float] = Field(default_factory=dict)  # parts of batch_ms
+    bundle_sha256: str  # of the manifest: traces the picture to the student and its parents
+
+    def to_bytes(self) -> bytes:
+        """Write the outcome as JSON."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "ImageOutcome":
+        """Read an outcome.
+
+        Raises:
+            ValueError: the bytes are no outcome.
+        """
+        return cls.model_validate_json(data)

@@ -1,0 +1,14 @@
+"""What every test shares: the environment of its process. Fixtures stand beside the tests that use them."""
+
+import os
+
+from hypothesis import settings
+
+# Before any test imports a numeric library: the test processes share few cores, and no test asks a model hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# A time limit per example measures the machine, not the code; in CI the examples are the same in every run.
+settings.register_profile("house", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("house")

@@ -1,0 +1,124 @@
+"""`flashbulb serve` as processes: start, restart, crash, refusal."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx2
+
+from flashbulb_service.jobs import JobState, NewJob
+from flashbulb_service.queue import Queue
+from flashbulb_service.tasks import ImageTask
+from support.serving import Serving, run_flashbulb
+
+WaitUntil = Callable[..., Awaitable[None]]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # ended, waiting to be collected by whoever adopted it
+
+
+def is_worker(pid: int) -> bool:
+    return b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def queue_of(data: Path) -> Queue:
+    return Queue.connect(json.loads((data / "queue" / "server.json").read_text())["url"])
+
+
+def jobs(count: int) -> list[NewJob]:
+    tasks = [ImageTask(prompt="dog", seed=seed, index=0, width=64, height=64) for seed in range(count)]
+    return [NewJob(model="tiny@1", bucket="tiny@1:64x64:1", payload=task.to_bytes()) for task in tasks]
+
+
+async def test_killing_serve_leaves_nobody_behind_and_loses_nothing(
+    models_dir: Path, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    data = tmp_path / "data"
+    with Serving(models_dir, data) as serving:
+        children = serving.children()
+        assert len(children) == 2 and all(map(is_running, children))
+        answer = httpx2.post(
+            f"{serving.url}/v1/images/generations",
+            json={"prompt": "dog", "seed": 1, "response_format": "url"},
+        )
+        name = answer.json()["data"][0]["url"].rpartition("/")[2]
+        async with queue_of(data) as queue:
+            ids = (await queue.enqueue(jobs(200))).ids
+        serving.end(signal.SIGKILL)
+
+    async def all_gone() -> bool:
+        return not any(map(is_running, children))
+
+    await wait_until(all_gone)
+    with Serving(models_dir, data) as serving:
+        async with queue_of(data) as queue:
+            views = await queue.wait(ids, 30)
+        assert [view.state for view in views] == [JobState.DONE] * 200
+        kept = httpx2.get(f"{serving.url}/v1/images/results/{name}")
+        assert kept.status_code == 200 and kept.content.startswith(b"\x89PNG")
+
+
+async def test_sigterm_ends_everything_in_order(
+    models_dir: Path, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    with Serving(models_dir, tmp_path / "data", "--workers", "2") as serving:
+        children = serving.children()
+        assert len(children) == 3
+        assert serving.end(signal.SIGTERM) == 0
+
+    async def all_gone() -> bool:
+        return not any(map(is_running, children))
+
+    await wait_until(all_gone)
+
+
+async def test_a_killed_worker_is_replaced(models_dir: Path, tmp_path: Path, wait_until: WaitUntil) -> None:
+    with Serving(models_dir, tmp_path / "data", lease_s="1") as serving:
+        old = next(pid for pid in serving.children() if is_worker(pid))
+        os.kill(old, signal.SIGKILL)
+        body = {"prompt": "dog", "n": 3}
+        answer = httpx2.post(f"{serving.url}/v1/images/generations", json=body, timeout=20)
+        assert answer.status_code == 200
+        assert not is_running(old)
+
+
+async def test_a_second_start_is_ready_within_three_seconds(models_dir: Path, tmp_path: Path) -> None:
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        with Serving(models_dir, tmp_path / "data"):
+            times.append(time.monotonic() - start)
+    assert min(times[1:]) <= 3.0
+
+
+def last_line(text: str) -> str:
+    return text.rstrip("\n").rpartition("\n")[2]
+
+
+def test_a_damaged_bundle_is_not_served(models_dir: Path, tmp_path: Path) -> None:
+    file = models_dir / "tiny" / "1" / "decoder.onnx"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    done = run_flashbulb("serve", "--models", models_dir, "--data", tmp_path / "data", "--port", "0")
+    assert done.returncode == 1
+    assert "decoder.onnx" in last_line(done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_told_in_one_line(models_dir: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_flashbulb("serve", "--models", models_dir, "--data", tmp_path / "d", "--port", str(port))
+    assert done.returncode == 1
+    assert last_line(done.stderr).startswith(f"flashbulb: cannot listen on 127.0.0.1:{port}")
+    assert not (tmp_path / "d").exists()

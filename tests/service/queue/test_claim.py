@@ -1,0 +1,223 @@
+"""Which jobs a worker gets: one bucket, fair shares, priorities, deadlines."""
+
+import asyncio
+
+import pytest
+
+from flashbulb_service.errors import JobNotFound
+from flashbulb_service.jobs import JobState, NewJob
+from flashbulb_service.queue import Limits
+
+
+def new(payload: bytes = b"p", **kwargs) -> NewJob:
+    return NewJob(**{"model": "emoji@1", "bucket": "64x64", "payload": payload, **kwargs})
+
+
+async def drain(queue, models=("emoji@1",), max_batch=1) -> list[bytes]:
+    """Claim until nothing is left; payloads in the order served."""
+    served = []
+    while jobs := await queue.claim("w", models, max_batch, 60):
+        served += [job.payload for job in jobs]
+    return served
+
+
+async def test_claim_of_nothing_is_empty(queue):
+    assert await queue.claim("w", ["emoji@1"], 8, 5) == []
+    assert await queue.claim("w", [], 8, 5) == []
+
+
+async def test_one_tenants_jobs_come_in_order(queue):
+    await queue.enqueue([new(b"%d" % i) for i in range(5)])
+    await queue.enqueue([new(b"%d" % i) for i in range(5, 8)])
+    assert await drain(queue, max_batch=3) == [b"%d" % i for i in range(8)]
+
+
+async def test_batch_is_of_one_bucket_of_one_model(queue):
+    for model in ("emoji@1", "other@1"):
+        for bucket in ("64x64", "128x128"):
+            await queue.enqueue([new(model=model, bucket=bucket)] * 3)
+    batches = []
+    while jobs := await queue.claim("w", ["emoji@1", "other@1"], 8, 60):
+        assert len({(job.model, job.bucket) for job in jobs}) == 1
+        batches.append(len(jobs))
+    assert batches == [3, 3, 3, 3]
+
+
+async def test_batch_is_at_most_max_batch(queue):
+    await queue.enqueue([new()] * 10)
+    assert len(await queue.claim("w", ["emoji@1"], 4, 5)) == 4
+    with pytest.raises(ValueError, match="max_batch"):
+        await queue.claim("w", ["emoji@1"], 0, 5)
+
+
+async def test_other_models_are_left_alone(queue):
+    await queue.enqueue([new(model="other@1")])
+    assert await queue.claim("w", ["emoji@1"], 8, 5) == []
+    assert (await queue.stats()).queued == {"other@1": 1}
+
+
+async def test_worker_is_not_hidden_behind_many_foreign_buckets(queue):
+    """The prototype scanned only the first 64 due buckets of all models."""
+    for i in range(100):
+        await queue.enqueue([new(model="other@1", bucket=f"b{i}")], now=1.0)
+    await queue.enqueue([new(b"mine")], now=2.0)
+    assert [job.payload for job in await queue.claim("w", ["emoji@1"], 8, 5, now=3.0)] == [b"mine"]
+
+
+async def test_model_that_waited_longest_is_served_first(queue):
+    await queue.enqueue([new(model="b@1")], now=1.0)
+    await queue.enqueue([new(model="a@1")], now=2.0)
+    [job] = await queue.claim("w", ["a@1", "b@1"], 8, 5, now=3.0)
+    assert job.model == "b@1"
+
+
+async def test_late_tenant_shares_with_one_that_queued_a_hundred(queue):
+    await queue.enqueue([new(b"A%d" % i, tenant="A") for i in range(100)])
+    await queue.enqueue([new(b"B%d" % i, tenant="B") for i in range(3)])
+    served = await drain(queue)
+    assert served[:6] == [b"A0", b"B0", b"A1", b"B1", b"A2", b"B2"]
+    assert len(served) == 103
+
+
+async def test_tenant_that_arrives_later_gets_its_share_from_then_on(queue):
+    """Neither behind what the other queued in advance, nor with a claim on what it missed."""
+    await queue.enqueue([new(b"A%d" % i, tenant="A") for i in range(20)])
+    for _ in range(10):
+        await queue.claim("w", ["emoji@1"], 1, 60)
+    await queue.enqueue([new(b"B%d" % i, tenant="B") for i in range(4)])
+    assert (await drain(queue))[:6] == [b"B0", b"A10", b"B1", b"A11", b"B2", b"A12"]
+
+
+async def test_tenants_that_were_served_leave_no_trace_in_a_busy_queue(queue, client):
+    """Without pruning, a queue that is never empty would remember every tenant it ever saw."""
+    for i in range(20):
+        await queue.enqueue([new(tenant=f"t{i}")])
+    await queue.enqueue([new(tenant="busy")] * 5)
+    await queue.claim("w", ["emoji@1"], 23, 60)
+    assert await client.zrange(f"{queue.keys.tag}:tags:emoji@1", 0, -1) == [b"busy"]
+
+
+async def test_using_idle_capacity_is_not_held_against_a_tenant(queue):
+    await queue.enqueue([new(tenant="A")] * 50)
+    await drain(queue)
+    await queue.enqueue([new(b"B%d" % i, tenant="B") for i in range(3)])
+    await queue.enqueue([new(b"A%d" % i, tenant="A") for i in range(3)])
+    assert await drain(queue) == [b"B0", b"A0", b"B1", b"A1", b"B2", b"A2"]
+
+
+async def test_shares_are_of_cost_not_of_jobs(queue):
+    await queue.enqueue([new(b"A%d" % i, tenant="A", cost=3.0) for i in range(3)])
+    await queue.enqueue([new(b"B%d" % i, tenant="B", cost=1.0) for i in range(6)])
+    assert await drain(queue) == [b"A0", b"B0", b"B1", b"B2", b"A1", b"B3", b"B4", b"B5", b"A2"]
+
+
+async def test_fairness_holds_across_buckets(queue):
+    await queue.enqueue([new(b"A", tenant="A", bucket="a")] * 20)
+    await queue.enqueue([new(b"B", tenant="B", bucket="b")] * 20)
+    assert (await drain(queue, max_batch=4))[:16] == [b"A"] * 4 + [b"B"] * 4 + [b"A"] * 4 + [b"B"] * 4
+
+
+async def test_priority_moves_ahead_by_its_worth_of_work(queue):
+    await queue.enqueue([new(b"%d" % i) for i in range(6)])
+    await queue.enqueue([new(b"urgent", priority_ms=2500)])
+    assert await drain(queue) == [b"0", b"1", b"2", b"3", b"urgent", b"4", b"5"]
+
+
+async def test_priority_is_bounded_so_that_nothing_starves(make_queue):
+    queue = make_queue(Limits(max_priority_ms=1500))
+    await queue.enqueue([new(b"%d" % i) for i in range(4)])
+    await queue.enqueue([new(b"urgent", priority_ms=10**9)])
+    assert await drain(queue) == [b"0", b"1", b"2", b"urgent", b"3"]
+
+
+async def test_overdue_job_ends_failed_and_is_not_returned(queue):
+    late, punctual = (await queue.enqueue([new(b"late", deadline_s=5.0), new(b"ok")], now=100.0)).ids
+    [job] = await queue.claim("w", ["emoji@1"], 8, 60, now=105.0)
+    assert job.id == punctual
+    view = await queue.get(late)
+    assert (view.state, view.error.code, view.finished_at) == (JobState.FAILED, "deadline_exceeded", 105.0)
+    assert not await queue.replay_dead(late)  # nothing was wrong with it: no dead letter
+
+
+async def test_claim_goes_on_to_the_next_bucket_when_one_holds_only_overdue_jobs(queue):
+    await queue.enqueue([new(bucket="a", deadline_s=1.0)] * 3, now=100.0)
+    await queue.enqueue([new(b"ok", bucket="b")], now=100.0)
+    assert [job.payload for job in await queue.claim("w", ["emoji@1"], 8, 60, now=102.0)] == [b"ok"]
+
+
+async def test_job_before_its_deadline_is_claimed(queue):
+    await queue.enqueue([new(deadline_s=5.0)], now=100.0)
+    assert len(await queue.claim("w", ["emoji@1"], 8, 60, now=104.9)) == 1
+
+
+async def test_reaper_ends_overdue_jobs_without_any_worker(queue):
+    [job_id] = (await queue.enqueue([new(deadline_s=5.0)], now=100.0)).ids
+    assert await queue.reap(now=104.0) == 0
+    assert await queue.reap(now=106.0) == 1
+    assert (await queue.get(job_id)).error.code == "deadline_exceeded"
+
+
+async def test_cancelled_job_is_never_claimed(queue):
+    first, second = (await queue.enqueue([new(), new()])).ids
+    assert await queue.cancel(first)
+    assert [job.id for job in await queue.claim("w", ["emoji@1"], 8, 60)] == [second]
+    assert (await queue.get(first)).state is JobState.CANCELLED
+    assert not await queue.cancel(first)
+
+
+async def test_cancel_of_an_unknown_job_is_an_error(queue):
+    with pytest.raises(JobNotFound):
+        await queue.cancel("nothing")
+
+
+async def test_concurrent_workers_never_get_the_same_job(make_queue):
+    producer = make_queue()
+    ids = (await producer.enqueue([new()] * 60)).ids
+    workers = [make_queue() for _ in range(4)]
+
+    async def work(name, queue):
+        got = []
+        while jobs := await queue.claim(name, ["emoji@1"], 3, 60):
+            got += [job.id for job in jobs]
+        return got
+
+    got = await asyncio.gather(*(work(f"w{i}", queue) for i, queue in enumerate(workers)))
+    assert sorted(job_id for part in got for job_id in part) == sorted(ids)
+
+
+async def test_sleeping_worker_is_woken_by_an_enqueue(make_queue):
+    worker, producer = make_queue(), make_queue()
+    woken = asyncio.create_task(worker.wait_for_work(["other@1", "emoji@1"], 10))
+    await producer.enqueue([new()])
+    assert await asyncio.wait_for(woken, 5)
+
+
+async def test_waiting_for_work_ends_at_its_timeout(queue):
+    assert not await queue.wait_for_work(["emoji@1"], 0.02)
+
+
+async def test_one_big_request_wakes_as_many_workers_as_it_feeds(make_queue):
+    workers = [make_queue() for _ in range(4)]
+
+    async def work(name, queue):
+        while not (jobs := await queue.claim(name, ["emoji@1"], 2, 60)):
+            assert await queue.wait_for_work(["emoji@1"], 10)
+        return len(jobs)
+
+    tasks = [asyncio.create_task(work(f"w{i}", queue)) for i, queue in enumerate(workers)]
+    await make_queue().enqueue([new()] * 8)
+    assert await asyncio.gather(*tasks) == [2, 2, 2, 2]
+
+
+async def test_reaper_wakes_others_when_a_woken_worker_died_before_its_claim(queue, wait_until):
+    await queue.enqueue([new()])
+    assert await queue.wait_for_work(["emoji@1"], 1)  # takes the token, and is never heard of again
+    other = asyncio.create_task(queue.wait_for_work(["emoji@1"], 10))
+    await queue.reap()
+    assert await other
+
+
+async def test_drained_queue_does_not_wake_anybody(queue):
+    await queue.enqueue([new()] * 3)
+    await drain(queue)
+    assert not await queue.wait_for_work(["emoji@1"], 0.02)

@@ -1,0 +1,184 @@
+"""Waiting for jobs: pushed, once, and safe against lost events."""
+
+import asyncio
+
+import pytest
+
+from flashbulb_service.errors import JobNotFound
+from flashbulb_service.jobs import JobError, JobState, NewJob
+from flashbulb_service.queue import Queue, completions
+
+MODELS = ["emoji@1"]
+
+
+def new(payload: bytes = b"p", **kwargs) -> NewJob:
+    return NewJob(**{"model": "emoji@1", "bucket": "64x64", "payload": payload, **kwargs})
+
+
+@pytest.fixture
+def count_reads(monkeypatch):
+    """Count how often a queue reads the state of the jobs that it waits for."""
+
+    def count(queue: Queue) -> list[int]:
+        calls = [0]
+        run = queue._run
+
+        async def counted(script, *args):
+            calls[0] += script == "watch"
+            return await run(script, *args)
+
+        monkeypatch.setattr(queue, "_run", counted)
+        return calls
+
+    return count
+
+
+async def subscribe(client, queue):
+    """Listen on the channel of a queue from outside."""
+    subscription = client.pubsub()
+    await subscription.subscribe(queue.keys.done(queue.instance))
+    assert (await subscription.get_message(timeout=5))["type"] == "subscribe"
+    return subscription
+
+
+async def events(subscription, client, queue) -> list[str]:
+    """All events so far: what came before a marker of our own."""
+    await client.publish(queue.keys.done(queue.instance), "marker")
+    got = []
+    while (message := await subscription.get_message(timeout=5)) is not None:
+        if message["data"] == b"marker":
+            return got
+        got.append(message["data"].decode())
+    raise AssertionError("the marker did not come back")
+
+
+async def test_completion_is_pushed_to_the_waiter(make_queue, count_reads, wait_until):
+    api, worker = make_queue(), make_queue()
+    reads = count_reads(api)
+    [job_id] = (await api.enqueue([new()])).ids
+    timeout_s = 5.0
+    assert timeout_s < completions.QUIET_S  # so only an event can end this wait
+    waiting = asyncio.create_task(api.wait([job_id], timeout_s))
+
+    async def subscribed() -> bool:
+        return reads[0] == 2  # one read when the wait began, one when the subscription stood
+
+    await wait_until(subscribed)
+    [job] = await worker.claim("w", MODELS, 1, 5)
+    await worker.complete("w", job, b"result")
+    [view] = await waiting
+    assert (view.id, view.state, view.result) == (job_id, JobState.DONE, b"result")
+    assert reads[0] == 2
+
+
+async def test_wait_returns_views_in_the_order_of_the_ids(make_queue):
+    api, worker = make_queue(), make_queue()
+    ids = (await api.enqueue([new(b"%d" % i) for i in range(5)])).ids
+    wanted = [*reversed(ids), ids[0]]
+    waiting = asyncio.create_task(api.wait(wanted, 5))
+    for job in await worker.claim("w", MODELS, 8, 5):
+        await worker.complete("w", job, job.payload)
+    views = await waiting
+    assert [view.id for view in views] == wanted
+    assert [view.result for view in views] == [b"4", b"3", b"2", b"1", b"0", b"0"]
+
+
+async def test_wait_for_ended_jobs_returns_at_once(queue):
+    done, failed, cancelled = (await queue.enqueue([new()] * 3)).ids
+    await queue.cancel(cancelled)
+    first, second = await queue.claim("w", MODELS, 3, 5)
+    await queue.complete("w", first, b"ok")
+    await queue.fail("w", second, JobError("boom", "x"), retry=False)
+    views = await queue.wait([done, failed, cancelled], 5)
+    assert [view.state for view in views] == [JobState.DONE, JobState.FAILED, JobState.CANCELLED]
+
+
+async def test_wait_ends_when_the_job_is_cancelled(make_queue):
+    api, other = make_queue(), make_queue()
+    [job_id] = (await api.enqueue([new()])).ids
+    waiting = asyncio.create_task(api.wait([job_id], 5))
+    assert await other.cancel(job_id)
+    assert (await waiting)[0].state is JobState.CANCELLED
+
+
+async def test_process_that_did_not_enqueue_is_told_too(make_queue, count_reads, wait_until):
+    first, second, worker = make_queue(), make_queue(), make_queue()
+    [job_id] = (await first.enqueue([new()])).ids
+    reads = [count_reads(api) for api in (first, second)]
+    waiting = [asyncio.create_task(api.wait([job_id], 5)) for api in (first, second, second)]
+
+    async def subscribed() -> bool:
+        return [calls[0] for calls in reads] == [2, 3]  # one per wait, one per subscription
+
+    await wait_until(subscribed)
+    [job] = await worker.claim("w", MODELS, 1, 5)
+    await worker.complete("w", job, b"ok")
+    assert [view.result for [view] in await asyncio.gather(*waiting)] == [b"ok"] * 3
+    assert await subscribed()
+
+
+async def test_wait_times_out_and_the_job_goes_on(queue):
+    [job_id] = (await queue.enqueue([new()])).ids
+    with pytest.raises(TimeoutError):
+        await queue.wait([job_id], 0.02)
+    assert (await queue.get(job_id)).state is JobState.QUEUED
+    assert not queue._completions._waiters  # nothing is kept for a waiter that left
+
+
+async def test_wait_for_an_unknown_job_is_an_error(queue):
+    with pytest.raises(JobNotFound):
+        await queue.wait(["nothing"], 5)
+
+
+async def test_event_lost_with_the_connection_is_made_up_by_reading(make_queue, client, wait_until):
+    api, worker = make_queue(), make_queue()
+    [job_id] = (await api.enqueue([new()])).ids
+    waiting = asyncio.create_task(api.wait([job_id], 10))
+    channel = api.keys.done(api.instance)
+
+    async def subscribed() -> bool:
+        return dict(await client.pubsub_numsub(channel))[channel.encode()] == 1
+
+    await wait_until(subscribed)
+    [job] = await worker.claim("w", MODELS, 1, 5)
+    [reader] = [c for c in await client.client_list(_type="pubsub") if c["sub"] == "1"]
+    await client.client_kill_filter(_id=reader["id"])
+    await client.publish(channel, "x")
+    await worker.complete("w", job, b"ok")
+    assert (await waiting)[0].result == b"ok"
+
+
+async def test_each_way_to_end_publishes_exactly_one_event(queue, client):
+    subscription = await subscribe(client, queue)
+    done, failed, dead, lost, cancelled, overdue = (
+        await queue.enqueue(
+            [new(), new(), new(max_attempts=1), new(max_attempts=1), new(), new(deadline_s=500.0)], now=100.0
+        )
+    ).ids
+    jobs = await queue.claim("w", MODELS, 4, 10.0, now=100.0)
+    assert [job.id for job in jobs] == [done, failed, dead, lost]
+    boom = JobError("boom", "x")
+    await queue.complete("w", jobs[0], b"ok")
+    await queue.complete("w", jobs[0], b"ok")
+    await queue.complete("thief", jobs[0], b"ok")
+    await queue.fail("w", jobs[1], boom, retry=False)
+    await queue.fail("w", jobs[1], boom, retry=False)
+    await queue.fail("w", jobs[2], boom, retry=True)
+    await queue.reap(now=150.0)
+    await queue.reap(now=150.0)
+    await queue.cancel(cancelled)
+    await queue.cancel(cancelled)
+    assert await queue.claim("w", MODELS, 8, 10.0, now=700.0) == []
+    assert await events(subscription, client, queue) == [done, failed, dead, lost, cancelled, overdue]
+    await subscription.aclose()
+
+
+async def test_retry_and_release_publish_nothing(queue, client):
+    subscription = await subscribe(client, queue)
+    await queue.enqueue([new()] * 2, now=100.0)
+    first, second = await queue.claim("w", MODELS, 2, 10.0, now=100.0)
+    await queue.fail("w", first, JobError("boom", "x"), retry=True, now=100.0)
+    await queue.release("w", [second])
+    await queue.reap(now=200.0)
+    assert await events(subscription, client, queue) == []
+    await subscription.aclose()

@@ -1,0 +1,170 @@
+"""The playground as a visitor uses it."""
+
+import base64
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+
+from support.chromium import Page
+from support.serving import Serving
+from support.tiny_bundle import make_tiny_bundle
+
+pytestmark = pytest.mark.browser
+
+IMAGES = "[...document.querySelectorAll('#pictures img')]"
+VISIBLE_ERROR = "!document.getElementById('error').hidden && document.getElementById('error').textContent"
+
+
+def draw(page: Page, prompt: str, *, count: int = 3, seed: str = "") -> list[str]:
+    page.js(f"document.getElementById('count').value = {count}")
+    page.js(f"document.getElementById('seed').value = '{seed}'")
+    page.js("document.getElementById('prompt').value = ''; document.getElementById('prompt').focus()")
+    page.write(prompt)
+    page.press("Enter", 13)
+    page.until(f"{IMAGES}.length === {count} && {IMAGES}.every((image) => image.naturalWidth === 64)")
+    sources = page.js(f"{IMAGES}.map((image) => image.src)")
+    assert isinstance(sources, list)
+    return sources
+
+
+def open_ready(page: Page, url: str) -> None:
+    page.open(url)
+    page.until("document.getElementById('state').textContent === 'ready'")
+
+
+def test_prompt_and_enter_draw_pictures_with_their_timings(page: Page, server_url: str) -> None:
+    open_ready(page, server_url)
+    sources = draw(page, "red apple", count=3, seed="7")
+    assert len(set(sources)) == 3
+    timings = page.js("document.getElementById('timings').innerText")
+    for word in ("In the queue", "Model", "Encoding", "In all", "ms", "tiny@1"):
+        assert word in timings
+    body = {"prompt": "red apple", "n": 3, "seed": 7}
+    direct = httpx2.post(f"{server_url}/v1/images/generations", json=body).json()["data"]
+    assert [source.partition(",")[2] for source in sources] == [image["b64_json"] for image in direct]
+    assert page.complaints() == []
+
+
+def test_empty_seed_is_random_and_shown(page: Page, server_url: str) -> None:
+    open_ready(page, server_url)
+    first = draw(page, "dog", count=1)
+    seed = page.js("document.getElementById('timings').lastElementChild.querySelector('dd').textContent")
+    second = draw(page, "dog", count=1)
+    assert first != second
+    assert draw(page, "dog", count=1, seed=seed) == first
+
+
+def test_the_curl_command_and_the_python_program_give_the_same_picture(
+    page: Page, server_url: str, tmp_path: Path
+) -> None:
+    open_ready(page, server_url)
+    sources = draw(page, 'a "red" dog\'s heart', count=2, seed="5")
+    shown = [source.partition(",")[2] for source in sources]
+
+    curl = page.js("document.getElementById('curl').textContent")
+    done = subprocess.run(["bash", "-c", f"{curl} --silent"], capture_output=True, check=True, timeout=30)
+    assert [image["b64_json"] for image in httpx2.Response(200, content=done.stdout).json()["data"]] == shown
+
+    program = page.js("document.getElementById('python').textContent")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=30)
+    written = [base64.b64encode((tmp_path / f"image-{i}.png").read_bytes()).decode() for i in range(2)]
+    assert written == shown
+
+
+def test_a_prompt_with_markup_stays_text(page: Page, server_url: str) -> None:
+    open_ready(page, server_url)
+    draw(page, "<img src=x onerror=alert(1)>", count=1)
+    assert page.js("document.querySelectorAll('img[src=x]').length") == 0
+    assert page.js("document.querySelector('#pictures img').alt").startswith("<img src=x")
+
+
+def test_a_refused_request_is_shown_with_code_and_request_id(page: Page, server_url: str) -> None:
+    open_ready(page, server_url)
+    draw(page, "dog", count=1)
+    page.js(
+        "document.getElementById('prompt').value = 'a'.repeat(2001);"
+        "document.getElementById('form').requestSubmit()"
+    )
+    text = page.until(VISIBLE_ERROR)
+    for word in ("at most 2000", "400 string_above_max_length", "field prompt", "req_"):
+        assert word in text
+    assert page.js(f"{IMAGES}.length") == 0
+    assert page.js("document.getElementById('draw').disabled") is False
+    draw(page, "dog", count=1)
+    assert page.js("document.getElementById('error').hidden") is True
+
+
+def test_a_server_that_goes_away_is_told(page: Page, tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path / "models")
+    with Serving(tmp_path / "models", tmp_path / "data") as serving:
+        open_ready(page, serving.url)
+        serving.end()
+        page.js(
+            "document.getElementById('prompt').value = 'dog'; document.getElementById('form').requestSubmit()"
+        )
+        assert "does not answer" in page.until(VISIBLE_ERROR)
+        assert page.js("document.getElementById('state').textContent") == "no answer"
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1400])
+def test_no_width_scrolls_sideways_and_every_control_is_reachable(
+    page: Page, server_url: str, width: int
+) -> None:
+    page.resize(width, 900)
+    open_ready(page, server_url)
+    draw(page, "dog", count=4)
+    assert page.js("document.documentElement.scrollWidth") <= width
+    clipped = page.js(
+        "[...document.querySelectorAll('input, select, textarea, button, figure')]"
+        ".filter((one) => !one.closest('[hidden]') && (one.getBoundingClientRect().left < 0 ||"
+        f" one.getBoundingClientRect().right > {width} + 0.5)).map((one) => one.id || one.textContent)"
+    )
+    assert clipped == []
+
+
+def test_every_control_has_a_name_and_text_has_contrast(page: Page, server_url: str) -> None:
+    open_ready(page, server_url)
+    nameless = page.js(
+        "[...document.querySelectorAll('input, select, textarea, button')].filter((one) =>"
+        " !(one.labels?.length || one.textContent.trim() || one.ariaLabel)).map((one) => one.outerHTML)"
+    )
+    assert nameless == []
+    assert page.js("document.documentElement.lang") == "en"
+    assert page.js("document.getElementById('error').role") == "alert"
+    for dark in (False, True):
+        page.dark(dark)
+        for selector in ("#prompt", "#draw", "#state", "small", "#empty", "h1", ".bar h3", "#curl"):
+            colours = page.js(
+                f"(() => {{ let at = document.querySelector('{selector}');"
+                " const ink = getComputedStyle(at).color;"
+                " while (getComputedStyle(at).backgroundColor === 'rgba(0, 0, 0, 0)')"
+                " at = at.parentElement;"
+                " return [ink, getComputedStyle(at).backgroundColor]; })()"
+            )
+            assert contrast(*colours) >= 4.5, (selector, dark, colours)  # WCAG 2.2 AA
+
+
+def test_the_page_asks_nobody_but_its_server(page: Page, server_url: str) -> None:
+    open_ready(page, server_url)
+    draw(page, "dog", count=1)
+    hosts = {urlsplit(url).netloc for url in page.requested() if not url.startswith("data:")}
+    assert hosts == {urlsplit(server_url).netloc}
+    policy = httpx2.get(server_url).headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def contrast(first: str, second: str) -> float:
+    """The contrast ratio of two CSS rgb() colours, as WCAG defines it."""
+    bright, dim = sorted((luminance(first), luminance(second)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+def luminance(colour: str) -> float:
+    channels = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,143 @@
+"""The onnxruntime backend against onnx's own reference evaluator, and its promise about seeds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from flashbulb_distill.bundle import Bundle, describe_files, open_bundle, write_manifest
+from flashbulb_distill.core.noise import draw_noise
+from flashbulb_service.backends import ImageRequest, create_backend
+from flashbulb_service.backends.onnx import OnnxBackend
+from flashbulb_service.images import to_uint8
+from support.tiny_bundle import WORDS, make_tiny_bundle
+
+
+def request(prompt: str = "red apple", seed: int = 7, index: int = 0, side: int = 64) -> ImageRequest:
+    return ImageRequest(prompt, seed, index, side, side)
+
+
+def test_picture_equals_the_reference_evaluator_s(bundle: Bundle, onnx: OnnxBackend) -> None:
+    """One step from t = 1 with x0 prediction: pixels = decoder(denoiser(noise, 1000, text))."""
+    ids = np.zeros((1, 14), dtype=np.int64)
+    ids[0, :2] = [WORDS.index("red") + 2, WORDS.index("apple") + 2]
+    mask = (ids > 0).astype(np.int64)
+    parts = {
+        name: ReferenceEvaluator(str(bundle.path / f"{name}.onnx"))
+        for name in ("text_encoder", "denoiser", "decoder")
+    }
+    embeds, pooled = parts["text_encoder"].run(None, {"input_ids": ids, "attention_mask": mask})
+    latents = draw_noise(7, 3, (64, 8, 8))[None]
+    inputs = {
+        "latents": latents,
+        "timestep": np.array([1000.0], dtype=np.float32),
+        "prompt_embeds": embeds,
+        "pooled_prompt_embeds": pooled,
+    }
+    (x0,) = parts["denoiser"].run(None, inputs)
+    (pixels,) = parts["decoder"].run(None, {"latents": x0})
+    expected = np.rint((pixels[0].transpose(1, 2, 0) + 1) * 127.5)
+    got = onnx.generate([request(index=3)]).images[0].astype(np.int64)
+    assert np.abs(got - expected).max() <= 1  # float rounding may move a value across a half
+    assert (got != expected).mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("invariant", [False, True], ids=["row-by-row", "batched"])
+def test_same_seed_gives_same_image_in_any_batch(
+    tmp_path: Path, onnx: OnnxBackend, size: int, invariant: bool
+) -> None:
+    backend = onnx
+    if invariant:
+        backend = OnnxBackend(threads=1)
+        backend.load(_with(tmp_path, batch_invariant={"onnx": True}))
+    alone = onnx.generate([request()]).images[0]
+    for position in range(size):
+        rows = [request("dog", seed=row) for row in range(size)]
+        rows[position] = request()
+        np.testing.assert_array_equal(backend.generate(rows).images[position], alone)
+
+
+def test_other_seed_index_or_prompt_gives_another_image(onnx: OnnxBackend) -> None:
+    rows = [request(), request(seed=8), request(index=1), request("green apple")]
+    pictures = onnx.generate(rows).images
+    for first in range(4):
+        for second in range(first):
+            assert (pictures[first] != pictures[second]).mean() > 0.1
+
+
+def test_equal_prompts_are_encoded_once(tmp_path: Path) -> None:
+    backend = OnnxBackend(threads=1)
+    backend.load(_with(tmp_path, batch_invariant={"onnx": True}))
+    inner = backend._sessions["text_encoder"]
+    batches: list[int] = []
+
+    class Counting:
+        def run(self, names: Sequence[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            batches.append(len(inputs["input_ids"]))
+            return inner.run(names, inputs)  # type: ignore[no-any-return]
+
+    backend._sessions["text_encoder"] = Counting()  # type: ignore[assignment]
+    prompts = ["dog", "rocket", "dog", "dog"]
+    pictures = backend.generate([request(prompt, seed=row) for row, prompt in enumerate(prompts)]).images
+    assert batches == [2]
+    np.testing.assert_array_equal(pictures[3], backend.generate([request("dog", seed=3)]).images[0])
+
+
+def test_a_prompt_longer_than_the_model_reads_is_cut(onnx: OnnxBackend) -> None:
+    long, longer = " ".join(["dog"] * 14), " ".join(["dog"] * 40)
+    pictures = onnx.generate([request(long), request(longer)]).images
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+
+
+def test_a_few_step_student_uses_fresh_noise_at_every_step(tmp_path: Path) -> None:
+    """x0 of the second step is computed from the first one's x0 and the noise of step 1, not of step 0."""
+    backend = OnnxBackend(threads=1)
+    backend.load(_with(tmp_path, time_steps=(1.0, 0.5)))
+    bundle = open_bundle(tmp_path / "tiny" / "1")
+    got = backend.generate([request()]).images[0].astype(np.int64)
+    parts = {name: ReferenceEvaluator(str(bundle.path / f"{name}.onnx")) for name in ("denoiser", "decoder")}
+    embeds, pooled = backend._encode_prompts(["red apple"])
+
+    def denoise(latents: np.ndarray, t: float) -> np.ndarray:
+        inputs = {"latents": latents, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        timestep = np.array([1000 * t], dtype=np.float32)
+        return np.asarray(parts["denoiser"].run(None, {**inputs, "timestep": timestep})[0])
+
+    x0 = denoise(draw_noise(7, 0, (64, 8, 8))[None], 1.0)
+    x0 = denoise(((x0 + draw_noise(7, 0, (64, 8, 8), 1)[None]) / 2).astype(np.float32), 0.5)
+    (pixels,) = parts["decoder"].run(None, {"latents": x0})
+    expected = np.rint((pixels[0].transpose(1, 2, 0) + 1) * 127.5)
+    assert np.abs(got - expected).max() <= 1
+
+
+def test_mixed_sizes_and_empty_batches_are_refused(onnx: OnnxBackend) -> None:
+    for batch in ([], [request(), request(side=128)]):
+        with pytest.raises(ValueError, match="batch of one size"):
+            onnx.generate(batch)
+
+
+def test_backend_without_a_bundle_says_so() -> None:
+    with pytest.raises(RuntimeError, match="load"):
+        OnnxBackend(threads=1).generate([request()])
+
+
+def test_unknown_backend_is_never_replaced_by_another() -> None:
+    with pytest.raises(ValueError, match="'onnx', got 'cuda'"):
+        create_backend("cuda", threads=1)
+
+
+def test_to_uint8_rounds_and_clips() -> None:
+    values = np.array([-2.0, -1.0, 0.0, 1 / 127.5, 1.0, 3.0], dtype=np.float32)
+    pixels = np.broadcast_to(values, (1, 3, 1, 6))
+    assert to_uint8(pixels)[0, 0, :, 0].tolist() == [0, 0, 128, 128, 255, 255]
+
+
+def _with(folder: Path, **fields: object) -> Bundle:
+    """Make a tiny bundle whose manifest says something else."""
+    path = make_tiny_bundle(folder)
+    manifest = open_bundle(path).manifest.model_copy(update={**fields, "files": describe_files(path)})
+    write_manifest(path, manifest)
+    return open_bundle(path)

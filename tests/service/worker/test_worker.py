@@ -1,0 +1,244 @@
+"""The worker on a real queue: batches, poison, leases, stopping."""
+
+import asyncio
+import io
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from flashbulb_service.backends import Generated, ImageRequest
+from flashbulb_service.jobs import JobState, NewJob
+from flashbulb_service.presence import Presence, serves
+from flashbulb_service.queue import Queue
+from flashbulb_service.results import ResultStore
+from flashbulb_service.tasks import ImageOutcome
+
+PictureJob = Callable[..., NewJob]
+WaitUntil = Callable[..., Awaitable[None]]
+Start = Callable[..., Any]
+
+
+def fail_on(word: str) -> Callable[[Sequence[ImageRequest]], None]:
+    def check(requests: Sequence[ImageRequest]) -> None:
+        if any(word in request.prompt for request in requests):
+            raise RuntimeError(f"cannot draw {word}")
+
+    return check
+
+
+async def read_picture(results: ResultStore, outcome: bytes | None) -> np.ndarray:
+    assert outcome is not None
+    data = await results.get(ImageOutcome.from_bytes(outcome).file)
+    assert data is not None
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+async def test_jobs_of_other_prompts_and_seeds_share_a_batch(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
+) -> None:
+    prompts = ["red apple", "dog", "blue heart", "dog", "rocket"]
+    jobs = [picture_job(prompt, seed=index) for index, prompt in enumerate(prompts)]
+    ids = (await queue.enqueue(jobs)).ids
+    start_worker()
+    views = await queue.wait(ids, 10)
+    assert sorted(watched.batches[0]) == sorted(prompts)
+    assert len(watched.batches) == 1
+    outcomes = [ImageOutcome.from_bytes(view.result or b"") for view in views]
+    assert [outcome.batch_size for outcome in outcomes] == [5] * 5
+    assert set(outcomes[0].stages_ms) == {"text", "denoise", "decode"}
+
+
+async def test_the_stored_picture_is_the_model_s(
+    queue: Queue, start_worker: Start, results: ResultStore, picture_job: PictureJob, apple: np.ndarray
+) -> None:
+    others = [picture_job("dog", seed=index) for index in range(3)]
+    ids = (await queue.enqueue([*others, picture_job()])).ids
+    start_worker()
+    views = await queue.wait(ids, 10)
+    np.testing.assert_array_equal(await read_picture(results, views[-1].result), apple)
+
+
+async def test_work_that_comes_later_wakes_the_worker(
+    queue: Queue, start_worker: Start, picture_job: PictureJob
+) -> None:
+    start_worker()
+    for _ in range(3):
+        (view,) = await queue.wait((await queue.enqueue([picture_job()])).ids, 4)  # less than an idle wait
+        assert view.state is JobState.DONE
+
+
+async def test_a_batch_never_exceeds_the_cap(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
+) -> None:
+    ids = (await queue.enqueue([picture_job(seed=seed) for seed in range(7)])).ids
+    start_worker(cap=3)
+    await queue.wait(ids, 10)
+    assert sorted(len(batch) for batch in watched.batches) == [1, 3, 3]
+
+
+async def test_a_poisoned_row_does_not_harm_its_batch(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
+) -> None:
+    watched.before = fail_on("poison")
+    prompts = ["dog", "poison", "rocket"]
+    ids = (await queue.enqueue([picture_job(prompt, max_attempts=1) for prompt in prompts])).ids
+    start_worker()
+    views = await queue.wait(ids, 10)
+    assert [view.state for view in views] == [JobState.DONE, JobState.FAILED, JobState.DONE]
+    assert [view.attempt for view in views] == [1, 1, 1]
+    assert views[1].error is not None
+    assert views[1].error.code == "backend_error"
+    assert views[1].error.message == "RuntimeError: cannot draw poison"
+
+
+async def test_jobs_of_a_lost_worker_run_alone(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
+) -> None:
+    """One of them may have killed it: if it does so again, no innocent job may lose an attempt with it."""
+    ids = (await queue.enqueue([picture_job(prompt) for prompt in ("dog", "rocket", "apple")])).ids
+    assert len(await queue.claim("lost-worker", ["tiny@1"], 8, lease_s=0.001)) == 3
+    while not await queue.reap():
+        pass
+    start_worker()
+    views = await queue.wait(ids, 10)
+    assert [view.state for view in views] == [JobState.DONE] * 3
+    assert sorted(watched.batches) == [["apple"], ["dog"], ["rocket"]]
+
+
+async def test_a_backend_that_loses_a_picture_fails_and_does_not_mix_them_up(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
+) -> None:
+    class Forgetful:
+        def generate(self, requests: Sequence[ImageRequest]) -> Generated:
+            return Generated([]) if len(requests) > 1 else inner.generate(requests)
+
+    inner = watched.inner
+    watched.inner = Forgetful()
+    ids = (await queue.enqueue([picture_job(prompt) for prompt in ("dog", "rocket")])).ids
+    start_worker()
+    assert [view.state for view in await queue.wait(ids, 10)] == [JobState.DONE] * 2
+    assert [len(batch) for batch in watched.batches] == [2, 1, 1]
+
+
+async def test_a_failure_that_passes_is_retried(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
+) -> None:
+    def fail_once(requests: Sequence[ImageRequest]) -> None:
+        if len(watched.batches) == 1:
+            raise RuntimeError("a passing trouble")
+
+    watched.before = fail_once
+    ids = (await queue.enqueue([picture_job()])).ids
+    start_worker()
+    (view,) = await queue.wait(ids, 10)
+    assert (view.state, view.attempt) == (JobState.DONE, 2)
+
+
+async def test_a_payload_that_is_no_task_fails_at_once_and_alone(
+    queue: Queue, start_worker: Start, picture_job: PictureJob
+) -> None:
+    ids = (await queue.enqueue([picture_job(payload=b"{}"), picture_job()])).ids
+    start_worker()
+    bad, good = await queue.wait(ids, 10)
+    assert bad.error is not None
+    assert (bad.state, bad.error.code, bad.attempt) == (JobState.FAILED, "invalid_task", 1)
+    assert good.state is JobState.DONE
+
+
+async def test_stopping_finishes_the_batch_in_hand_and_claims_no_other(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob, wait_until: WaitUntil
+) -> None:
+    gate = threading.Event()
+    watched.before = lambda requests: gate.wait(10)
+    first = (await queue.enqueue([picture_job()])).ids
+    running = start_worker()
+    await wait_until(lambda: _truth(watched.batches))
+    second = (await queue.enqueue([picture_job("dog")])).ids
+    running.stop.set()
+    gate.set()
+    assert await running.task is True
+    assert (await queue.wait(first, 1))[0].state is JobState.DONE
+    view = await queue.get(second[0])
+    assert view is not None
+    assert (view.state, view.attempt) == (JobState.QUEUED, 0)
+
+
+async def test_a_batch_that_outlasts_the_drain_time_is_handed_back(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob, wait_until: WaitUntil
+) -> None:
+    gate = threading.Event()
+    watched.before = lambda requests: gate.wait(10)
+    ids = (await queue.enqueue([picture_job()])).ids
+    running = start_worker(drain_s=0.05)
+    await wait_until(lambda: _truth(watched.batches))
+    running.stop.set()
+    try:
+        assert await running.task is False
+        view = await queue.get(ids[0])
+        assert view is not None
+        assert view.state is JobState.QUEUED
+    finally:
+        gate.set()
+
+
+async def test_a_cancelled_job_has_no_result_though_its_batch_ran(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob, wait_until: WaitUntil
+) -> None:
+    gate = threading.Event()
+    watched.before = lambda requests: gate.wait(10)
+    ids = (await queue.enqueue([picture_job(), picture_job("dog")])).ids
+    start_worker()
+    await wait_until(lambda: _truth(watched.batches))
+    await queue.cancel(ids[0])
+    gate.set()
+    cancelled, done = await queue.wait(ids, 10)
+    assert (cancelled.state, cancelled.result) == (JobState.CANCELLED, None)
+    assert done.state is JobState.DONE
+
+
+async def test_heartbeats_keep_a_batch_that_takes_longer_than_its_lease(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob, wait_until: WaitUntil
+) -> None:
+    gate = threading.Event()
+    watched.before = lambda requests: gate.wait(10)
+    ids = (await queue.enqueue([picture_job()])).ids
+    start_worker(lease_s=0.3)
+    await wait_until(lambda: _truth(watched.batches))
+    before = await queue.get(ids[0])
+    assert before is not None and before.started_at is not None
+    end = asyncio.get_running_loop().time() + 1.0
+
+    async def three_leases_later() -> bool:
+        await queue.reap()
+        return asyncio.get_running_loop().time() > end
+
+    await wait_until(three_leases_later)
+    gate.set()
+    (view,) = await queue.wait(ids, 10)
+    assert (view.state, view.attempt) == (JobState.DONE, 1)
+
+
+async def test_presence_begins_and_ends_with_the_worker(
+    redis_url: str, namespace: str, start_worker: Start, wait_until: WaitUntil
+) -> None:
+    presence = Presence.connect(redis_url, namespace=namespace)
+
+    async def served() -> bool:
+        return serves(await presence.workers(), "tiny@1")
+
+    assert not await served()
+    running = start_worker()
+    await wait_until(served)
+    running.stop.set()
+    await running.task
+    assert not await served()
+    await presence.announce(running.worker._me, ttl_s=0.0)  # an entry whose time is over counts as gone
+    assert not await served()
+    await presence.aclose()
+
+
+async def _truth(value: object) -> bool:
+    return bool(value)
