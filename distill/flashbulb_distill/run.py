@@ -31,7 +31,7 @@ from .evaluate.grid import save_grid
 from .evaluate.reference import Reference, load_reference
 from .evaluate.run import EvaluationResult, Prompt, evaluate, reference_prompts
 from .export.bundle import export_bundle
-from .export.generate import student_images, teacher_images
+from .export.generate import Generate, student_images, teacher_images
 from .export.parity import Parity
 from .pairs.generate import generate_pairs
 from .pairs.store import read_pairs
@@ -281,8 +281,8 @@ class Run:
         self,
         path: Path,
         prompts: tuple[Prompt, ...],
-        by_student: Callable[[list[str], list[int]], np.ndarray],  # type: ignore[type-arg]
-        by_teacher: Callable[[list[str], list[int]], np.ndarray],  # type: ignore[type-arg]
+        by_student: Generate,
+        by_teacher: Generate,
     ) -> None:
         """Forty prompts evenly through the list, unpicked seeds 0, 1, 2, ...: teacher beside student."""
         spread = np.linspace(0, len(prompts) - 1, min(40, len(prompts))).astype(int)

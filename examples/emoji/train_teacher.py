@@ -2,8 +2,9 @@
 
     python examples/emoji/train_teacher.py --run RUN_FOLDER [--export examples/emoji/teacher]
 
-Run train_codec.py on RUN_FOLDER/codec before it ends: the export takes the codec from there. Start it again with the same arguments to go on from the newest checkpoint; every random draw is a function of
-(seed, step), so a resumed run follows the unbroken one.
+Run train_codec.py on RUN_FOLDER/codec before it ends: the export takes the codec from there. Start it again with the
+same arguments to go on from the newest checkpoint; every random draw is a function of (seed, step), so a resumed run
+follows the unbroken one.
 """
 
 import argparse

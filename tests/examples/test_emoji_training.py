@@ -47,8 +47,8 @@ def test_variants_are_seeded_and_stay_in_their_bounds(prepare):
 
 
 def test_art_is_drawn_on_white_and_where_it_was_moved(prepare):
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect x="5" width="5" height="10" fill="#f00"/></svg>'
-    image = prepare.draw(svg)
+    half = '<rect x="5" width="5" height="10" fill="#f00"/>'
+    image = prepare.draw(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10">{half}</svg>')
     assert image.shape == (64, 64, 3)
     assert (image[:, :31] == 255).all()
     assert (image[:, 33:] == (255, 0, 0)).all()

@@ -1,5 +1,6 @@
 """The manifest: the contract between the distiller, which writes it, and the service, which reads it."""
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -92,7 +93,7 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
         steps = self.time_steps
-        if any(not 0 < t <= 1 for t in steps) or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+        if any(not 0 < t <= 1 for t in steps) or any(a <= b for a, b in pairwise(steps)):
             raise ValueError(f"time_steps: expected descending times in (0, 1], got {steps}")
         named = [*self.components.model_dump().values(), self.text.tokenizer]
         for name in named:

@@ -26,7 +26,7 @@ def sample_steps(
     """
     if len(time_steps) > 1 and renoise is None:
         raise ValueError(f"expected renoise for {len(time_steps)} time steps, got None")
-    xt = noise
+    xt = x0 = noise
     for index, t in enumerate(time_steps):
         if index > 0 and renoise is not None:
             xt = add_noise(schedule, x0, renoise(index), t)

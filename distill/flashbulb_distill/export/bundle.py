@@ -3,10 +3,11 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bundle import (
@@ -24,9 +25,11 @@ from ..core.noise import draw_noise
 from ..teachers.emoji import TIMESTEP_SCALE, EmojiDenoiser, EmojiTeacher
 from ..teachers.text import MAX_LENGTH, model_folder, tokenise
 from .components import DecoderComponent, DenoiserComponent, export_onnx, save_model
+from .measure import Parts, batch_times_ms, is_batch_invariant
 from .parity import Parity, check_component
 from .weights import quantise_inside, use_safetensors
 
+BACKEND = "onnx"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROBES = ("red apple", "a rocket, noto style", "", "twemoji emoji of cat face", "\u00e9toile \U0001f31f !")
 
@@ -65,7 +68,8 @@ def export_bundle(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        parity = _write(work, teacher, student, tolerance)
+        parity, parts = _write(work, teacher, student, tolerance, max_batch)
+        sizes = tuple(2**i for i in range(max_batch.bit_length()) if 2**i <= max_batch)
         channels, side, _ = teacher.latent_shape
         patch = teacher.codec.patch
         manifest = Manifest(
@@ -92,6 +96,8 @@ def export_bundle(
             licence=licence,
             attribution=attribution,
             metrics=dict(metrics),
+            calibration={BACKEND: batch_times_ms(parts, sizes)},
+            batch_invariant={BACKEND: is_batch_invariant(parts, (*sizes, max_batch))},
             parity={f"{p.component}_error": p.error for p in parity}
             | {"tolerance": tolerance, "passed": True},
         )
@@ -104,7 +110,10 @@ def export_bundle(
     return parity
 
 
-def _write(work: Path, teacher: EmojiTeacher, student: EmojiDenoiser, tolerance: float) -> list[Parity]:
+def _write(
+    work: Path, teacher: EmojiTeacher, student: EmojiDenoiser, tolerance: float, max_batch: int
+) -> tuple[list[Parity], Parts]:
+    """Write weights and graphs; return the parity of each, and inputs of `max_batch` rows to measure them with."""
     # What is exported is what was stored: the weights go through float16 first, and come back.
     student.transformer.half().save_pretrained(work / "transformer")
     student.transformer.float()
@@ -142,15 +151,19 @@ def _write(work: Path, teacher: EmojiTeacher, student: EmojiDenoiser, tolerance:
     use_safetensors(decoder, work, f"codec/{WEIGHTS}")
     save_model(decoder, work / "decoder.onnx")
 
-    return [
-        check_component(
-            "text_encoder", work / "text_encoder.onnx", teacher.text_encoder, _batches(text_in), tolerance
-        ),
-        check_component(
-            "denoiser", work / "denoiser.onnx", denoiser_module, _batches(denoiser_in), tolerance
-        ),
-        check_component("decoder", work / "decoder.onnx", decoder_module, _batches(decoder_in), tolerance),
-    ]
+    modules = {
+        "text_encoder": (teacher.text_encoder, text_in),
+        "denoiser": (denoiser_module, denoiser_in),
+        "decoder": (decoder_module, decoder_in),
+    }
+    parity = []
+    parts: dict[str, tuple[Path, dict[str, NDArray[Any]]]] = {}
+    for component, (module, case) in modules.items():
+        path = work / f"{component}.onnx"
+        parity.append(check_component(component, path, module, _batches(case), tolerance))
+        rows = np.arange(max_batch) % len(PROBES)
+        parts[component] = path, {name: value.numpy()[rows] for name, value in case.items()}
+    return parity, parts
 
 
 def _batches(case: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Pictures from prompts and seeds in torch: what the exported bundle must reproduce, and the teacher to compare with."""
+"""Pictures from prompts and seeds in torch: what a bundle must reproduce, and the teacher to compare with."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,8 @@ def student_images(teacher: EmojiTeacher, student: EmojiDenoiser, time_steps: tu
             return torch.from_numpy(np.stack([draw_noise(s, 0, teacher.latent_shape, step) for s in seeds]))
 
         def denoise(xt: Tensor, t: float) -> Tensor:
-            return student(xt, torch.full((len(xt),), t), cond)
+            out: Tensor = student(xt, torch.full((len(xt),), t), cond)
+            return out
 
         latents = sample(
             denoise,

@@ -35,7 +35,7 @@ class LatentDiscriminator(nn.Module):
         maps = (
             dict(zip(blocks, self._backbone[0].features(xt, t, cond, blocks), strict=True)) if blocks else {}
         )
-        return self.heads([maps[tap] if tap in maps else xt for tap in self.taps], t)  # type: ignore[no-any-return]
+        return self.heads([maps.get(tap, xt) for tap in self.taps], t)  # type: ignore[no-any-return]
 
 
 class VectorDiscriminator(nn.Module):

@@ -37,6 +37,8 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor, t: Tensor) -> Tensor:
         """Return one logit a place."""
+        # GroupNorm's backward pass crashes on channels-last views (torch 2.13, CPU), which networks do return.
+        features = features.contiguous()
         x = self.enter(self.scale(features)) + self.time(time_features(t))[:, :, None, None]
         logits: Tensor = self.body(x)
         return logits.flatten(1)

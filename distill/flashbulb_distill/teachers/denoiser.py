@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +39,8 @@ class Denoiser(nn.Module):
     Subclasses say what the output means (`prediction`, `schedule`) and implement `forward` and `features`.
     """
 
-    prediction: ClassVar[Prediction]
-    schedule: ClassVar[Schedule]
+    prediction: Prediction
+    schedule: Schedule
 
     def features(self, xt: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> list[Tensor]:
         """Return the feature maps [b, width, h, w] after the numbered blocks."""

@@ -58,9 +58,7 @@ class EmojiDenoiser(Denoiser):
             for handle in handles:
                 handle.remove()  # type: ignore[attr-defined]
         height, width = xt.shape[-2:]
-        maps = [found[i].float().transpose(1, 2).reshape(len(xt), -1, height, width) for i in taps]
-        # GroupNorm crashes in its backward pass (torch 2.13, CPU) on the channels-last view that this is.
-        return [features.contiguous() for features in maps]
+        return [found[i].float().transpose(1, 2).reshape(len(xt), -1, height, width) for i in taps]
 
     @property
     def num_blocks(self) -> int:

@@ -37,7 +37,8 @@ class MixtureDenoiser(Denoiser):
         weights = torch.softmax(-gap.square().sum(-1) / (2 * variance), dim=1)  # [b, modes]
         gain = alpha * self.std**2 / variance  # [b, 1]
         means = centres + gain[..., None] * gap
-        return (weights[..., None] * means).sum(1)[..., None, None]
+        mean: Tensor = (weights[..., None] * means).sum(1)
+        return mean[..., None, None]
 
     def features(self, xt: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> list[Tensor]:
         """Return no features: an exact score has no blocks."""

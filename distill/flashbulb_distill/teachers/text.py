@@ -40,7 +40,8 @@ class TextEncoder(nn.Module):
         """Encode; rows do not depend on one another."""
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask[..., None].to(hidden.dtype)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)
+        # A product for each row, not a sum over the batch's middle axis: the latter's bytes depend on the batch size.
+        pooled = (mask.transpose(1, 2) @ hidden)[:, 0] / mask.sum(1)
         return unit_rms(hidden) * mask, unit_rms(pooled)
 
 

@@ -29,7 +29,7 @@ def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tens
     """
     if schedule == "rectified-flow":
         return xt + (xs - xt).detach()
-    k = alpha_sigma(schedule, s)[0] / alpha_sigma(schedule, t)[0]
+    k: Tensor = alpha_sigma(schedule, s)[0] / alpha_sigma(schedule, t)[0]
     return k * xt + (xs - k * xt).detach()
 
 
@@ -114,7 +114,8 @@ class Adm:
 
         def denoise(xt: Tensor, t: float) -> Tensor:
             with torch.set_grad_enabled(torch.is_grad_enabled() and t == self.time_steps[last]):
-                return self.student(xt, torch.full((len(xt),), t), cond)
+                out: Tensor = self.student(xt, torch.full((len(xt),), t), cond)
+                return out
 
         *_, x_0 = sample_steps(
             denoise,

@@ -64,7 +64,7 @@ def test_a_missing_file_and_a_stranger_are_refused(bundle):
 
 
 def test_a_folder_without_manifest_is_refused(tmp_path):
-    with pytest.raises(BundleError, match="found no manifest.json"):
+    with pytest.raises(BundleError, match=r"found no manifest\.json"):
         open_bundle(tmp_path)
 
 
