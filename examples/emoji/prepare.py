@@ -3,8 +3,9 @@
     python examples/emoji/prepare.py [--out examples/emoji/data] [--variants 16]
 
 Writes reference.safetensors + reference.json (one centred picture of each concept and style, 64 x 64, with its
-split), train.safetensors (seeded shifted and scaled variants of the training split), and prompts.txt beside this
-script. One style of every tenth concept is held out: it is in the reference as "held-out" and never in the training file.
+split), train.safetensors + train.json (seeded shifted and scaled variants of the training split), and prompts.txt
+beside this script. One style of every tenth concept is held out: it is in the reference as "held-out" and never in
+the training file.
 """
 
 import argparse

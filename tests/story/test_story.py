@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
 from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.evaluate.reference import load_reference
 from flashbulb_distill.export.generate import student_images
 from flashbulb_distill.run import start_run
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
-from PIL import Image
-from safetensors.numpy import save_file
 from support.serving import Serving, run_flashbulb
 from support.tiny_teacher import make_tiny_teacher
 
