@@ -27,10 +27,12 @@ def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tens
     xs = k xt + e(network): under rectified flow k = 1 and e holds the velocity, under a variance-preserving
     schedule k = alpha(s) / alpha(t) and e holds the noise estimate.
     """
-    if schedule == "rectified-flow":
-        return xt + (xs - xt).detach()
-    k: Tensor = alpha_sigma(schedule, s)[0] / alpha_sigma(schedule, t)[0]
-    return k * xt + (xs - k * xt).detach()
+    k: Tensor | float = 1.0
+    if schedule != "rectified-flow":
+        k = alpha_sigma(schedule, s)[0] / alpha_sigma(schedule, t)[0]
+    moved = k * xt
+    # The value is xs to the last bit: a rounding of it would be there for the discriminator to see.
+    return xs.detach() + (moved - moved.detach())
 
 
 @dataclass(frozen=True)
