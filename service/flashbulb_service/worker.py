@@ -272,28 +272,28 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
     Raises:
         BundleRejected: a model is damaged; a worker serves all of its models or does not start.
     """
-    start = time.perf_counter()
-    loaded = [
-        load_model(
-            model,
-            create_backend(settings.backend, threads=settings.threads),
-            backend_name=settings.backend,
-            max_batch=settings.max_batch,
-        )
-        for model in load_catalog(settings, verify=True).models
-    ]
-    names = ", ".join(f"{one.model.id} (batches of {one.cap})" for one in loaded)
-    log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
-    try:
-        async with open_parts(settings) as (queue, results, presence):
-            worker = Worker(
-                queue, results, presence, loaded, backend_name=settings.backend, lease_s=settings.lease_s
+    async with open_parts(settings) as (queue, results, presence):  # first, since it refuses settings at once
+        start = time.perf_counter()
+        loaded = [
+            load_model(
+                model,
+                create_backend(settings.backend, threads=settings.threads),
+                backend_name=settings.backend,
+                max_batch=settings.max_batch,
             )
-            log.info("worker %s serves", worker.id)
+            for model in load_catalog(settings, verify=True).models
+        ]
+        names = ", ".join(f"{one.model.id} (batches of {one.cap})" for one in loaded)
+        log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
+        worker = Worker(
+            queue, results, presence, loaded, backend_name=settings.backend, lease_s=settings.lease_s
+        )
+        log.info("worker %s serves", worker.id)
+        try:
             return await worker.run(stop, drain_s=settings.drain_s)
-    finally:
-        for one in loaded:
-            one.backend.close()
+        finally:
+            for one in loaded:
+                one.backend.close()
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
