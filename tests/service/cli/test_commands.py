@@ -161,7 +161,9 @@ def test_debug_adds_the_traceback(tmp_path: Path) -> None:
 def test_usage_errors_exit_2(tmp_path: Path) -> None:
     check_refused(run_flashbulb("serv"), 2, "serv")
     check_refused(run_flashbulb("serve", "--port", "x"), 2, "--port")
-    check_refused(run_flashbulb("worker", "--data", tmp_path), 1, "models")
+    check_refused(run_flashbulb("worker", "--data", tmp_path), 2, "--redis")
+    nowhere = ("--redis", "redis://127.0.0.1:1")
+    check_refused(run_flashbulb("worker", *nowhere, "--models", tmp_path), 1, str(tmp_path))
     check_refused(run_flashbulb("serve", port="99999"), 2, "port", "99999")
     check_refused(run_flashbulb("serve", "--host", "0.0.0.0", "--data", tmp_path), 2, "--allow-public")
     assert run_flashbulb("--help").returncode == 0
