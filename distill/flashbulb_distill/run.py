@@ -1,7 +1,8 @@
-"""From teacher to verified bundle: pairs -> adp -> adm -> evaluate -> export, each stage hashed and restartable.
+"""From teacher to verified bundle: pairs -> (regression ->) adp -> adm -> evaluate -> export, each stage hashed and restartable.
 
     <out>/recipe.json           the resolved recipe
     <out>/pairs/                index.jsonl, shards
+    <out>/regression/           as adp/, where the recipe asks for it
     <out>/adp/, <out>/adm/      metrics.jsonl, checkpoint.safetensors, student.safetensors
     <out>/evaluation/           teacher.json, student.json, table.md, grid.png
     <out>/bundle/<name>/<version>/
@@ -37,7 +38,7 @@ from .pairs.generate import generate_pairs
 from .pairs.store import read_pairs
 from .teachers.denoiser import Condition
 from .teachers.emoji import EmojiDenoiser, EmojiTeacher, load_emoji_teacher
-from .train.build import build_adm, build_adp, student_of
+from .train.build import build_adm, build_adp, build_regression, student_of
 from .train.recipe import Recipe, RecipeError, digest
 from .train.trainer import Method, train
 
@@ -138,14 +139,29 @@ class Run:
         )
         return self._finish(folder, identity)
 
+    def regression(self) -> str:
+        """Start the student by regression on the pairs, where the recipe asks for it."""
+        recipe, stage = self.recipe, self.recipe.regression
+        parent = self.pairs()
+        if stage is None:
+            return parent
+        identity = digest({"pairs": parent, "recipe": stage.model_dump(), "seed": recipe.seed})
+
+        def build() -> Method:
+            pairs = read_pairs(self.out / "pairs")
+            return build_regression(recipe, stage, self.teacher, pairs, self.condition)
+
+        return self._train("regression", identity, build, stage.steps, stage.ema, average_from=0)
+
     def adp(self) -> str:
         """Pre-train the student on the pairs by ADP."""
         recipe = self.recipe
-        parent = self.pairs()
-        identity = digest({"pairs": parent, "recipe": recipe.adp.model_dump(), "seed": recipe.seed})
+        parent = self.regression()
+        identity = digest({"parent": parent, "recipe": recipe.adp.model_dump(), "seed": recipe.seed})
 
         def build() -> Method:
-            return build_adp(recipe, self.teacher, read_pairs(self.out / "pairs"), self.condition)
+            start = None if recipe.regression is None else load_file(self.out / "regression" / STUDENT)
+            return build_adp(recipe, self.teacher, read_pairs(self.out / "pairs"), self.condition, start)
 
         return self._train("adp", identity, build, recipe.adp.steps, recipe.adp.ema, recipe.adp.warmup_steps)
 
@@ -202,6 +218,8 @@ class Run:
             "adp": hash_file(self.out / "adp" / STUDENT),
             "adm": hash_file(self.out / "adm" / STUDENT),
         }
+        if recipe.regression is not None:
+            parents["regression"] = hash_file(self.out / "regression" / STUDENT)
         return export_bundle(
             folder,
             self.teacher,

@@ -14,14 +14,32 @@ from ..teachers.denoiser import Condition
 from ..teachers.emoji import EmojiDenoiser, EmojiTeacher
 from .adm import Adm
 from .adp import Adp
-from .recipe import Rates, Recipe
+from .recipe import Rates, Recipe, RegressionRecipe
+from .regression import Regression
 
 
-def build_adp(recipe: Recipe, teacher: EmojiTeacher, pairs: Pairs, cond: Condition) -> Adp:
-    """Build ADP: the student starts as the teacher, the heads at random (seeded)."""
+def build_regression(
+    recipe: Recipe, stage: RegressionRecipe, teacher: EmojiTeacher, pairs: Pairs, cond: Condition
+) -> Regression:
+    """Build the regression on the pairs: the student starts as the teacher."""
+    student = teacher.new_denoiser(bf16=recipe.precision == "bfloat16")
+    optimizer = AdamW(student.parameters(), lr=stage.rate, betas=stage.betas, weight_decay=0.0)
+    return Regression(stage, Draws(recipe.seed), pairs, cond, student, {"student": optimizer})
+
+
+def build_adp(
+    recipe: Recipe,
+    teacher: EmojiTeacher,
+    pairs: Pairs,
+    cond: Condition,
+    start: Mapping[str, Tensor] | None = None,
+) -> Adp:
+    """Build ADP: the student starts from `start` (the regression's average), else as the teacher; heads at random."""
     stage = recipe.adp
     torch.manual_seed(recipe.seed)
     student = teacher.new_denoiser(bf16=recipe.precision == "bfloat16")
+    if start is not None:
+        load_parameters(student, start)
     latent = _latent_discriminator(teacher, stage.taps)
     pixel = None
     if stage.lambda_pixel > 0:

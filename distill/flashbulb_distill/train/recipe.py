@@ -39,14 +39,26 @@ class StageRecipe(Strict):
 
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=2)
-    rates: Rates
-    warmup_steps: int = Field(default=0, ge=0, description="steps before the student moves")
     ema: float = Field(default=0.995, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0)
+
+
+class RegressionRecipe(StageRecipe):
+    """Regression on the pairs, before ADP; the paper's ablation A1 when it stands alone."""
+
+    rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+
+
+class AdversarialRecipe(StageRecipe):
+    """What both adversarial stages need."""
+
+    rates: Rates
+    warmup_steps: int = Field(default=0, ge=0, description="steps before the student moves")
     taps: tuple[int, ...] = Field(min_length=1, description="blocks of the frozen backbone; -1 is the input")
 
 
-class AdpRecipe(StageRecipe):
+class AdpRecipe(AdversarialRecipe):
     """Adversarial distillation pre-training (arXiv 2507.18569)."""
 
     lambda_latent: float = Field(default=0.85, ge=0)
@@ -58,7 +70,7 @@ class AdpRecipe(StageRecipe):
     )
 
 
-class AdmRecipe(StageRecipe):
+class AdmRecipe(AdversarialRecipe):
     """Adversarial distribution matching (arXiv 2507.18569)."""
 
     delta_t: float = Field(default=1 / 64, gt=0, lt=1)
@@ -101,6 +113,7 @@ class Recipe(Strict):
     precision: Literal["float32", "bfloat16"] = "float32"
     time_steps: tuple[float, ...] = (1.0,)
     pairs: PairsRecipe
+    regression: RegressionRecipe | None = None
     adp: AdpRecipe
     adm: AdmRecipe
     evaluate: EvaluateRecipe | None
