@@ -30,7 +30,7 @@ def distill() -> None:
     "flashbulb distill run my.yaml --set adm.steps=100 --out runs/try --resume"
 )
 def run(recipe: RecipePath, set_: Overrides = None, out: Out = None, resume: Resume = False) -> None:
-    """Run all stages: pairs, adp, adm, evaluate, export with its parity gate."""
+    """Run all stages: pairs, regression (where asked for), adp, adm, evaluate, export with its parity gate."""
     from .run import start_run
     from .train.recipe import load_recipe
 
@@ -62,5 +62,5 @@ def _stage(name: str) -> None:
     app.command(name)(command)
 
 
-for _name in ("pairs", "adp", "adm", "evaluate", "export"):
+for _name in ("pairs", "regression", "adp", "adm", "evaluate", "export"):
     _stage(_name)

@@ -12,6 +12,7 @@ A stage that is done leaves stage.json with the hash of all that it was made fro
 
 import json
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -288,7 +289,12 @@ class Run:
                 prompts,
                 seeds,
                 num_components=recipe.num_components,
-                provenance={"teacher": self.teacher_sha256, "recipe": self.recipe.sha256()},
+                provenance={
+                    "teacher": self.teacher_sha256,
+                    "recipe": self.recipe.sha256(),
+                    "command": " ".join(["flashbulb", *sys.argv[1:]]),
+                    "commit": code_version(),
+                },
                 progress=lambda done, total, name=name: self.progress(f"evaluate {name}", done, total),  # type: ignore[misc]
             )
             (folder / f"{name}.json").write_text(results[name].model_dump_json(indent=1) + "\n")
@@ -340,6 +346,15 @@ class Run:
         temporary.replace(folder / "stage.json")
 
 
+def code_version() -> str:
+    """Return the commit that this code was run from, "-dirty" if it was changed; "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def start_run(recipe: Recipe, out: Path, *, resume: bool) -> Run:
     """Prepare a run's folder and write what is needed to repeat the run.
 
@@ -355,6 +370,7 @@ def start_run(recipe: Recipe, out: Path, *, resume: bool) -> Run:
     record = {
         "recipe": recipe.model_dump(mode="json"),
         "sha256": recipe.sha256(),
+        "commit": code_version(),
         "python": platform.python_version(),
         "versions": versions,
     }

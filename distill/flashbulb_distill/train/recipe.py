@@ -126,8 +126,8 @@ class Recipe(Strict):
     export: ExportRecipe
 
     def sha256(self) -> str:
-        """Return the hash of the resolved recipe."""
-        return digest(self.model_dump(mode="json"))
+        """Return the hash of the resolved recipe; a part that is left out has no say in it."""
+        return digest(self.model_dump(mode="json", exclude_none=True))
 
 
 class RecipeError(ValueError):
