@@ -8,6 +8,7 @@ from flashbulb_service.errors import DeadlineUnreachable, IdempotencyConflict, Q
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.queue import Limits
 from flashbulb_service.scheduler import BucketFacts, plan_batch
+from flashbulb_service.simulate import admits
 from flashbulb_service.timing import Tau
 
 
@@ -235,3 +236,27 @@ async def test_anothers_backlog_does_not_refuse_a_polite_tenant(queue):
 async def test_jobs_without_a_deadline_are_admitted_by_count_alone(queue):
     await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
     await queue.enqueue([new()] * 500, now=100.0)
+
+
+@pytest.mark.parametrize("allowed_ms", [16, 18, 43, 44, 60, 87, 88, 130, 132, 176])
+@pytest.mark.parametrize(("waiting", "is_busy"), [(0, False), (0, True), (7, True), (8, True), (17, True)])
+async def test_the_simulation_admits_what_the_queue_admits(queue, waiting, is_busy, allowed_ms):
+    await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
+    if is_busy:
+        await queue.enqueue([new()], now=30.0)
+        await queue.claim(
+            "w",
+            ["emoji@1"],
+            8,
+            60,
+            plan=lambda window: plan_batch(window, lambda _model, _bucket: BucketFacts(8, TAU)),
+            now=100.0,
+        )
+    if waiting:
+        await queue.enqueue([new()] * waiting, now=40.0)
+    expected = admits([17.0 * is_busy], waiting, TAU, 8, allowed_ms)
+    if expected:
+        await admit(queue, 1, allowed_ms / 1000)
+    else:
+        with pytest.raises(DeadlineUnreachable):
+            await admit(queue, 1, allowed_ms / 1000)
