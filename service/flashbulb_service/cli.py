@@ -26,7 +26,7 @@ Redis = Annotated[str | None, typer.Option("--redis", metavar="URL", help="redis
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on [127.0.0.1]")]
 Port = Annotated[int | None, typer.Option("--port", help="Port to listen on, 0 for any free one [8000]")]
 BackendOption = Annotated[
-    str | None, typer.Option("--backend", metavar="NAME", help="What runs models [onnx]")
+    str | None, typer.Option("--backend", metavar="NAME", help="What runs models: onnx or synthetic [onnx]")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads of one worker [one per core]")]
 Public = Annotated[bool, typer.Option("--allow-public", help="Listen where others can reach it")]

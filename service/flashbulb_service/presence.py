@@ -3,8 +3,10 @@
 All times are the Redis server's, so that machines with different clocks agree.
 """
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -15,6 +17,8 @@ from flashbulb_service.errors import QueueUnavailable
 
 TTL_S = 6.0
 INTERVAL_S = 1.5
+CALL_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,9 @@ class Presence:
     @classmethod
     def connect(cls, url: str, *, namespace: str) -> Self:
         """Make the list on `redis://host:port/db` or `unix:///path`; connects lazily."""
-        return cls(Redis.from_url(url), namespace=namespace)
+        # Bounded by asyncio.timeout, not by redis-py's socket timeout: see Queue.connect.
+        client = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=CONNECT_TIMEOUT_S)
+        return cls(client, namespace=namespace)
 
     async def announce(self, worker: LiveWorker, ttl_s: float = TTL_S) -> None:
         """Say that a worker is alive for the next `ttl_s` seconds.
@@ -45,15 +51,13 @@ class Presence:
         Raises:
             QueueUnavailable: the server does not answer.
         """
-        try:
+        async with _answering():
             now = await self._now()
             async with self._client.pipeline() as pipe:
                 pipe.zadd(self._key, {_to_member(worker): now + ttl_s})
                 pipe.zremrangebyscore(self._key, "-inf", now)
                 pipe.expire(self._key, 3600)
                 await pipe.execute()
-        except RedisError as error:
-            raise _unavailable(error) from error
 
     async def withdraw(self, worker: LiveWorker) -> None:
         """Take a worker off the list.
@@ -61,10 +65,8 @@ class Presence:
         Raises:
             QueueUnavailable: the server does not answer.
         """
-        try:
+        async with _answering():
             await self._client.zrem(self._key, _to_member(worker))
-        except RedisError as error:
-            raise _unavailable(error) from error
 
     async def workers(self) -> list[LiveWorker]:
         """List the live workers.
@@ -72,10 +74,8 @@ class Presence:
         Raises:
             QueueUnavailable: the server does not answer.
         """
-        try:
+        async with _answering():
             members = await self._client.zrangebyscore(self._key, await self._now(), "+inf")
-        except RedisError as error:
-            raise _unavailable(error) from error
         return [_from_member(cast(bytes, member)) for member in members]
 
     async def aclose(self) -> None:
@@ -103,5 +103,13 @@ def _from_member(member: bytes) -> LiveWorker:
     return LiveWorker(id=fields["id"], models=tuple(fields["models"]), backend=fields["backend"])
 
 
-def _unavailable(error: RedisError) -> QueueUnavailable:
-    return QueueUnavailable(f"expected an answer from Redis, got {type(error).__name__}: {error}")
+@asynccontextmanager
+async def _answering() -> AsyncIterator[None]:
+    """Bound a call, and say in our words that the server does not answer."""
+    try:
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            yield
+    except (RedisError, TimeoutError) as error:
+        raise QueueUnavailable(
+            f"expected an answer from Redis, got {type(error).__name__}: {error}"
+        ) from error

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-BackendName = Literal["onnx"]
+BackendName = Literal["onnx", "synthetic"]
 
 
 def state_folder() -> Path:
@@ -40,9 +40,14 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=1 << 20, gt=0)
     max_prompt_chars: int = Field(default=2000, gt=0)
     request_timeout_s: float = Field(default=600.0, gt=0)
+    slo_s: float = Field(default=60.0, gt=0, description="deadline of requests that name none")
+    slo_long_s: float = Field(default=3600.0, gt=0, description="the same for long work, such as videos")
 
     # the worker
     backend: BackendName = "onnx"
+    synthetic: str = Field(
+        default="", description="JSON options of the synthetic backend: see backends/synthetic.py"
+    )
     threads: int = Field(default=0, ge=0, description="threads of one worker's operators; 0: one per core")
     max_batch: int = Field(default=64, ge=1, description="upper limit on top of what each bundle allows")
     lease_s: float = Field(

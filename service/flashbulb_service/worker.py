@@ -22,16 +22,17 @@ import numpy as np
 
 from flashbulb_service.backends import Backend, Generated, ImageRequest, create_backend
 from flashbulb_service.catalog import Model
-from flashbulb_service.errors import BackendError, QueueUnavailable
+from flashbulb_service.errors import BackendError, OutOfMemory, QueueUnavailable
 from flashbulb_service.images import encode_image
 from flashbulb_service.jobs import Job, JobError
 from flashbulb_service.parts import load_catalog, open_parts
-from flashbulb_service.presence import INTERVAL_S, LiveWorker, Presence
+from flashbulb_service.presence import INTERVAL_S, TTL_S, LiveWorker, Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore, result_id
-from flashbulb_service.scheduler import batch_cap, in_chunks, split_suspects
+from flashbulb_service.scheduler import Scheduler, batch_cap, bucket_name, choose_lane, halves, in_chunks
 from flashbulb_service.settings import Settings
 from flashbulb_service.tasks import ImageOutcome, ImageTask
+from flashbulb_service.timing import Tau
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,10 @@ class Worker:
         self._presence = presence
         self._models: Mapping[str, LoadedModel] = {loaded.model.id: loaded for loaded in models}
         self._lease_s = lease_s
+        self._scheduler = Scheduler(
+            {loaded.model.id: loaded.cap for loaded in models},
+            {one.model.id: one.model.bundle.manifest.calibration.get(backend_name, {}) for one in models},
+        )
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self.id = worker_id or new_worker_id()
         self._me = LiveWorker(self.id, tuple(self._models), backend_name)
@@ -117,7 +122,7 @@ class Worker:
         most = max(loaded.cap for loaded in self._models.values())
         while not stop.is_set():
             try:
-                jobs = await self._queue.claim(self.id, names, most, self._lease_s)
+                jobs = await self._queue.claim(self.id, names, most, self._lease_s, plan=self._scheduler.plan)
                 if jobs:
                     await self._run_claimed(jobs)
                 else:
@@ -130,11 +135,8 @@ class Worker:
         """Run jobs of one bucket; whatever happens, none of them stays leased when this ends."""
         loaded = self._models[jobs[0].model]
         try:
-            now, later = split_suspects(jobs)
-            if later:
-                await self._queue.release(self.id, later)
-            async with self._heartbeats(now) as lost:
-                for chunk in in_chunks(now, loaded.cap):
+            async with self._heartbeats(jobs) as lost:
+                for chunk in in_chunks(jobs, loaded.cap):
                     await self._run_batch(loaded, chunk, lost)
         except BaseException:  # finished jobs are no longer ours, so this hands back only the rest
             with contextlib.suppress(QueueUnavailable):
@@ -160,6 +162,7 @@ class Worker:
             await self._after_failure(loaded, rows, error, lost)
             return
         batch_ms = (time.perf_counter() - start) * 1000
+        self._scheduler.observe(loaded.model.id, rows[0].bucket, len(rows), batch_ms)
         log.info("batch of %d of %s in %.1f ms", len(rows), loaded.model.id, batch_ms)
         batch = (len(rows), batch_ms, generated.stages_ms)
         deliveries = [
@@ -184,13 +187,16 @@ class Worker:
     async def _after_failure(
         self, loaded: LoadedModel, rows: list[Job], error: Exception, lost: set[str]
     ) -> None:
-        """Find the row that spoils the batch: run each alone, so that innocent rows burn no attempt."""
+        """Halve the batch until the row that spoils it is alone, so that innocent rows burn no attempt."""
+        if isinstance(error, OutOfMemory):
+            self._scheduler.out_of_memory(loaded.model.id, rows[0].bucket, len(rows))
         if len(rows) == 1:
-            await self._fail(rows[0], "backend_error", error, retry=True)
+            code = error.code if isinstance(error, OutOfMemory) else "backend_error"
+            await self._fail(rows[0], code, error, retry=True)
             return
-        log.warning("batch of %d failed, running its rows one by one: %s", len(rows), _one_line(error))
-        for job in rows:
-            await self._run_batch(loaded, [job], lost)
+        log.warning("batch of %d failed, running its halves: %s", len(rows), _one_line(error))
+        for part in halves(rows):
+            await self._run_batch(loaded, part, lost)
 
     async def _deliver(
         self,
@@ -248,9 +254,23 @@ class Worker:
         while True:
             try:
                 await self._presence.announce(self._me)
+                await self._queue.publish_times(self.id, self._known_times(), TTL_S)
             except QueueUnavailable as error:
                 log.warning("cannot say that this worker lives: %s", error.message)
             await asyncio.sleep(INTERVAL_S)
+
+    def _known_times(self) -> dict[tuple[str, str], tuple[Tau, int]]:
+        """Return (model, bucket) -> time model and cap, of every bucket whose time is known."""
+        known = {}
+        for model_id, loaded in self._models.items():
+            manifest = loaded.model.bundle.manifest
+            lane = choose_lane(manifest.task, manifest.calibration.get(self._me.backend))
+            for shape in manifest.shapes:
+                bucket = bucket_name(model_id, shape.width, shape.height, len(manifest.time_steps), lane)
+                facts = self._scheduler.facts(model_id, bucket)
+                if facts.tau is not None:
+                    known[model_id, bucket] = (facts.tau, facts.cap)
+        return known
 
     async def _keep_clean(self) -> None:
         while True:
@@ -277,7 +297,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
         loaded = [
             load_model(
                 model,
-                create_backend(settings.backend, threads=settings.threads),
+                create_backend(settings.backend, threads=settings.threads, synthetic=settings.synthetic),
                 backend_name=settings.backend,
                 max_batch=settings.max_batch,
             )

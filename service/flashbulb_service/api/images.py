@@ -27,7 +27,8 @@ from flashbulb_service.errors import (
 )
 from flashbulb_service.jobs import JobState, JobView, NewJob
 from flashbulb_service.results import media_type
-from flashbulb_service.scheduler import bucket_name
+from flashbulb_service.scheduler import LONG, bucket_name, choose_lane
+from flashbulb_service.settings import Settings
 from flashbulb_service.tasks import MAX_SEED, ImageOutcome, ImageTask
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ async def generate_images(
     model = context.catalog.find(body.model)
     width, height = choose_size(model, body.size)
     seed = choose_seed(body.seed, idempotency_key)
-    jobs = plan_jobs(body, model, width, height, seed)
+    jobs = plan_jobs(body, model, width, height, seed, context.settings)
     enqueued = await context.queue.enqueue(jobs, idempotency_key=idempotency_key)
     views = await _wait(context, request, enqueued.ids, keep=idempotency_key is not None)
     pictures = [finished(view) for view in views]
@@ -130,14 +131,18 @@ def choose_seed(wanted: int | None, idempotency_key: str | None) -> int:
     return secrets.randbits(63)
 
 
-def plan_jobs(body: ImagesRequest, model: Model, width: int, height: int, seed: int) -> list[NewJob]:
+def plan_jobs(
+    body: ImagesRequest, model: Model, width: int, height: int, seed: int, settings: Settings
+) -> list[NewJob]:
     """Make one job per picture; they share a bucket, and may still run in different batches."""
     manifest = model.bundle.manifest
     smallest = min(w * h for w, h in model.sizes)
+    lane = choose_lane(manifest.task, manifest.calibration.get(settings.backend))
+    slo_s = settings.slo_long_s if lane == LONG else settings.slo_s
     return [
         NewJob(
             model=model.id,
-            bucket=bucket_name(model.id, width, height, len(manifest.time_steps)),
+            bucket=bucket_name(model.id, width, height, len(manifest.time_steps), lane),
             payload=ImageTask(
                 prompt=body.prompt,
                 seed=seed,
@@ -149,6 +154,7 @@ def plan_jobs(body: ImagesRequest, model: Model, width: int, height: int, seed: 
             ).to_bytes(),
             tenant=tenant_of(body),
             cost=width * height / smallest,
+            deadline_s=slo_s,
         )
         for index in range(body.n)
     ]

@@ -44,7 +44,7 @@ class Backend(Protocol):
         ...
 
 
-def create_backend(name: str, *, threads: int) -> Backend:
+def create_backend(name: str, *, threads: int, synthetic: str = "") -> Backend:
     """Create the backend of that name; nothing is loaded yet.
 
     Raises:
@@ -54,4 +54,8 @@ def create_backend(name: str, *, threads: int) -> Backend:
         from flashbulb_service.backends.onnx import OnnxBackend
 
         return OnnxBackend(threads=threads)
-    raise ValueError(f"expected the backend 'onnx', got {name!r}")
+    if name == "synthetic":
+        from flashbulb_service.backends.synthetic import SyntheticBackend, SyntheticDevice
+
+        return SyntheticBackend(SyntheticDevice.model_validate_json(synthetic or "{}"))
+    raise ValueError(f"expected the backend 'onnx' or 'synthetic', got {name!r}")
