@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashbulb_distill.bundle import Bundle, BundleError, find_model, open_bundle
-from flashbulb_service.backends import Backend, ImageRequest
+from flashbulb_service.backends import ImageRequest, Student, create_backend
+from flashbulb_service.calibration import canonical_size, place, read_calibration, times_of
 from flashbulb_service.errors import BundleRejected, InvalidRequest
 from flashbulb_service.formats import ImageFormat
 from flashbulb_service.images import encode_image
-from flashbulb_service.scheduler import in_chunks
+from flashbulb_service.scheduler import batch_cap, in_chunks
+from flashbulb_service.settings import Settings
 
 _SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -59,8 +61,19 @@ def file_names(out: Path, count: int) -> tuple[Path, ...]:
     return tuple(out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count))
 
 
+def load_student(bundle: Bundle, settings: Settings) -> Student:
+    """Load a verified bundle as a worker with these settings does: the same bytes for the same seed."""
+    backend, manifest = create_backend(settings.backend, threads=settings.threads), bundle.manifest
+    where = place(bundle, settings.backend, settings.threads)
+    found = read_calibration(settings.data.expanduser(), where)
+    times = times_of(manifest, settings.backend, found)
+    cap = batch_cap(manifest.max_batch, settings.max_batch, times)
+    backend.load(bundle)
+    return Student(backend, canonical_size(manifest, settings.backend, found, settings.determinism, cap))
+
+
 def write_pictures(
-    backend: Backend, bundle: Bundle, prompt: str, out: Path, *, seed: int, size: tuple[int, int], count: int
+    student: Student, bundle: Bundle, prompt: str, out: Path, *, seed: int, size: tuple[int, int], count: int
 ) -> Report:
     """Draw pictures and write them; each file appears whole or not at all.
 
@@ -77,7 +90,7 @@ def write_pictures(
     pictures = [
         picture
         for chunk in in_chunks(requests, bundle.manifest.max_batch)
-        for picture in backend.generate(chunk).images
+        for picture in student.generate(chunk).images
     ]
     model_ms = (time.perf_counter() - start) * 1000
     files = file_names(out, count)
