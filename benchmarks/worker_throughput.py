@@ -19,7 +19,7 @@ import numpy as np
 
 from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.core.noise import draw_noise
-from flashbulb_service.backends import ImageRequest, Student
+from flashbulb_service.backends import Student
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.backends.onnx import OnnxBackend
 from flashbulb_service.catalog import Model

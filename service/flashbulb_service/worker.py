@@ -15,6 +15,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from flashbulb_service.backends import Student, create_backend
+from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.calibration import batch_sizes, canonical_size, place, read_calibration, times_of
 from flashbulb_service.catalog import Model
 from flashbulb_service.errors import QueueUnavailable
@@ -33,7 +34,7 @@ CLEAN_INTERVAL_S = 600.0
 OUTAGE_BACKOFF_S = 0.5
 
 
-def load_model(model: Model, settings: Settings) -> LoadedModel:
+def load_model(model: Model, settings: Settings, cache: EmbeddingCache) -> LoadedModel:
     """Load a verified bundle, choose its batch cap, and warm up every batch size that will be used."""
     manifest = model.bundle.manifest
     where = place(model.bundle, settings.backend, settings.threads)
@@ -41,7 +42,7 @@ def load_model(model: Model, settings: Settings) -> LoadedModel:
     cap = batch_cap(manifest.max_batch, settings.max_batch, times_of(manifest, settings.backend, found))
     canonical = canonical_size(manifest, settings.backend, found, settings.determinism, cap)
     cap = min(cap, canonical or cap)
-    backend = create_backend(settings.backend, threads=settings.threads)
+    backend = create_backend(settings.backend, threads=settings.threads, cache=cache)
     backend.load(model.bundle)
     student = Student(backend, canonical)
     student.warm_up(*model.sizes[0], [canonical] if canonical else batch_sizes(cap))
@@ -152,7 +153,8 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
     """
     async with open_parts(settings) as (queue, results, presence):  # first, since it refuses settings at once
         start = time.perf_counter()
-        loaded = [load_model(model, settings) for model in load_catalog(settings, verify=True).models]
+        cache = EmbeddingCache(settings.embedding_cache_mb << 20)
+        loaded = [load_model(model, settings, cache) for model in load_catalog(settings, verify=True).models]
         names = ", ".join(f"{one.model.id} (batches of {one.cap})" for one in loaded)
         log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
         worker = Worker(

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from flashbulb_distill.bundle import Bundle
+from flashbulb_service.backends.embeddings import EmbeddingCache
 
 OnStep = Callable[[int, int, np.ndarray], None]
 """Called on the device's thread after each step with (step from 0, num_steps, x0 latents); may raise to stop."""
@@ -153,8 +154,8 @@ class StageClock:
         self.stages_ms[stage] = self.stages_ms.get(stage, 0.0) + (time.perf_counter() - start) * 1000
 
 
-def create_backend(name: str, *, threads: int) -> Backend:
-    """Create the backend of that name; nothing is loaded yet.
+def create_backend(name: str, *, threads: int, cache: EmbeddingCache | None = None) -> Backend:
+    """Create the backend of that name; nothing is loaded yet. Backends may share a cache of embeddings.
 
     Raises:
         ValueError: there is no such backend.
@@ -162,5 +163,5 @@ def create_backend(name: str, *, threads: int) -> Backend:
     if name == "onnx":
         from flashbulb_service.backends.onnx import OnnxBackend
 
-        return OnnxBackend(threads=threads)
+        return OnnxBackend(threads=threads, cache=cache)
     raise ValueError(f"expected the backend 'onnx', got {name!r}")

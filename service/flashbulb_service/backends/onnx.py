@@ -28,7 +28,7 @@ class OnnxBackend:
         self._bundle: Bundle | None = None
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._tokenizer: Tokenizer | None = None
-        self.cache = cache or EmbeddingCache()
+        self.cache = EmbeddingCache() if cache is None else cache
 
     def load(self, bundle: Bundle) -> None:
         """Open the graphs and the tokenizer."""
