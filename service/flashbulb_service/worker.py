@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from flashbulb_service.backends import Student, create_backend
@@ -23,6 +23,7 @@ from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.pipeline import LoadedModel, OnPreview, Pipeline
 from flashbulb_service.presence import INTERVAL_S, LiveWorker, Presence
 from flashbulb_service.queue import Queue
+from flashbulb_service.repository import Repository
 from flashbulb_service.results import ResultStore
 from flashbulb_service.scheduler import batch_cap
 from flashbulb_service.settings import Settings
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 5.0  # longest single wait for work; a wake-up ends it at once
 CLEAN_INTERVAL_S = 600.0
 OUTAGE_BACKOFF_S = 0.5
+SCAN_INTERVAL_S = 2.0
 
 
 def load_model(model: Model, settings: Settings, cache: EmbeddingCache) -> LoadedModel:
@@ -68,16 +70,18 @@ class Worker:
         lease_s: float,
         worker_id: str | None = None,
         on_preview: OnPreview | None = None,
+        repository: Repository | None = None,
     ) -> None:
         """Keep the parts; nothing runs before `run`."""
         self._queue = queue
         self._results = results
         self._presence = presence
-        self._models: Mapping[str, LoadedModel] = {loaded.model.id: loaded for loaded in models}
+        self._repository = repository
+        self._models: dict[str, LoadedModel] = {loaded.model.id: loaded for loaded in models}
         self._lease_s = lease_s
         self.id = worker_id or new_worker_id()
         self._pipeline = Pipeline(queue, results, self.id, lease_s=lease_s, on_preview=on_preview)
-        self._me = LiveWorker(self.id, tuple(self._models), backend_name)
+        self._backend_name = backend_name
 
     async def run(self, stop: asyncio.Event, *, drain_s: float) -> bool:
         """Serve until `stop` is set, then finish the batch in hand, or hand it back after `drain_s`.
@@ -89,6 +93,7 @@ class Worker:
             asyncio.create_task(self._queue.keep_reaping()),
             asyncio.create_task(self._keep_present()),
             asyncio.create_task(self._keep_clean()),
+            asyncio.create_task(self._keep_models()),
         ]
         serving = asyncio.create_task(self._serve(stop))
         stopping = asyncio.create_task(stop.wait())
@@ -106,16 +111,20 @@ class Worker:
                 await self._presence.withdraw(self._me)
 
     async def _serve(self, stop: asyncio.Event) -> None:
-        names = list(self._models)
-        most = max(loaded.cap for loaded in self._models.values())
         while not stop.is_set():
             try:
                 await _unless(stop, self._pipeline.room())
                 if stop.is_set():
                     break
+                models = dict(self._models)  # the scan may change it while we wait
+                names = list(models)
+                if not names:  # all of them were removed
+                    await _unless(stop, asyncio.sleep(SCAN_INTERVAL_S))
+                    continue
+                most = max(loaded.cap for loaded in models.values())
                 jobs = await self._queue.claim(self.id, names, most, self._lease_s)
                 if jobs:
-                    self._pipeline.submit(self._models[jobs[0].model], jobs)
+                    self._pipeline.submit(models[jobs[0].model], jobs)
                 else:
                     await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
             except QueueUnavailable as error:
@@ -130,6 +139,32 @@ class Worker:
             except QueueUnavailable as error:
                 log.warning("cannot say that this worker lives: %s", error.message)
             await asyncio.sleep(INTERVAL_S)
+
+    async def _keep_models(self) -> None:
+        """Serve what appears in the repository, and nothing that is gone; batches in hand keep their model."""
+        while self._repository is not None:
+            await asyncio.sleep(SCAN_INTERVAL_S)
+            try:
+                ready, gone = await asyncio.to_thread(self._repository.scan)
+            except OSError as error:
+                log.warning("cannot look through the model repository: %s", error)
+                continue
+            if not ready and not gone:
+                continue
+            with contextlib.suppress(QueueUnavailable):
+                await self._presence.withdraw(self._me)  # the entry of the old set of models
+            for model_id in gone:
+                if self._models.pop(model_id, None):
+                    log.info("model %s is gone from the repository and served no longer", model_id)
+            for loaded in ready:
+                self._models[loaded.model.id] = loaded
+                log.info("model %s is ready (batches of %d)", loaded.model.id, loaded.cap)
+            with contextlib.suppress(QueueUnavailable):
+                await self._presence.announce(self._me)
+
+    @property
+    def _me(self) -> LiveWorker:
+        return LiveWorker(self.id, tuple(self._models), self._backend_name)
 
     async def _keep_clean(self) -> None:
         while True:
@@ -157,8 +192,17 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
         loaded = [load_model(model, settings, cache) for model in load_catalog(settings, verify=True).models]
         names = ", ".join(f"{one.model.id} (batches of {one.cap})" for one in loaded)
         log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
+        repository = Repository(
+            settings.models, lambda model: load_model(model, settings, cache), [one.model for one in loaded]
+        )
         worker = Worker(
-            queue, results, presence, loaded, backend_name=settings.backend, lease_s=settings.lease_s
+            queue,
+            results,
+            presence,
+            loaded,
+            backend_name=settings.backend,
+            lease_s=settings.lease_s,
+            repository=repository,
         )
         log.info("worker %s serves", worker.id)
         try:
