@@ -1,6 +1,7 @@
 """The models that can be asked for, read from the manifests of the model repository. Opens no model file."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,22 @@ class Catalog:
         models = [open_model(path, name, version, verify=verify) for name, version, path in found]
         return cls(models, default=default, aliases=aliases)
 
+    def refresh(self, models_dir: Path, is_served: Callable[[str], bool]) -> None:
+        """Follow the repository: drop what is gone, and add what is new as soon as a worker has it ready.
+
+        A bundle that cannot be read is left out; the workers, which verify it, say why in their log.
+        """
+        known = {model.id: model for model in self.models}
+        models = []
+        for name, version, path in list_models(models_dir):
+            model = known.get(f"{name}@{version}")
+            if model is None and is_served(f"{name}@{version}"):
+                with contextlib.suppress(BundleRejected):
+                    model = open_model(path, name, version, verify=False)
+            if model is not None:
+                models.append(model)
+        self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))
+
     @property
     def names(self) -> tuple[str, ...]:
         """Return what may be written as 'model': names, and names with a version."""
@@ -101,6 +118,8 @@ class Catalog:
             UnknownModel: there is none of that name.
         """
         if wanted is None:
+            if self._default is None and not self.models:
+                raise UnknownModel("default")
             return self._resolve(self._default) if self._default else self.newest()[0]
         return self._resolve(self._aliases.get(wanted, wanted))
 

@@ -142,7 +142,7 @@ def generate(
     """Draw pictures into files, with no server. Equal seeds give equal bytes."""
     import secrets
 
-    from flashbulb_service.backends import create_backend
+    from flashbulb_service.calibration import load_student
     from flashbulb_service.catalog import Model, choose_size
     from flashbulb_service.errors import InvalidRequest
     from flashbulb_service.generate import choose_format, resolve_bundle, write_pictures
@@ -155,12 +155,11 @@ def generate(
     chosen = Model(bundle.manifest.name, bundle.manifest.version, bundle)
     width, height = choose_size(chosen, size)
     seed = secrets.randbits(63) if seed is None else seed
-    engine = create_backend(settings.backend, threads=settings.threads)
-    engine.load(bundle)
+    student = load_student(bundle, settings).student  # as a worker does: the same bytes for the same seed
     try:
-        report = write_pictures(engine, bundle, prompt, out, seed=seed, size=(width, height), count=count)
+        report = write_pictures(student, bundle, prompt, out, seed=seed, size=(width, height), count=count)
     finally:
-        engine.close()
+        student.backend.close()
     for file in report.files:
         typer.echo(str(file))
     typer.echo(
@@ -209,6 +208,37 @@ def verify_models(
         typer.echo(
             f"{bundle.manifest.name}@{bundle.manifest.version}\tok\t{len(bundle.manifest.files)} files"
         )
+
+
+@models_app.command("calibrate")
+def calibrate_models(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="[all]")] = None,
+    models: Models = None,
+    data: Data = None,
+    backend: BackendOption = None,
+    threads: Threads = None,
+) -> None:
+    """Measure time by batch size, and check that batches do not change pixels; workers here then use both."""
+    from flashbulb_service.backends import create_backend
+    from flashbulb_service.calibration import calibrate, place, write_calibration
+    from flashbulb_service.catalog import Catalog
+
+    settings = _settings(models=models, data=data, backend=backend, threads=threads)
+    for name in names or [model.id for model in Catalog.load(settings.models, verify=False).models]:
+        bundle = _open(settings, name, verify=True)
+        engine = create_backend(settings.backend, threads=settings.threads, synthetic=settings.synthetic)
+        try:
+            engine.load(bundle)
+            where = place(bundle, settings.backend, settings.threads)
+            found = calibrate(engine, bundle, where, max_batch=settings.max_batch)
+        finally:
+            engine.close()
+        file = write_calibration(settings.data.expanduser(), found)
+        typer.echo(f"{bundle.manifest.name}@{bundle.manifest.version}\n  batch        ms  ms/picture")
+        for size, ms in found.times_ms.items():
+            typer.echo(f"  {size:5d}  {ms:8.2f}  {ms / size:10.2f}")
+        verdict = "yes" if found.batch_invariant else f"no: strict pads every batch to {found.canonical}"
+        typer.echo(f"  equal bytes in any batch ({found.num_mixes} random mixes): {verdict}\n  {file}")
 
 
 def _open(settings: "Settings", reference: str, *, verify: bool) -> "Bundle":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashbulb_distill.bundle import Bundle, BundleError, find_model, open_bundle
-from flashbulb_service.backends import Backend, ImageRequest
+from flashbulb_service.backends import ImageRequest, Student
 from flashbulb_service.errors import BundleRejected, InvalidRequest
 from flashbulb_service.formats import ImageFormat
 from flashbulb_service.images import encode_image
@@ -60,7 +60,7 @@ def file_names(out: Path, count: int) -> tuple[Path, ...]:
 
 
 def write_pictures(
-    backend: Backend, bundle: Bundle, prompt: str, out: Path, *, seed: int, size: tuple[int, int], count: int
+    student: Student, bundle: Bundle, prompt: str, out: Path, *, seed: int, size: tuple[int, int], count: int
 ) -> Report:
     """Draw pictures and write them; each file appears whole or not at all.
 
@@ -77,7 +77,7 @@ def write_pictures(
     pictures = [
         picture
         for chunk in in_chunks(requests, bundle.manifest.max_batch)
-        for picture in backend.generate(chunk).images
+        for picture in student.generate(chunk).images
     ]
     model_ms = (time.perf_counter() - start) * 1000
     files = file_names(out, count)

@@ -322,14 +322,23 @@ def batch_cap(max_batch: int, limit: int, calibration: Mapping[int, float] | Non
 class Scheduler:
     """What one worker has learnt: the time of its batches and how many rows fit; plans by `plan_batch`."""
 
-    def __init__(
-        self, caps: Mapping[str, int], calibrations: Mapping[str, Mapping[int, float]] | None = None
-    ):
-        """Start from the cap and the calibration (batch size -> ms) of each model."""
-        self._caps = dict(caps)
-        self._calibrations = dict(calibrations or {})
+    def __init__(self) -> None:
+        """Know no model yet."""
+        self._models: dict[str, tuple[int, Mapping[int, float]]] = {}
         self._times: dict[tuple[str, str], TimeModel] = {}
         self._memory: dict[tuple[str, str], LearnedCap] = {}
+
+    def add(self, model: str, cap: int, calibration: Mapping[int, float]) -> None:
+        """Start with a model's batch cap and its calibration: batch size -> ms, or nothing."""
+        self.forget(model)
+        self._models[model] = (cap, calibration)
+
+    def forget(self, model: str) -> None:
+        """Drop what was learnt of a model. Batches of it that still run teach nothing more."""
+        self._models.pop(model, None)
+        for learnt in (self._times, self._memory):
+            for key in [key for key in learnt if key[0] == model]:
+                del learnt[key]
 
     def facts(self, model: str, bucket: str) -> BucketFacts:
         """Return what is known of a bucket now."""
@@ -343,20 +352,23 @@ class Scheduler:
         """Return the time model of a bucket."""
         key = (model, bucket)
         if key not in self._times:
-            self._times[key] = TimeModel(self._calibrations.get(model))
+            self._times[key] = TimeModel(self._models[model][1])
         return self._times[key]
 
     def observe(self, model: str, bucket: str, num_rows: int, ms: float) -> None:
         """Learn from a batch that ran."""
+        if model not in self._models:
+            return
         self.times(model, bucket).observe(num_rows, ms)
         self._learned(model, bucket).passed(num_rows)
 
     def out_of_memory(self, model: str, bucket: str, num_rows: int) -> None:
         """Learn from a batch that did not fit."""
-        self._learned(model, bucket).out_of_memory(num_rows)
+        if model in self._models:
+            self._learned(model, bucket).out_of_memory(num_rows)
 
     def _learned(self, model: str, bucket: str) -> LearnedCap:
-        return self._memory.setdefault((model, bucket), LearnedCap(self._caps[model]))
+        return self._memory.setdefault((model, bucket), LearnedCap(self._models[model][0]))
 
 
 def halves(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 
@@ -19,12 +20,14 @@ from flashbulb_service.app import create_app
 from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import InvalidRequest, ServerStartError, ServiceError
 from flashbulb_service.parts import load_catalog, open_parts
+from flashbulb_service.presence import serves
 from flashbulb_service.processes import keep_running
 from flashbulb_service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 READY_CHECK_S = 0.03
+CATALOG_INTERVAL_S = 2.0
 
 
 def check_host(host: str, *, allow_public: bool) -> None:
@@ -88,7 +91,9 @@ async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Eve
         app = create_app(settings, queue=queue, results=results, presence=presence, catalog=catalog)
         server = _http_server(settings, app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
+        following = asyncio.create_task(_follow_models(app.state.context))
         await _until(stop, serving)
+        following.cancel()
         server.should_exit = True
         await serving
 
@@ -124,12 +129,14 @@ async def run_all(
             server = _http_server(settings, app)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             ready = asyncio.create_task(_when_ready(app.state.context))
+            following = asyncio.create_task(_follow_models(app.state.context))
             await _until(stop, serving, ready, *workers)
             if ready.done():
                 started.set()
                 on_ready(address_of(listener))
                 await _until(stop, serving, *workers)
             ready.cancel()
+            following.cancel()
             server.should_exit = True
             await serving
     finally:
@@ -178,6 +185,17 @@ async def _when_ready(context: Context) -> None:
             await check_ready(context)
             return
         await asyncio.sleep(READY_CHECK_S)
+
+
+async def _follow_models(context: Context) -> None:
+    """Keep the catalog at what the repository holds and workers have ready, until this task is cancelled."""
+    while True:
+        await asyncio.sleep(CATALOG_INTERVAL_S)
+        try:
+            workers = await context.presence.workers()
+            context.catalog.refresh(context.settings.models, partial(serves, workers))
+        except (ServiceError, OSError) as error:
+            log.warning("the list of models was not refreshed: %s", error)
 
 
 async def _until(stop: asyncio.Event, *tasks: "asyncio.Task[None]") -> None:

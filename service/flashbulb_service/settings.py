@@ -50,6 +50,10 @@ class Settings(BaseSettings):
     )
     threads: int = Field(default=0, ge=0, description="threads of one worker's operators; 0: one per core")
     max_batch: int = Field(default=64, ge=1, description="upper limit on top of what each bundle allows")
+    determinism: Literal["strict", "fast"] = Field(
+        default="strict", description="strict: equal bytes in any batch; fast: any batch size as it comes"
+    )
+    embedding_cache_mb: int = Field(default=64, ge=0, description="memory for embeddings of repeated prompts")
     lease_s: float = Field(
         default=10.0, gt=0, description="a batch whose worker is silent this long is retried"
     )

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from flashbulb_distill.bundle import Bundle
-from flashbulb_service.backends import Generated, ImageRequest
+from flashbulb_service.backends import Embeddings, ImageRequest, OnStep
 from flashbulb_service.errors import BackendError, OutOfMemory
 
 
@@ -47,22 +47,33 @@ class SyntheticBackend:
     def load(self, bundle: Bundle) -> None:
         """Do nothing: there is no model."""
 
-    def generate(self, requests: Sequence[ImageRequest]) -> Generated:
-        """Take the time of a batch, then draw.
+    def encode_prompts(self, prompts: Sequence[str], pad_to: int | None = None) -> Embeddings:
+        """Return rows without content."""
+        return Embeddings(np.zeros((len(prompts), 0, 0)), np.zeros((len(prompts), 0)))
+
+    def denoise(
+        self, requests: Sequence[ImageRequest], embeddings: Embeddings, on_step: OnStep | None = None
+    ) -> np.ndarray:
+        """Take the time of a batch, then draw: -> uint8 [b, 3, h, w].
 
         Raises:
             OutOfMemory: more rows than fit.
             BackendError: a prompt has the bad word.
         """
         device, size = self._device, len(requests)
-        start = time.perf_counter()
         if device.memory_rows is not None and size > device.memory_rows:
             raise OutOfMemory(f"expected at most {device.memory_rows} rows in memory, got {size}")
         if device.bad_word and any(device.bad_word in request.prompt for request in requests):
             raise BackendError(f"told to fail on prompts with {device.bad_word!r}")
         time.sleep(self._next_ms(size) / 1000)
-        pictures = [draw(request) for request in requests]
-        return Generated(pictures, {"denoise": (time.perf_counter() - start) * 1000})
+        pictures = np.stack([draw(request) for request in requests]).transpose(0, 3, 1, 2)
+        if on_step is not None:
+            on_step(0, 1, pictures)
+        return pictures
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Put the colours last: -> uint8 [b, h, w, 3]."""
+        return np.ascontiguousarray(latents.transpose(0, 2, 3, 1))
 
     def close(self) -> None:
         """Do nothing."""

@@ -1,7 +1,7 @@
 -- Lease planned jobs that are still queued, and fail those planned to be dropped.
 -- ARGV: now, worker, lease, result_ttl, model, bucket, lane, predicted ms, clock, number to take,
 --       then per job to take: id, charge; then ids to drop.
--- Returns {{id, model, bucket, tenant, payload, attempt, enqueued}, ...}.
+-- Returns {{id, model, bucket, tenant, payload, attempt, burnt, enqueued}, ...}.
 
 local now = now_ms(ARGV[1])
 local worker, lease, result_ttl = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -25,7 +25,7 @@ local batch = {}
 for i = 11, 10 + 2 * num, 2 do
   local id, charge = ARGV[i], tonumber(ARGV[i + 1])
   if is_here(id) then
-    local job = call('HMGET', key('job', id), 'tenant', 'payload', 'enqueued')
+    local job = call('HMGET', key('job', id), 'tenant', 'payload', 'enqueued', 'burnt')
     local total = used_by(model, job[1]) + charge
     leave(id, model, bucket, job[1])
     call('ZADD', key('used'), total, job[1])
@@ -34,7 +34,7 @@ for i = 11, 10 + 2 * num, 2 do
     call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now)
     call('ZADD', key('leases'), now + lease, id)
     call('ZREM', key('deadlines'), id)
-    batch[#batch + 1] = { id, model, bucket, job[1], job[2], attempt, tonumber(job[3]) }
+    batch[#batch + 1] = { id, model, bucket, job[1], job[2], attempt, tonumber(job[4]), tonumber(job[3]) }
   end
 end
 
