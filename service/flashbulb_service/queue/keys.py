@@ -19,6 +19,9 @@ inuse                 HASH   tenant -> live jobs; "" -> all of them   fields del
 dead                  ZSET   failed id -> time of death               TTL; bounded in number
 idem:<tenant>:<hash>  STR    request hash and ids                     TTL
 finished:<window>     STR    jobs ended in a 10 s window              TTL
+ev:<id>               STREAM what became of a watched request         TTL; bounded in length
+evctl:<instance>      STREAM wakes one process's event reader         TTL
+list:<owner>          ZSET   request id -> enqueue time               TTL; bounded in number
 done:<instance>       -      pub/sub channel of one waiting process   not a key
 """
 
@@ -45,6 +48,9 @@ TEMPLATES = MappingProxyType(
         "idempotency": "%s:idem:%s:%s",
         "finished": "%s:finished:%s",
         "done": "%s:done:%s",
+        "events": "%s:ev:%s",
+        "events_control": "%s:evctl:%s",
+        "list": "%s:list:%s",
     }
 )
 
@@ -72,6 +78,10 @@ class Keys:
         """Hash of one job."""
         return TEMPLATES["job"] % (self.tag, job_id)
 
+    def bucket(self, model: str, bucket: str) -> str:
+        """Sorted set of a bucket's queued jobs."""
+        return TEMPLATES["bucket"] % (self.tag, model, bucket)
+
     def wake(self, model: str) -> str:
         """List that sleeping workers of a model block on."""
         return TEMPLATES["wake"] % (self.tag, model)
@@ -79,6 +89,18 @@ class Keys:
     def done(self, instance: str) -> str:
         """Channel on which one process hears that jobs have ended."""
         return TEMPLATES["done"] % (self.tag, instance)
+
+    def events(self, request_id: str) -> str:
+        """Stream of what became of one request."""
+        return TEMPLATES["events"] % (self.tag, request_id)
+
+    def events_control(self, instance: str) -> str:
+        """Stream that wakes the event reader of one process."""
+        return TEMPLATES["events_control"] % (self.tag, instance)
+
+    def listing(self, owner: str) -> str:
+        """Sorted set of an owner's requests."""
+        return TEMPLATES["list"] % (self.tag, owner)
 
     def pattern(self) -> str:
         """Match every key of the namespace, for SCAN."""

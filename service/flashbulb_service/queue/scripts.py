@@ -17,6 +17,7 @@ NAMES = (
     "replay",
     "watch",
     "stats",
+    "progress",
 )
 
 

@@ -22,6 +22,7 @@ local function lease_to_worker(id, job)
   call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now)
   call('ZADD', key('leases'), now + lease, id)
   call('ZREM', key('deadlines'), id)
+  note(id, 'running', now, 'attempt', attempt)
   return { id, job[1], job[2], job[3], job[4], attempt, tonumber(job[5]) }
 end
 

@@ -1,6 +1,7 @@
 -- Store all jobs of one request, or none.
 -- ARGV: now, tenant, instance, max_live, max_live_tenant, idempotency digest or '', request hash,
---       idempotency ttl, then per job: id, model, bucket, payload, cost, priority, deadline or '', max_attempts
+--       idempotency ttl, mode of the key, window of 'attach', record or '', owner, listed, events (1 or ''),
+--       result ttl, then per job: id, model, bucket, payload, cost, priority, deadline or '', max_attempts
 -- Returns {'created' | 'replayed', ids...}, {'conflict'} or {'full', scope, live, places missing, finished, over ms}.
 
 local now = now_ms(ARGV[1])
@@ -9,8 +10,14 @@ local max_live, max_live_tenant = tonumber(ARGV[4]), tonumber(ARGV[5])
 local idempotency = ARGV[6] ~= '' and key('idempotency', tenant, ARGV[6])
 local request_hash, idempotency_ttl = ARGV[7], tonumber(ARGV[8])
 
+-- 'replay': an equal request gets the first one's jobs. 'record': remember this one, whatever came before.
+-- 'attach': like replay, if those jobs are live or ended well within the window, and else like record.
+local mode, window_ms = ARGV[9], tonumber(ARGV[10])
+local record, owner, listed, events = ARGV[11], ARGV[12], ARGV[13] ~= '', ARGV[14] ~= ''
+local result_ttl = tonumber(ARGV[15])
+
 local jobs, ids = {}, {}
-for i = 9, #ARGV, 8 do
+for i = 16, #ARGV, 8 do
   local job = {
     id = ARGV[i], model = ARGV[i + 1], bucket = ARGV[i + 2], payload = ARGV[i + 3],
     cost = tonumber(ARGV[i + 4]), priority = tonumber(ARGV[i + 5]),
@@ -25,7 +32,15 @@ if call('EXISTS', key('job', ids[1])) == 1 then
   return { 'created', unpack(ids) }
 end
 
-if idempotency then
+local function attachable(id)
+  if mode ~= 'attach' then
+    return true
+  end
+  local job = call('HMGET', key('job', id), 'state', 'finished')
+  return job[1] ~= 'failed' and job[1] ~= 'cancelled' and (not job[2] or tonumber(job[2]) > now - window_ms)
+end
+
+if idempotency and mode ~= 'record' then
   local known = call('GET', idempotency)
   if known then
     local hash, rest = string.match(known, '^(%S+) (.*)$')
@@ -35,7 +50,7 @@ if idempotency then
     local old, all_there = {}, true
     for id in string.gmatch(rest, '%S+') do
       old[#old + 1] = id
-      all_there = all_there and call('EXISTS', key('job', id)) == 1
+      all_there = all_there and call('EXISTS', key('job', id)) == 1 and attachable(id)
     end
     if all_there then
       return { 'replayed', unpack(old) }
@@ -74,6 +89,9 @@ for _, job in ipairs(jobs) do
 end
 call('HINCRBY', key('inuse'), '', #jobs)
 call('HINCRBY', key('inuse'), tenant, #jobs)
+if record ~= '' then
+  keep_request(ids, now, record, owner, listed, events, result_ttl)
+end
 if idempotency then
   call('SET', idempotency, request_hash .. ' ' .. table.concat(ids, ' '), 'PX', idempotency_ttl)
 end
