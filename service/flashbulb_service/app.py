@@ -1,11 +1,13 @@
 """The API process: routes over a queue and a result store. Never imports a model library."""
 
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from flashbulb_service.api import health, images, models, playground
+from flashbulb_service.api import health, images, jobs, models, playground
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import describe
 from flashbulb_service.api.middleware import RequestFrame
@@ -30,13 +32,34 @@ def create_app(
         redoc_url=None,
     )
     app.state.context = context
-    app.add_middleware(RequestFrame, metrics=context.metrics, max_body_bytes=settings.max_body_bytes)
-    # The frame judges the declared length; this limit, inside it, counts what arrives without one.
-    for router in (images.router, models.router, health.router, playground.create_router()):
-        app.include_router(router, max_body_size=settings.max_body_bytes)
+    app.add_middleware(
+        RequestFrame,
+        metrics=context.metrics,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+    )
+    for router in (images.router, jobs.router, models.router, health.router, playground.create_router()):
+        app.include_router(router)
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
+    _declare_own_errors(app)
     return app
+
+
+def _declare_own_errors(app: FastAPI) -> None:
+    """Take FastAPI's 422 out of the OpenAPI document: a bad request is answered 400, in OpenAI's form."""
+    document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        made = document()
+        for path in made["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            made.get("components", {}).get("schemas", {}).pop(name, None)
+        return made
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _answer_error(_request: Request, error: Exception) -> JSONResponse:

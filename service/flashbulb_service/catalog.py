@@ -7,6 +7,19 @@ from pathlib import Path
 from flashbulb_distill.bundle import Bundle, BundleError, list_models, open_bundle
 from flashbulb_service.errors import BundleRejected, InvalidRequest, UnknownModel
 
+# Names that clients have built in.
+OPENAI_NAMES = (
+    "chatgpt-image-latest",
+    "dall-e-2",
+    "dall-e-3",
+    "gpt-image-1",
+    "gpt-image-1-mini",
+    "gpt-image-1.5",
+    "gpt-image-2",
+    "gpt-image-2.5-flare",
+    "gpt-image-2.5-sunburst",
+)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -50,9 +63,14 @@ class Catalog:
     """The models of one repository, with their aliases and the default."""
 
     def __init__(
-        self, models: Sequence[Model], *, default: str | None = None, aliases: Mapping[str, str] | None = None
+        self,
+        models: Sequence[Model],
+        *,
+        default: str | None = None,
+        aliases: Mapping[str, str] | None = None,
+        openai_aliases: bool = False,
     ) -> None:
-        """Keep the models.
+        """Keep the models; with `openai_aliases`, OpenAI's names mean the default where nothing has them.
 
         Raises:
             UnknownModel: the default or the target of an alias is not among them.
@@ -60,6 +78,8 @@ class Catalog:
         self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))
         self._aliases = dict(aliases or {})
         self._default = default
+        taken = {model.name for model in self.models} | set(self._aliases)
+        self._openai = frozenset(OPENAI_NAMES if openai_aliases else ()) - taken
         for target in (*self._aliases.values(), *([default] if default else [])):
             self._resolve(target)
 
@@ -71,6 +91,7 @@ class Catalog:
         verify: bool,
         default: str | None = None,
         aliases: Mapping[str, str] | None = None,
+        openai_aliases: bool = False,
     ) -> "Catalog":
         """Read every bundle of a model repository.
 
@@ -87,7 +108,7 @@ class Catalog:
                 "pass the model repository with --models"
             )
         models = [open_model(path, name, version, verify=verify) for name, version, path in found]
-        return cls(models, default=default, aliases=aliases)
+        return cls(models, default=default, aliases=aliases, openai_aliases=openai_aliases)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,13 +121,18 @@ class Catalog:
         Raises:
             UnknownModel: there is none of that name.
         """
-        if wanted is None:
+        if wanted is None or wanted in self._openai:
             return self._resolve(self._default) if self._default else self.newest()[0]
         return self._resolve(self._aliases.get(wanted, wanted))
 
     def newest(self) -> list[Model]:
         """Return the newest version of every name."""
         return list({model.name: model for model in self.models}.values())
+
+    def aliases_of(self, model: Model) -> tuple[str, ...]:
+        """Return the other names that lead to a model."""
+        names = (*self._aliases, *self._openai)
+        return tuple(sorted(name for name in names if self.find(name).id == model.id))
 
     def _resolve(self, wanted: str) -> Model:
         matching = [model for model in self.models if wanted in (model.name, model.id)]

@@ -38,6 +38,13 @@ class Settings(BaseSettings):
     default_model: str | None = Field(default=None, description="for requests without one; absent: the first")
     model_aliases: dict[str, str] = Field(default_factory=dict, description='{"gpt-image-1": "emoji"}')
     max_body_bytes: int = Field(default=1 << 20, gt=0)
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, description="time a client has for the body of a request"
+    )
+    openai_aliases: bool = Field(
+        default=True,
+        description="OpenAI's own model names mean the default model, where no model has the name",
+    )
     max_prompt_chars: int = Field(default=2000, gt=0)
     request_timeout_s: float = Field(default=600.0, gt=0)
 

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -110,7 +111,8 @@ class Events:
                     key = self._keys.events(watcher.request_id)
                     if key not in places or place(watcher.after) < place(places[key]):
                         places[key] = watcher.after
-                answer = await self._client.xread({self._control: seen, **places}, block=BLOCK_MS, count=200)
+                streams: Any = {self._control: seen, **places}
+                answer: Any = await self._client.xread(streams, block=BLOCK_MS, count=200)
                 for name, entries in answer or ():
                     if name.decode() == self._control:
                         seen = entries[-1][0].decode()

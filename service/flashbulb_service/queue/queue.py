@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -259,7 +259,7 @@ class Queue:
         """Read a kept request; None when there is none, or it has expired."""
         async with _unavailable():
             fields = await self._client.hmget(self.keys.job(request_id), ["record", "owner", "rows"])
-        record, owner, rows = fields
+        record, owner, rows = cast(list[bytes | None], fields)
         if record is None or owner is None or rows is None:
             return None
         return RequestView(request_id, owner.decode(), record, tuple(rows.decode().split()))
@@ -279,14 +279,14 @@ class Queue:
                 rank = await (self._client.zrevrank if newest_first else self._client.zrank)(key, after)
                 if rank is None:
                     raise JobNotFound(after)
-                start = int(rank) + 1
+                start = cast(int, rank) + 1
             found: list[RequestView] = []
             while len(found) < limit:
                 members = await self._client.zrange(key, start, start + limit - 1, desc=newest_first)
                 if not members:
                     break
                 start += len(members)
-                for member in members:
+                for member in cast(list[bytes], members):
                     view = await self.request(member.decode())
                     if view is not None and len(found) < limit:
                         found.append(view)
@@ -296,7 +296,7 @@ class Queue:
         """Tell how many jobs of its bucket are before a queued one; None when it is not queued."""
         async with _unavailable():
             rank = await self._client.zrank(self.keys.bucket(view.model, view.bucket), view.id)
-        return None if rank is None else int(rank)
+        return cast(int | None, rank)
 
     def watch(self, request_id: str, *, after: str, quiet_s: float) -> AsyncGenerator[Event | None, None]:
         """Yield a request's events behind `after` ("0": all that are kept); None after quiet_s without one."""
