@@ -19,7 +19,7 @@ from flashbulb_service.api.plan import make_plan
 from flashbulb_service.api.schemas import ERRORS, JobRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound
 from flashbulb_service.jobs import JobState, JobView
-from flashbulb_service.queue import RequestView
+from flashbulb_service.queue import Event, RequestView
 from flashbulb_service.tasks import RequestRecord
 
 router = APIRouter(responses=ERRORS)
@@ -138,14 +138,18 @@ async def watch_job(
             if event is None:  # silence: the hash is the truth, and the position may have moved
                 yield ServerSentEvent(event="job.status", data=described)
             else:
-                yield ServerSentEvent(
-                    event=f"job.{event.kind}",
-                    id=event.id,
-                    data={"index": event.row, "at": event.at, **event.data, **_short(described)},
-                )
+                after = event.id
+                yield _as_sse(event, described)
     finally:
         await watching.aclose()
+    for event in await context.queue.past_events(view.id, after=after):
+        yield _as_sse(event, described)
     yield ServerSentEvent(event=f"job.{described['status']}", data=described)
+
+
+def _as_sse(event: Event, described: Mapping[str, Any]) -> ServerSentEvent:
+    data = {"index": event.row, "at": event.at, **event.data, **_short(described)}
+    return ServerSentEvent(event=f"picture.{event.kind}", id=event.id, data=data)
 
 
 def _short(described: Mapping[str, Any]) -> dict[str, Any]:

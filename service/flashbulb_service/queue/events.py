@@ -81,6 +81,12 @@ class Events:
         finally:
             self._watchers.discard(watcher)
 
+    async def past(self, request_id: str, *, after: str) -> list[Event]:
+        """Return the events behind `after` that have been written already."""
+        low = "-" if after == "0" else f"({after}"
+        entries: Any = await self._client.xrange(self._keys.events(request_id), min=low)
+        return [_event(entry_id, fields) for entry_id, fields in entries]
+
     async def aclose(self) -> None:
         """Stop the reader."""
         reader, self._reader = self._reader, None

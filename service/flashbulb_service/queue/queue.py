@@ -302,6 +302,11 @@ class Queue:
         """Yield a request's events behind `after` ("0": all that are kept); None after quiet_s without one."""
         return self.events.watch(request_id, after=after, quiet_s=quiet_s)
 
+    async def past_events(self, request_id: str, *, after: str) -> list[Event]:
+        """Return a request's events behind `after` that have been written already."""
+        async with _unavailable():
+            return await self.events.past(request_id, after=after)
+
     async def wait(self, ids: Sequence[str], timeout_s: float) -> list[JobView]:
         """Wait until all jobs are done, failed or cancelled; completion is pushed, not polled.
 
