@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from flashbulb_service.api import health, images, jobs, models, playground
+from flashbulb_service.api import edits, health, images, jobs, models, playground
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import describe
 from flashbulb_service.api.middleware import RequestFrame
@@ -36,9 +36,17 @@ def create_app(
         RequestFrame,
         metrics=context.metrics,
         max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
         body_timeout_s=settings.body_timeout_s,
     )
-    for router in (images.router, jobs.router, models.router, health.router, playground.create_router()):
+    for router in (
+        images.router,
+        edits.router,
+        jobs.router,
+        models.router,
+        health.router,
+        playground.create_router(),
+    ):
         app.include_router(router)
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer_error)

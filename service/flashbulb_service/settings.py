@@ -45,6 +45,7 @@ class Settings(BaseSettings):
         default=True,
         description="OpenAI's own model names mean the default model, where no model has the name",
     )
+    max_upload_bytes: int = Field(default=32 << 20, gt=0, description="body of a request with pictures")
     max_prompt_chars: int = Field(default=2000, gt=0)
     request_timeout_s: float = Field(default=600.0, gt=0)
 

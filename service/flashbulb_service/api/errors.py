@@ -126,7 +126,7 @@ def describe(error: Exception) -> ErrorAnswer:
     """Turn any error into its answer; here, and only here, errors get their HTTP status."""
     match error:
         case RequestValidationError():
-            return describe(_first_problem(error.errors()))
+            return describe(first_problem(error.errors()))
         case InvalidRequest():
             return ErrorAnswer(400, error.detail_code, error.message, error.param)
         case UnknownModel():
@@ -218,7 +218,7 @@ class _Kept(dict[str, Any]):
         return self.missing_text
 
 
-def _first_problem(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+def first_problem(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     """Tell the first thing wrong with a request: one error at a time, as OpenAI does."""
     problem = problems[0]
     place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path", "header")]

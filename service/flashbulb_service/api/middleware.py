@@ -16,6 +16,7 @@ from flashbulb_service.observability import Metrics
 log = logging.getLogger(__name__)
 
 
+UPLOAD_ROUTES = ("/v1/images/edits", "/v1/images/variations")
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -43,9 +44,18 @@ async def read_body(receive: Receive, *, max_bytes: int) -> bytes | None:
 class RequestFrame:
     """Pure ASGI, so that a client's disconnect reaches the route that waits for it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int, body_timeout_s: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        max_body_bytes: int,
+        max_upload_bytes: int,
+        body_timeout_s: float,
+    ) -> None:
         """Wrap an app."""
         self._body_timeout_s = body_timeout_s
+        self._max_upload_bytes = max_upload_bytes
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
@@ -86,16 +96,17 @@ class RequestFrame:
                 self._account(scope, status, time.monotonic() - start)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self._max_upload_bytes if scope["path"] in UPLOAD_ROUTES else self._max_body_bytes
         declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self._max_body_bytes:
+        if declared.isdecimal() and int(declared[:20]) > limit:
             error = BodyTooLarge(
-                f"expected a body of at most {self._max_body_bytes} bytes, got {declared}: send a shorter one"
+                f"expected a body of at most {limit} bytes, got {declared}: send a shorter one"
             )
             await describe(error).response()(scope, receive, send)
             return
         try:
             async with asyncio.timeout(self._body_timeout_s):
-                body = await read_body(receive, max_bytes=self._max_body_bytes)
+                body = await read_body(receive, max_bytes=limit)
         except TimeoutError:
             late = BodyTimeout(f"expected the whole body within {self._body_timeout_s:g} s: send it faster")
             await describe(late).response()(scope, receive, send)
