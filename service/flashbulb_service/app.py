@@ -19,6 +19,8 @@ from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
 from flashbulb_service.settings import Settings
 
+ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorBody"}
+
 
 def create_app(
     settings: Settings, *, queue: Queue, results: ResultStore, presence: Presence, catalog: Catalog
@@ -55,7 +57,7 @@ def create_app(
 
 
 def _declare_own_errors(app: FastAPI) -> None:
-    """Take FastAPI's 422 out of the OpenAPI document: a bad request is answered 400, in OpenAI's form."""
+    """Say in the OpenAPI document what errors look like: JSON on every route, and 400 where FastAPI says 422."""
     document = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -63,6 +65,9 @@ def _declare_own_errors(app: FastAPI) -> None:
         for path in made["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+                for status, answer in operation["responses"].items():
+                    if status >= "400":
+                        answer["content"] = {"application/json": {"schema": ERROR_SCHEMA}}
         for name in ("HTTPValidationError", "ValidationError"):
             made.get("components", {}).get("schemas", {}).pop(name, None)
         return made

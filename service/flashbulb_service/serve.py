@@ -10,12 +10,14 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.health import check_ready
 from flashbulb_service.app import create_app
+from flashbulb_service.connections import PromptHeads
 from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import InvalidRequest, ServerStartError, ServiceError
 from flashbulb_service.parts import load_catalog, open_parts
@@ -162,6 +164,7 @@ class _Server(uvicorn.Server):
 def _http_server(settings: Settings, app: object) -> _Server:
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
+        http=partial(PromptHeads, head_timeout_s=settings.head_timeout_s),  # type: ignore[arg-type]
         log_config=None,
         access_log=False,
         lifespan="off",

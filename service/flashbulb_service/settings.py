@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     default_model: str | None = Field(default=None, description="for requests without one; absent: the first")
     model_aliases: dict[str, str] = Field(default_factory=dict, description='{"gpt-image-1": "emoji"}')
     max_body_bytes: int = Field(default=1 << 20, gt=0)
+    head_timeout_s: float = Field(
+        default=10.0, gt=0, description="time a client has for the headers of a request"
+    )
     body_timeout_s: float = Field(
         default=30.0, gt=0, description="time a client has for the body of a request"
     )
