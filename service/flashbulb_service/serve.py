@@ -8,14 +8,15 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import uvicorn
 
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.health import check_ready
+from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.app import create_app
 from flashbulb_service.connections import PromptHeads
 from flashbulb_service.embedded import EmbeddedServer
@@ -23,6 +24,7 @@ from flashbulb_service.errors import InvalidRequest, ServerStartError, ServiceEr
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.processes import keep_running
 from flashbulb_service.settings import Settings
+from flashbulb_service.webhooks import keep_delivering
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +92,10 @@ async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Eve
         app = create_app(settings, queue=queue, results=results, presence=presence, catalog=catalog)
         server = _http_server(settings, app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        await _until(stop, serving)
-        server.should_exit = True
-        await serving
+        async with webhooks(app.state.context):
+            await _until(stop, serving)
+            server.should_exit = True
+            await serving
 
 
 async def run_all(
@@ -126,14 +129,15 @@ async def run_all(
             server = _http_server(settings, app)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             ready = asyncio.create_task(_when_ready(app.state.context))
-            await _until(stop, serving, ready, *workers)
-            if ready.done():
-                started.set()
-                on_ready(address_of(listener))
-                await _until(stop, serving, *workers)
-            ready.cancel()
-            server.should_exit = True
-            await serving
+            async with webhooks(app.state.context):
+                await _until(stop, serving, ready, *workers)
+                if ready.done():
+                    started.set()
+                    on_ready(address_of(listener))
+                    await _until(stop, serving, *workers)
+                ready.cancel()
+                server.should_exit = True
+                await serving
     finally:
         for task in workers:
             task.cancel()
@@ -141,6 +145,27 @@ async def run_all(
     for result in ended:
         if isinstance(result, Exception):
             raise result
+
+
+@asynccontextmanager
+async def webhooks(context: Context) -> AsyncIterator[None]:
+    """Deliver webhooks while this is open, if there is a secret to sign them with."""
+    if context.settings.webhook_secret is None:
+        yield
+        return
+    delivering = asyncio.create_task(
+        keep_delivering(
+            context.queue,
+            partial(webhook_message, context),
+            context.settings.webhook_secret,
+            allow_private=context.settings.webhook_allow_private,
+        )
+    )
+    try:
+        yield
+    finally:
+        delivering.cancel()
+        await asyncio.wait([delivering])
 
 
 def child_env(settings: Settings) -> dict[str, str]:

@@ -82,6 +82,8 @@ class RequestRecord(BaseModel):
     image_format: ImageFormat
     quality: str
     metadata: dict[str, str] = Field(default_factory=dict)
+    webhook_url: str | None = None
+    webhook_events: tuple[str, ...] = ()
 
     @property
     def size(self) -> str:

@@ -140,6 +140,10 @@ async def assert_invariants(queue: Queue) -> None:
     assert {model.decode() for model in await db.smembers(f"{tag}:models")} == backlog
     assert {model.decode() for model in await db.hkeys(f"{tag}:clock")} <= backlog
     expected |= {f"{tag}:models", f"{tag}:clock"}
+    for lead in await scores(f"{tag}:hooks"):
+        assert jobs[lead]["open"] == "0"
+    assert await db.llen(f"{tag}:hooks:wake") <= 1
+    expected |= {f"{tag}:hooks", f"{tag}:hooks:wake"}
 
     live = [job for job in jobs.values() if job["state"] in LIVE]
     counts = Counter(job["tenant"] for job in live)

@@ -18,7 +18,7 @@ from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import ClientGone, RequestTimeout, ResultNotFound, describe
 from flashbulb_service.api.identity import Caller, caller_of
 from flashbulb_service.api.media import expect_json
-from flashbulb_service.api.plan import Plan, body_digest, keep, make_plan
+from flashbulb_service.api.plan import Plan, body_digest, check_webhook, keep, make_plan
 from flashbulb_service.api.schemas import ERRORS, MAX_KEY_CHARS, ImagesRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound, QueueUnavailable, ServiceError
 from flashbulb_service.jobs import JobView
@@ -159,7 +159,8 @@ async def enqueue(
     events: bool = False,
 ) -> Queued:
     """Queue a planned request, or find the earlier one that it repeats."""
-    kept = key.text is not None or listed or events
+    check_webhook(body, context.settings)
+    kept = key.text is not None or listed or events or body.webhook_url is not None
     enqueued = await context.queue.enqueue(
         plan.jobs,
         idempotency_key=key.text,

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from flashbulb_service.api.answers import finished
+from flashbulb_service.api.answers import AddressOf, finished
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import TooManyStreams
 from flashbulb_service.api.identity import caller_of, owner_of
@@ -21,6 +21,7 @@ from flashbulb_service.errors import InvalidRequest, JobNotFound
 from flashbulb_service.jobs import JobState, JobView
 from flashbulb_service.queue import Event, RequestView
 from flashbulb_service.tasks import RequestRecord
+from flashbulb_service.webhooks import Message, make_body
 
 router = APIRouter(responses=ERRORS)
 
@@ -152,6 +153,26 @@ def _as_sse(event: Event, described: Mapping[str, Any]) -> ServerSentEvent:
     return ServerSentEvent(event=f"picture.{event.kind}", id=event.id, data=data)
 
 
+async def _describe(context: Context, request: Request, view: RequestView) -> dict[str, Any]:
+    return await describe_job(context, lambda name: str(request.url_for("get_result", name=name)), view)
+
+
+async def webhook_message(context: Context, request_id: str) -> Message | None:
+    """Say what a request's webhook is to tell; None when it is gone, or its end is not of the wanted kinds."""
+    view = await context.queue.request(request_id)
+    if view is None:
+        return None
+    record = RequestRecord.from_bytes(view.record)
+    with contextlib.suppress(JobNotFound):
+        job = await describe_job(context, lambda name: f"/v1/images/results/{name}", view)
+        kind = f"job.{job['status']}"
+        if record.webhook_url is not None and kind in record.webhook_events:
+            message_id = f"evt_{view.id}"
+            body = make_body(kind, job, job["completed_at"] or job["created_at"], message_id)
+            return Message(record.webhook_url, message_id, body)
+    return None
+
+
 def _short(described: Mapping[str, Any]) -> dict[str, Any]:
     return {name: described[name] for name in ("status", "progress", "queue_position", "eta_ms")}
 
@@ -177,7 +198,7 @@ async def _described_if_there(context: Context, request: Request, view: RequestV
     return []
 
 
-async def _describe(context: Context, request: Request, view: RequestView) -> dict[str, Any]:
+async def describe_job(context: Context, address_of: AddressOf, view: RequestView) -> dict[str, Any]:
     rows = [row for row in await context.queue.views(view.rows) if row is not None]
     if len(rows) < len(view.rows):
         raise JobNotFound(f"job_{view.id}")
@@ -210,7 +231,7 @@ async def _describe(context: Context, request: Request, view: RequestView) -> di
         "output_format": record.image_format,
         "metadata": record.metadata,
         "error": None if error is None else {"code": error.code, "message": error.message},
-        "data": [_picture(request, record, index, row) for index, row in enumerate(rows) if row.result],
+        "data": [_picture(address_of, record, index, row) for index, row in enumerate(rows) if row.result],
     }
 
 
@@ -237,9 +258,9 @@ def eta_ms(
     return round(min(measured) * (position + len(rows)))
 
 
-def _picture(request: Request, record: RequestRecord, index: int, row: JobView) -> dict[str, Any]:
+def _picture(address_of: AddressOf, record: RequestRecord, index: int, row: JobView) -> dict[str, Any]:
     picture = finished(row)
-    url = str(request.url_for("get_result", name=picture.outcome.file))
+    url = address_of(picture.outcome.file)
     return {"url": url, "seed": record.seed, "index": index, "batch_size": picture.outcome.batch_size}
 
 

@@ -12,7 +12,9 @@ from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.jobs import NewJob
 from flashbulb_service.queue import Kept
 from flashbulb_service.scheduler import bucket_name
+from flashbulb_service.settings import Settings
 from flashbulb_service.tasks import ImageTask, RequestRecord
+from flashbulb_service.webhooks import parse_target
 
 PRIORITY_MS = 6_000  # of work, for one step of priority
 QUALITY_STEPS = {"low": 1, "standard": 1, "medium": 2, "hd": 4, "high": 4, "xhigh": 8, "max": 1000}
@@ -53,8 +55,27 @@ def make_plan(body: ImagesRequest, catalog: Catalog, caller: Caller, *, max_prom
         image_format=body.output_format,
         quality=body.quality,
         metadata=body.metadata,
+        webhook_url=body.webhook_url,
+        webhook_events=body.webhook_events,
     )
     return Plan(_jobs(body, model, record, caller), record, _warnings(body, model, width, height))
+
+
+def check_webhook(body: ImagesRequest, settings: Settings) -> None:
+    """Refuse a webhook that could not be signed or may not be called.
+
+    Raises:
+        InvalidRequest: there is no secret, or the address is not usable.
+    """
+    if body.webhook_url is None:
+        return
+    if settings.webhook_secret is None:
+        raise InvalidRequest(
+            "webhook_url: this server has no secret to sign with: set FLASHBULB_WEBHOOK_SECRET, or leave it out",
+            param="webhook_url",
+            code="unsupported_value",
+        )
+    parse_target(body.webhook_url, allow_private=settings.webhook_allow_private)
 
 
 def body_digest(body: ImagesRequest) -> str:
@@ -65,7 +86,9 @@ def body_digest(body: ImagesRequest) -> str:
 
 def keep(record: RequestRecord, caller: Caller, *, listed: bool, events: bool) -> Kept:
     """Say what the queue keeps of the request as a whole."""
-    return Kept(record.to_bytes(), caller.owner, listed=listed, events=events)
+    return Kept(
+        record.to_bytes(), caller.owner, listed=listed, events=events, hook=record.webhook_url is not None
+    )
 
 
 def offered_steps(model: Model) -> tuple[int, ...]:

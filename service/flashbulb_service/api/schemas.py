@@ -66,6 +66,10 @@ class ImagesRequest(BaseModel):
     deadline_ms: int | None = Field(default=None, ge=1, le=MAX_DEADLINE_MS, strict=True)
     priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, strict=True)
     metadata: dict[str, str] = Field(default_factory=dict, max_length=MAX_METADATA)
+    webhook_url: str | None = Field(default=None, max_length=2_000)
+    webhook_events: tuple[Literal["job.completed", "job.failed", "job.cancelled"], ...] = Field(
+        default=("job.completed", "job.failed", "job.cancelled"), min_length=1, max_length=3
+    )
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=MAX_KEY_CHARS)
 
     # OpenAI's, without effect

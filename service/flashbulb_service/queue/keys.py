@@ -22,6 +22,8 @@ finished:<window>     STR    jobs ended in a 10 s window              TTL
 ev:<id>               STREAM what became of a watched request         TTL; bounded in length
 evctl:<instance>      STREAM wakes one process's event reader         TTL
 list:<owner>          ZSET   request id -> enqueue time               TTL; bounded in number
+hooks                 ZSET   request id -> next delivery of its hook  empty with the last delivery or surrender
+hooks:wake            LIST   at most one token for delivery loops     empty when taken
 done:<instance>       -      pub/sub channel of one waiting process   not a key
 """
 
@@ -51,6 +53,8 @@ TEMPLATES = MappingProxyType(
         "events": "%s:ev:%s",
         "events_control": "%s:evctl:%s",
         "list": "%s:list:%s",
+        "hooks": "%s:hooks",
+        "hooks_wake": "%s:hooks:wake",
     }
 )
 
@@ -101,6 +105,10 @@ class Keys:
     def listing(self, owner: str) -> str:
         """Sorted set of an owner's requests."""
         return TEMPLATES["list"] % (self.tag, owner)
+
+    def hooks_wake(self) -> str:
+        """List that delivery loops block on."""
+        return TEMPLATES["hooks_wake"] % self.tag
 
     def pattern(self) -> str:
         """Match every key of the namespace, for SCAN."""

@@ -83,6 +83,7 @@ class Kept:
     owner: str
     listed: bool = False
     events: bool = False
+    hook: bool = False  # a delivery is due when the last job has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,7 @@ class Queue:
             keep.owner if keep else "",
             "1" if keep and keep.listed else "",
             "1" if keep and keep.events else "",
+            "1" if keep and keep.hook else "",
             _ms(self.limits.result_ttl_s),
             *rows,
         )
@@ -339,6 +341,32 @@ class Queue:
         if outcome < 0:
             raise JobNotFound(job_id)
         return bool(outcome)
+
+    # hooks
+
+    async def due_hooks(
+        self, lease_s: float, limit: int = 8, *, now: float | None = None
+    ) -> tuple[list[tuple[str, int]], float | None]:
+        """Take requests whose hook is due, with the number of this attempt; nobody else gets them for lease_s.
+
+        Returns:
+            them, and in how many seconds the next one is due (None: none waits).
+        """
+        wait_ms, *taken = await self._run("hooks", _time(now), _ms(lease_s), limit)
+        due = [(lead.decode(), attempt) for lead, attempt in zip(taken[::2], taken[1::2], strict=True)]
+        return due, None if wait_ms < 0 else wait_ms / 1000
+
+    async def hook_done(
+        self, request_id: str, attempt: int, *, again_in_s: float | None, now: float | None = None
+    ) -> None:
+        """End an attempt: delivered or given up (None), or to be tried again."""
+        delay = "" if again_in_s is None else _ms(again_in_s)
+        await self._run("hook_done", _time(now), request_id, attempt, delay)
+
+    async def wait_for_hooks(self, timeout_s: float) -> None:
+        """Block until a hook may be due."""
+        async with _unavailable(timeout_s + CONNECT_TIMEOUT_S):
+            await self._patient.blpop([self.keys.hooks_wake()], timeout=timeout_s)
 
     # workers
 

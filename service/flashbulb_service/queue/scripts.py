@@ -18,6 +18,8 @@ NAMES = (
     "watch",
     "stats",
     "progress",
+    "hooks",
+    "hook_done",
 )
 
 

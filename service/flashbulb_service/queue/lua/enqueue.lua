@@ -1,6 +1,6 @@
 -- Store all jobs of one request, or none.
 -- ARGV: now, tenant, instance, max_live, max_live_tenant, idempotency digest or '', request hash,
---       idempotency ttl, mode of the key, window of 'attach', record or '', owner, listed, events (1 or ''),
+--       idempotency ttl, mode of the key, window of 'attach', record or '', owner, listed, events, hook (1 or ''),
 --       result ttl, then per job: id, model, bucket, payload, cost, priority, deadline or '', max_attempts
 -- Returns {'created' | 'replayed', ids...}, {'conflict'} or {'full', scope, live, places missing, finished, over ms}.
 
@@ -13,11 +13,11 @@ local request_hash, idempotency_ttl = ARGV[7], tonumber(ARGV[8])
 -- 'replay': an equal request gets the first one's jobs. 'record': remember this one, whatever came before.
 -- 'attach': like replay, if those jobs are live or ended well within the window, and else like record.
 local mode, window_ms = ARGV[9], tonumber(ARGV[10])
-local record, owner, listed, events = ARGV[11], ARGV[12], ARGV[13] ~= '', ARGV[14] ~= ''
-local result_ttl = tonumber(ARGV[15])
+local record, owner, listed, events, hook = ARGV[11], ARGV[12], ARGV[13] ~= '', ARGV[14] ~= '', ARGV[15] ~= ''
+local result_ttl = tonumber(ARGV[16])
 
 local jobs, ids = {}, {}
-for i = 16, #ARGV, 8 do
+for i = 17, #ARGV, 8 do
   local job = {
     id = ARGV[i], model = ARGV[i + 1], bucket = ARGV[i + 2], payload = ARGV[i + 3],
     cost = tonumber(ARGV[i + 4]), priority = tonumber(ARGV[i + 5]),
@@ -90,7 +90,7 @@ end
 call('HINCRBY', key('inuse'), '', #jobs)
 call('HINCRBY', key('inuse'), tenant, #jobs)
 if record ~= '' then
-  keep_request(ids, now, record, owner, listed, events, result_ttl)
+  keep_request(ids, now, record, owner, listed, events, hook, result_ttl)
 end
 if idempotency then
   call('SET', idempotency, request_hash .. ' ' .. table.concat(ids, ' '), 'PX', idempotency_ttl)

@@ -27,13 +27,31 @@ local function note(id, kind, now, ...)
   end
 end
 
+-- The last job of a request with a hook has ended: its delivery is due.
+local function hook_due(id, now)
+  local lead = call('HGET', key('job', id), 'hooked')
+  if lead and call('HEXISTS', key('job', lead), 'open') == 1
+    and call('HINCRBY', key('job', lead), 'open', -1) == 0 then
+    call('ZADD', key('hooks'), now, lead)
+    if call('LLEN', key('hooks_wake')) == 0 then
+      call('RPUSH', key('hooks_wake'), '1')
+    end
+  end
+end
+
 -- What is kept of a request as a whole lies in the hash of its first job, its lead.
 local MAX_LISTED = 1000
 
-local function keep_request(ids, now, record, owner, listed, events, ttl)
+local function keep_request(ids, now, record, owner, listed, events, hook, ttl)
   local lead = key('job', ids[1])
   call('HSET', lead, 'record', record, 'owner', owner, 'rows', table.concat(ids, ' '))
+  if hook then
+    call('HSET', lead, 'open', #ids)
+  end
   for row, id in ipairs(ids) do
+    if hook then
+      call('HSET', key('job', id), 'hooked', ids[1])
+    end
     if events then
       call('HSET', key('job', id), 'events', ids[1], 'row', row - 1)
       note(id, 'queued', now)
@@ -136,6 +154,7 @@ local function finish(id, state, now, ttl_ms)
   call('INCR', finished)
   call('PEXPIRE', finished, 3 * WINDOW_MS)
   note(id, state, now)
+  hook_due(id, now)
   for instance in string.gmatch(fields[2] or '', '%S+') do
     call('PUBLISH', key('done', instance), id)
   end
