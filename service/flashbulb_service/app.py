@@ -1,11 +1,13 @@
 """The API process: routes over a queue and a result store. Never imports a model library."""
 
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from flashbulb_service.api import health, images, models, playground
+from flashbulb_service.api import edits, health, images, jobs, models, playground
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import describe
 from flashbulb_service.api.middleware import RequestFrame
@@ -16,6 +18,8 @@ from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
 from flashbulb_service.settings import Settings
+
+ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorBody"}
 
 
 def create_app(
@@ -30,13 +34,45 @@ def create_app(
         redoc_url=None,
     )
     app.state.context = context
-    app.add_middleware(RequestFrame, metrics=context.metrics, max_body_bytes=settings.max_body_bytes)
-    # The frame judges the declared length; this limit, inside it, counts what arrives without one.
-    for router in (images.router, models.router, health.router, playground.create_router()):
-        app.include_router(router, max_body_size=settings.max_body_bytes)
+    app.add_middleware(
+        RequestFrame,
+        metrics=context.metrics,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        body_timeout_s=settings.body_timeout_s,
+    )
+    for router in (
+        images.router,
+        edits.router,
+        jobs.router,
+        models.router,
+        health.router,
+        playground.create_router(),
+    ):
+        app.include_router(router)
     for kind in (ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer_error)
+    _declare_own_errors(app)
     return app
+
+
+def _declare_own_errors(app: FastAPI) -> None:
+    """Say in the OpenAPI document what errors look like: JSON on every route, and 400 where FastAPI says 422."""
+    document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        made = document()
+        for path in made["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+                for status, answer in operation["responses"].items():
+                    if status >= "400":
+                        answer["content"] = {"application/json": {"schema": ERROR_SCHEMA}}
+        for name in ("HTTPValidationError", "ValidationError"):
+            made.get("components", {}).get("schemas", {}).pop(name, None)
+        return made
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _answer_error(_request: Request, error: Exception) -> JSONResponse:

@@ -8,6 +8,19 @@ from pathlib import Path
 from flashbulb_distill.bundle import Bundle, BundleError, list_models, open_bundle
 from flashbulb_service.errors import BundleRejected, InvalidRequest, UnknownModel
 
+# Names that clients have built in.
+OPENAI_NAMES = (
+    "chatgpt-image-latest",
+    "dall-e-2",
+    "dall-e-3",
+    "gpt-image-1",
+    "gpt-image-1-mini",
+    "gpt-image-1.5",
+    "gpt-image-2",
+    "gpt-image-2.5-flare",
+    "gpt-image-2.5-sunburst",
+)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -51,9 +64,14 @@ class Catalog:
     """The models of one repository, with their aliases and the default."""
 
     def __init__(
-        self, models: Sequence[Model], *, default: str | None = None, aliases: Mapping[str, str] | None = None
+        self,
+        models: Sequence[Model],
+        *,
+        default: str | None = None,
+        aliases: Mapping[str, str] | None = None,
+        openai_aliases: bool = False,
     ) -> None:
-        """Keep the models.
+        """Keep the models; with `openai_aliases`, OpenAI's names mean the default where nothing has them.
 
         Raises:
             UnknownModel: the default or the target of an alias is not among them.
@@ -61,6 +79,7 @@ class Catalog:
         self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))
         self._aliases = dict(aliases or {})
         self._default = default
+        self._openai_aliases = openai_aliases
         for target in (*self._aliases.values(), *([default] if default else [])):
             self._resolve(target)
 
@@ -72,6 +91,7 @@ class Catalog:
         verify: bool,
         default: str | None = None,
         aliases: Mapping[str, str] | None = None,
+        openai_aliases: bool = False,
     ) -> "Catalog":
         """Read every bundle of a model repository.
 
@@ -88,7 +108,7 @@ class Catalog:
                 "pass the model repository with --models"
             )
         models = [open_model(path, name, version, verify=verify) for name, version, path in found]
-        return cls(models, default=default, aliases=aliases)
+        return cls(models, default=default, aliases=aliases, openai_aliases=openai_aliases)
 
     def refresh(self, models_dir: Path, is_served: Callable[[str], bool]) -> None:
         """Follow the repository: drop what is gone, and add what is new as soon as a worker has it ready.
@@ -117,7 +137,7 @@ class Catalog:
         Raises:
             UnknownModel: there is none of that name.
         """
-        if wanted is None:
+        if wanted is None or wanted in self._openai_names():
             if self._default is None and not self.models:
                 raise UnknownModel("default")
             return self._resolve(self._default) if self._default else self.newest()[0]
@@ -126,6 +146,21 @@ class Catalog:
     def newest(self) -> list[Model]:
         """Return the newest version of every name."""
         return list({model.name: model for model in self.models}.values())
+
+    def aliases_of(self, model: Model) -> tuple[str, ...]:
+        """Return the other names that lead to a model."""
+        names = (*self._aliases, *self._openai_names())
+        return tuple(sorted(name for name in names if self._leads_to(name, model)))
+
+    def _leads_to(self, name: str, model: Model) -> bool:
+        try:
+            return self.find(name).id == model.id
+        except UnknownModel:  # its target has left the repository
+            return False
+
+    def _openai_names(self) -> frozenset[str]:
+        taken = {model.name for model in self.models} | set(self._aliases)
+        return frozenset(OPENAI_NAMES if self._openai_aliases else ()) - taken
 
     def _resolve(self, wanted: str) -> Model:
         matching = [model for model in self.models if wanted in (model.name, model.id)]

@@ -19,7 +19,11 @@ def load_catalog(settings: Settings, *, verify: bool) -> Catalog:
         UnknownModel: the default model or an alias names none of its models.
     """
     return Catalog.load(
-        settings.models, verify=verify, default=settings.default_model, aliases=settings.model_aliases
+        settings.models,
+        verify=verify,
+        default=settings.default_model,
+        aliases=settings.model_aliases,
+        openai_aliases=settings.openai_aliases,
     )
 
 

@@ -8,21 +8,24 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import uvicorn
 
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.health import check_ready
+from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.app import create_app
+from flashbulb_service.connections import PromptHeads
 from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import InvalidRequest, ServerStartError, ServiceError
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import serves
 from flashbulb_service.processes import keep_running
 from flashbulb_service.settings import Settings
+from flashbulb_service.webhooks import keep_delivering
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +94,10 @@ async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Eve
         app = create_app(settings, queue=queue, results=results, presence=presence, catalog=catalog)
         server = _http_server(settings, app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        following = asyncio.create_task(_follow_models(app.state.context))
-        await _until(stop, serving)
-        following.cancel()
-        server.should_exit = True
-        await serving
+        async with _upkeep(app.state.context):
+            await _until(stop, serving)
+            server.should_exit = True
+            await serving
 
 
 async def run_all(
@@ -129,16 +131,15 @@ async def run_all(
             server = _http_server(settings, app)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             ready = asyncio.create_task(_when_ready(app.state.context))
-            following = asyncio.create_task(_follow_models(app.state.context))
-            await _until(stop, serving, ready, *workers)
-            if ready.done():
-                started.set()
-                on_ready(address_of(listener))
-                await _until(stop, serving, *workers)
-            ready.cancel()
-            following.cancel()
-            server.should_exit = True
-            await serving
+            async with _upkeep(app.state.context):
+                await _until(stop, serving, ready, *workers)
+                if ready.done():
+                    started.set()
+                    on_ready(address_of(listener))
+                    await _until(stop, serving, *workers)
+                ready.cancel()
+                server.should_exit = True
+                await serving
     finally:
         for task in workers:
             task.cancel()
@@ -146,6 +147,26 @@ async def run_all(
     for result in ended:
         if isinstance(result, Exception):
             raise result
+
+
+@asynccontextmanager
+async def _upkeep(context: Context) -> AsyncIterator[None]:
+    """Follow the model repository, and deliver webhooks if there is a secret to sign them with."""
+    tasks = [asyncio.create_task(_follow_models(context))]
+    if context.settings.webhook_secret is not None:
+        delivering = keep_delivering(
+            context.queue,
+            partial(webhook_message, context),
+            context.settings.webhook_secret,
+            allow_private=context.settings.webhook_allow_private,
+        )
+        tasks.append(asyncio.create_task(delivering))
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 def child_env(settings: Settings) -> dict[str, str]:
@@ -169,6 +190,7 @@ class _Server(uvicorn.Server):
 def _http_server(settings: Settings, app: object) -> _Server:
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
+        http=partial(PromptHeads, head_timeout_s=settings.head_timeout_s),  # type: ignore[arg-type]
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from flashbulb_service.webhooks import secret_key
 
 BackendName = Literal["onnx", "synthetic"]
 
@@ -23,7 +25,9 @@ def state_folder() -> Path:
 class Settings(BaseSettings):
     """Settings of the API, the worker and the all-in-one server."""
 
-    model_config = SettingsConfigDict(env_prefix="FLASHBULB_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="FLASHBULB_", frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     # where things are
     models: Path = Field(default=Path("models"), description="model repository: <name>/<version>/ bundles")
@@ -38,6 +42,21 @@ class Settings(BaseSettings):
     default_model: str | None = Field(default=None, description="for requests without one; absent: the first")
     model_aliases: dict[str, str] = Field(default_factory=dict, description='{"gpt-image-1": "emoji"}')
     max_body_bytes: int = Field(default=1 << 20, gt=0)
+    head_timeout_s: float = Field(
+        default=10.0, gt=0, description="time a client has for the headers of a request"
+    )
+    body_timeout_s: float = Field(
+        default=30.0, gt=0, description="time a client has for the body of a request"
+    )
+    webhook_secret: str | None = Field(
+        default=None, repr=False, description="whsec_<base64>; absent: no webhooks"
+    )
+    webhook_allow_private: bool = Field(default=False, description="webhooks may go to private addresses")
+    openai_aliases: bool = Field(
+        default=True,
+        description="OpenAI's own model names mean the default model, where no model has the name",
+    )
+    max_upload_bytes: int = Field(default=32 << 20, gt=0, description="body of a request with pictures")
     max_prompt_chars: int = Field(default=2000, gt=0)
     request_timeout_s: float = Field(default=600.0, gt=0)
     slo_s: float = Field(default=60.0, gt=0, description="deadline of requests that name none")
@@ -65,6 +84,13 @@ class Settings(BaseSettings):
     )
 
     log_format: Literal["console", "json"] = "console"
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _check_secret(cls, value: str | None) -> str | None:
+        if value is not None:
+            secret_key(value)
+        return value
 
     @property
     def results_location(self) -> str:

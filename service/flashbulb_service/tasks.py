@@ -3,6 +3,8 @@
 The API writes tasks and reads outcomes; the worker reads tasks and writes outcomes.
 """
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from flashbulb_service.formats import DEFAULT_QUALITY, ImageFormat
@@ -59,5 +61,44 @@ class ImageOutcome(BaseModel):
 
         Raises:
             ValueError: the bytes are no outcome.
+        """
+        return cls.model_validate_json(data)
+
+
+class RequestRecord(BaseModel):
+    """What the API keeps of a request, to tell of it and to answer it again in the same words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: Literal["text-to-image"]
+    model: str  # name@version
+    prompt: str
+    seed: int
+    n: int
+    width: int
+    height: int
+    steps: int
+    response_format: Literal["b64_json", "url"]
+    image_format: ImageFormat
+    quality: str
+    metadata: dict[str, str] = Field(default_factory=dict)
+    webhook_url: str | None = None
+    webhook_events: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> str:
+        """Return the size as it is written on the wire."""
+        return f"{self.width}x{self.height}"
+
+    def to_bytes(self) -> bytes:
+        """Write the record as JSON."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "RequestRecord":
+        """Read a record.
+
+        Raises:
+            ValueError: the bytes are no record.
         """
         return cls.model_validate_json(data)

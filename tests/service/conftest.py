@@ -143,6 +143,10 @@ async def assert_invariants(queue: Queue) -> None:
     expected |= {f"{tag}:models", f"{tag}:clock"}
     if backlog:  # the accounts last as long as anybody waits
         expected |= {f"{tag}:used", f"{tag}:lanes"}
+    for lead in await scores(f"{tag}:hooks"):
+        assert jobs[lead]["open"] == "0"
+    assert await db.llen(f"{tag}:hooks:wake") <= 1
+    expected |= {f"{tag}:hooks", f"{tag}:hooks:wake"}
 
     live = [job for job in jobs.values() if job["state"] in LIVE]
     counts = Counter(job["tenant"] for job in live)

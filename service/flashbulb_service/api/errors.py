@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from flashbulb_service.api.schemas import ImagesRequest
+from flashbulb_service.api.schemas import ALIASES, HINTS, ImagesRequest
 from flashbulb_service.errors import (
     IdempotencyConflict,
     InvalidRequest,
@@ -45,6 +45,24 @@ class BodyTooLarge(ServiceError):
     code = "body_too_large"
 
 
+class BodyTimeout(ServiceError):
+    """The body did not arrive within the time a client has for it."""
+
+    code = "request_timeout"
+
+
+class UnsupportedMedia(ServiceError):
+    """The body is of a type that this route does not read."""
+
+    code = "unsupported_media_type"
+
+
+class TooManyStreams(ServiceError):
+    """This process serves as many event streams as it may."""
+
+    code = "too_many_streams"
+
+
 class RequestTimeout(ServiceError):
     """The pictures did not come within the time a request may take."""
 
@@ -74,10 +92,30 @@ class ErrorAnswer:
             return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """Build the body; what came from the client is cut short and made printable."""
+        return {
+            "error": {
+                "message": _printable(self.message, MAX_MESSAGE_CHARS),
+                "type": self.type,
+                "param": None if self.param is None else _printable(self.param, MAX_PARAM_CHARS),
+                "code": self.code,
+            }
+        }
+
     def response(self) -> JSONResponse:
         """Build the response."""
-        body = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return JSONResponse({"error": body}, self.status, dict(self.headers))
+        return JSONResponse(self.body(), self.status, dict(self.headers))
+
+
+MAX_MESSAGE_CHARS = 1_000
+MAX_PARAM_CHARS = 200
+
+
+def _printable(text: str, limit: int) -> str:
+    """Escape what UTF-8 or one line cannot hold (lone surrogates, control characters), and cut."""
+    safe = "".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in text[:limit])
+    return safe if len(text) <= limit else safe + "…"
 
 
 # A client library retries some statuses by itself; where that cannot help, it is told so.
@@ -88,7 +126,7 @@ def describe(error: Exception) -> ErrorAnswer:
     """Turn any error into its answer; here, and only here, errors get their HTTP status."""
     match error:
         case RequestValidationError():
-            return describe(_first_problem(error.errors()))
+            return describe(first_problem(error.errors()))
         case InvalidRequest():
             return ErrorAnswer(400, error.detail_code, error.message, error.param)
         case UnknownModel():
@@ -99,6 +137,12 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(409, error.code, error.message, "Idempotency-Key", NO_RETRY)
         case JobCancelled():
             return ErrorAnswer(409, error.code, error.message, headers=NO_RETRY)
+        case BodyTimeout():
+            return ErrorAnswer(408, error.code, error.message, headers={"connection": "close"})
+        case UnsupportedMedia():
+            return ErrorAnswer(415, error.code, error.message)
+        case TooManyStreams():
+            return ErrorAnswer(429, error.code, error.message, headers=_retry_after(5.0))
         case BodyTooLarge():
             return ErrorAnswer(413, error.code, error.message)
         case QueueFull():
@@ -124,6 +168,10 @@ def describe(error: Exception) -> ErrorAnswer:
             )
         case HTTPException(status_code=413):
             return describe(BodyTooLarge("request body too large: send a shorter one"))
+        case HTTPException(status_code=400, detail="There was an error parsing the body"):
+            return ErrorAnswer(
+                400, "invalid_json", "expected a JSON body of text in UTF-8, nested less deeply"
+            )
         case HTTPException():
             return ErrorAnswer(
                 error.status_code, "http_error", str(error.detail), headers=error.headers or {}
@@ -156,6 +204,7 @@ _PROBLEMS: Mapping[str, _Problem] = {
     "string_too_long": _Problem("string_above_max_length", "expected at most {max_length} characters"),
     "greater_than_equal": _Problem("integer_below_min_value", "expected at least {ge}, got {input}"),
     "less_than_equal": _Problem("integer_above_max_value", "expected at most {le}, got {input}"),
+    "string_unicode": _Problem("invalid_value", "expected text that UTF-8 can hold, got a lone surrogate"),
     "literal_error": _Problem("invalid_value", "expected {expected}, got {input!r}"),
 }
 
@@ -169,10 +218,10 @@ class _Kept(dict[str, Any]):
         return self.missing_text
 
 
-def _first_problem(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+def first_problem(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     """Tell the first thing wrong with a request: one error at a time, as OpenAI does."""
     problem = problems[0]
-    place = [str(part) for part in problem["loc"] if part != "body"]
+    place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(place) or None
     kind = problem["type"]
     if kind == "extra_forbidden":
@@ -192,6 +241,10 @@ def _first_problem(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
 
 def unknown_parameter(name: str) -> InvalidRequest:
     """Refuse a field that nobody defines, with the nearest name that exists."""
-    near = get_close_matches(name, list(ImagesRequest.model_fields), n=1)
+    if name in HINTS:
+        return InvalidRequest(
+            f"unknown parameter {name!r}: {HINTS[name]}", param=name, code="unknown_parameter"
+        )
+    near = get_close_matches(name[:64], [*ImagesRequest.model_fields, *ALIASES], n=1)
     hint = f": did you mean {near[0]!r}?" if near else ": remove it"
-    return InvalidRequest(f"unknown parameter {name!r}{hint}", param=name, code="unknown_parameter")
+    return InvalidRequest(f"unknown parameter {name[:64]!r}{hint}", param=name, code="unknown_parameter")

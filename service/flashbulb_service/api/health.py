@@ -8,10 +8,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import NotReady
+from flashbulb_service.api.schemas import ERRORS
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.presence import serves
 
-router = APIRouter()
+router = APIRouter(responses=ERRORS)
 
 
 @router.get("/livez", summary="The process answers")
@@ -26,7 +27,12 @@ async def readyz(context: Shared) -> dict[str, Any]:
     return await check_ready(context)
 
 
-@router.get("/metrics", summary="Metrics in the Prometheus text format")
+@router.get(
+    "/metrics",
+    summary="Metrics in the Prometheus text format",
+    response_class=Response,
+    responses={200: {"description": "The metrics", "content": {"text/plain": {}}}},
+)
 async def metrics(context: Shared) -> Response:
     """Answer with this process's metrics; without the queue, its gauges keep their last values."""
     try:

@@ -1,205 +1,236 @@
 """POST /v1/images/generations, and the pictures it makes."""
 
 import asyncio
-import base64
 import contextlib
-import hashlib
+import json
 import logging
-import secrets
-import time
-from collections.abc import Sequence
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Depends, Header, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.sse import format_sse_event
 
+from flashbulb_service.api.answers import finished, images_answer, stream_events
 from flashbulb_service.api.context import Context, Shared
-from flashbulb_service.api.errors import ClientGone, RequestTimeout, ResultNotFound
-from flashbulb_service.api.schemas import REFUSED, ImagesRequest
-from flashbulb_service.catalog import Model, choose_size
-from flashbulb_service.errors import (
-    InvalidRequest,
-    JobCancelled,
-    JobFailed,
-    JobNotFound,
-    QueueUnavailable,
-)
-from flashbulb_service.jobs import JobState, JobView, NewJob
+from flashbulb_service.api.errors import ClientGone, RequestTimeout, ResultNotFound, describe
+from flashbulb_service.api.identity import Caller, caller_of
+from flashbulb_service.api.media import expect_json
+from flashbulb_service.api.plan import Plan, body_digest, check_webhook, keep, make_plan
+from flashbulb_service.api.schemas import ERRORS, MAX_KEY_CHARS, ImagesRequest
+from flashbulb_service.errors import InvalidRequest, JobNotFound, QueueUnavailable, ServiceError
+from flashbulb_service.jobs import JobView
+from flashbulb_service.queue.queue import KeyMode
 from flashbulb_service.results import media_type
-from flashbulb_service.scheduler import LONG, bucket_name, choose_lane
-from flashbulb_service.settings import Settings
-from flashbulb_service.tasks import MAX_SEED, ImageOutcome, ImageTask
+from flashbulb_service.tasks import RequestRecord
 
 log = logging.getLogger(__name__)
-router = APIRouter()
+router = APIRouter(responses=ERRORS)
 
-MAX_KEY_CHARS = 200
+PING_S = 15.0
+RETRY_WINDOW_S = (
+    60.0  # a client library's retry gets the jobs of its first attempt, if they ended this recently
+)
+
+IdempotencyHeader = Annotated[str | None, Header()]
+RetryHeader = Annotated[str | None, Header(alias="x-stainless-retry-count", include_in_schema=False)]
 
 
-@router.post("/v1/images/generations", summary="Draw pictures from a prompt")
+@dataclass(frozen=True)
+class Key:
+    """By what a request is recognised when it comes again, and how."""
+
+    text: str | None = None
+    mode: KeyMode = "replay"
+
+    @property
+    def keeps(self) -> bool:
+        """Tell whether the client may come back for the jobs after it left."""
+        return self.text is not None and self.mode == "replay"
+
+
+@router.post(
+    "/v1/images/generations",
+    summary="Draw pictures from a prompt",
+    dependencies=[Depends(expect_json)],
+    responses={
+        200: {
+            "description": "The pictures, or with stream=true their events",
+            "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+        }
+    },
+)
 async def generate_images(
     request: Request,
     body: ImagesRequest,
     context: Shared,
-    idempotency_key: Annotated[str | None, Header()] = None,
-) -> JSONResponse:
+    idempotency_key: IdempotencyHeader = None,
+    retry_count: RetryHeader = None,
+) -> Response:
     """Queue one job per picture, wait for all of them, and answer as OpenAI does."""
-    start = time.monotonic()
-    check_request(body, idempotency_key, max_prompt_chars=context.settings.max_prompt_chars)
-    model = context.catalog.find(body.model)
-    width, height = choose_size(model, body.size)
-    seed = choose_seed(body.seed, idempotency_key)
-    jobs = plan_jobs(body, model, width, height, seed, context.settings)
-    enqueued = await context.queue.enqueue(jobs, idempotency_key=idempotency_key)
-    views = await _wait(context, request, enqueued.ids, keep=idempotency_key is not None)
-    pictures = [finished(view) for view in views]
-    for picture in pictures:
-        context.metrics.picture(model.id, picture.outcome, picture.queue_ms / 1000)
-    timings = summarise(pictures, total_ms=(time.monotonic() - start) * 1000)
-    return JSONResponse(
-        {
-            "created": int(views[0].enqueued_at),
-            "data": [
-                {**await _content(context, request, body, picture), "seed": seed, "index": index}
-                for index, picture in enumerate(pictures)
-            ],
-            "model": model.id,
-            "size": f"{width}x{height}",
-            "output_format": body.output_format,
-            "timings": timings,
-            "batch_size": max(picture.outcome.batch_size for picture in pictures),
-        },
-        headers=_answer_headers(body, timings),
-    )
+    caller = caller_of(request, body)
+    plan = make_plan(body, context.catalog, caller, context.settings)
+    key = choose_key(body, idempotency_key, retry_count)
+    queued = await enqueue(context, plan, body, caller, key)
+    headers = answer_headers(plan, replayed=queued.replayed)
+    if body.stream:
+        events = _stream(context, queued, keep=key.keeps)
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
+        )
+    views = await _wait(context, request, queued.ids, keep=key.keeps)
+    _count(context, queued, views)
+    answer = await images_answer(context, queued.record, views, _address_of(request))
+    parts = ", ".join(f"{name.removesuffix('_ms')};dur={value}" for name, value in answer["timings"].items())
+    return JSONResponse(answer, headers={**headers, "server-timing": parts})
 
 
-@router.get("/v1/images/results/{name}", summary="A picture by the address that response_format=url gave")
+@router.get(
+    "/v1/images/results/{name}",
+    summary="A picture by the address that response_format=url gave",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The picture",
+            "content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}},
+        }
+    },
+)
 async def get_result(name: str, context: Shared) -> Response:
     """Serve a picture from the result store until its time is over."""
     data = await context.results.get(name)
     if data is None:
-        raise ResultNotFound(f"no picture {name!r}: the name is wrong, or its time is over; draw it again")
+        raise ResultNotFound(
+            f"no picture {name[:120]!r}: the name is wrong, or its time is over; draw it again"
+        )
     # The name is random and its bytes never change: whoever has it may keep it.
     return Response(
         data, media_type=media_type(name), headers={"cache-control": "private, max-age=86400, immutable"}
     )
 
 
-def check_request(body: ImagesRequest, idempotency_key: str | None, *, max_prompt_chars: int) -> None:
-    """Refuse what the schema alone cannot.
+@dataclass(frozen=True)
+class Queued:
+    """A request in the queue: its jobs, and its record as it was first made."""
+
+    ids: tuple[str, ...]
+    record: RequestRecord
+    replayed: bool
+
+
+def choose_key(body: ImagesRequest, header: str | None, retry_count: str | None) -> Key:
+    """Return the client's idempotency key, else for a client library's request one made of its body.
+
+    Equal first attempts stay apart, for people want different pictures; only a retry may join an earlier one.
 
     Raises:
-        InvalidRequest: with the field's name and a code.
+        InvalidRequest: the key is empty or long, or header and body disagree.
     """
-    if not body.prompt.strip():
-        raise InvalidRequest("prompt: expected words, got only blanks", param="prompt", code="empty_string")
-    if len(body.prompt) > max_prompt_chars:
+    if header is not None and not 0 < len(header) <= MAX_KEY_CHARS:
         raise InvalidRequest(
-            f"prompt: expected at most {max_prompt_chars} characters, got {len(body.prompt)}: shorten it",
-            param="prompt",
-            code="string_above_max_length",
-        )
-    if body.output_format == "png" and body.output_compression != 100:
-        raise InvalidRequest(
-            "output_compression: png is lossless; expected 100 or output_format 'jpeg' or 'webp', "
-            f"got {body.output_compression}",
-            param="output_compression",
-            code="invalid_value",
-        )
-    for name, values in REFUSED.items():
-        if getattr(body, name) in values:
-            raise InvalidRequest(
-                f"{name}: {getattr(body, name)!r} is not offered here: leave it out",
-                param=name,
-                code="unsupported_value",
-            )
-    if idempotency_key is not None and not 0 < len(idempotency_key) <= MAX_KEY_CHARS:
-        raise InvalidRequest(
-            f"Idempotency-Key: expected 1 to {MAX_KEY_CHARS} characters, got {len(idempotency_key)}",
+            f"Idempotency-Key: expected 1 to {MAX_KEY_CHARS} characters, got {len(header)}",
             param="Idempotency-Key",
             code="invalid_value",
         )
-
-
-def choose_seed(wanted: int | None, idempotency_key: str | None) -> int:
-    """Return the wanted seed, else one from the idempotency key (equal pictures), else a random one."""
-    if wanted is not None:
-        return wanted
-    if idempotency_key is not None:
-        return int.from_bytes(hashlib.sha256(idempotency_key.encode()).digest()[:8], "big") & MAX_SEED
-    return secrets.randbits(63)
-
-
-def plan_jobs(
-    body: ImagesRequest, model: Model, width: int, height: int, seed: int, settings: Settings
-) -> list[NewJob]:
-    """Make one job per picture; they share a bucket, and may still run in different batches."""
-    manifest = model.bundle.manifest
-    smallest = min(w * h for w, h in model.sizes)
-    lane = choose_lane(manifest.task, manifest.calibration.get(settings.backend))
-    slo_s = settings.slo_long_s if lane == LONG else settings.slo_s
-    return [
-        NewJob(
-            model=model.id,
-            bucket=bucket_name(model.id, width, height, len(manifest.time_steps), lane),
-            payload=ImageTask(
-                prompt=body.prompt,
-                seed=seed,
-                index=index,
-                width=width,
-                height=height,
-                image_format=body.output_format,
-                quality=body.output_compression,
-            ).to_bytes(),
-            tenant=tenant_of(body),
-            cost=width * height / smallest,
-            deadline_s=slo_s,
+    if header is not None and body.idempotency_key not in (None, header):
+        raise InvalidRequest(
+            "idempotency_key: expected the same key as in the header Idempotency-Key, or one of them only",
+            param="idempotency_key",
+            code="invalid_value",
         )
-        for index in range(body.n)
-    ]
+    text = header if header is not None else body.idempotency_key
+    if text is not None:
+        return Key(f"key {text}")
+    if retry_count is None or not re.fullmatch(r"[0-9]{1,4}", retry_count):
+        return Key()
+    return Key(f"retry {body_digest(body)}", "attach" if int(retry_count) > 0 else "record")
 
 
-def tenant_of(body: ImagesRequest) -> str:
-    """Return whose share of the machine a request uses: its end user, when the client names one."""
-    user = body.safety_identifier or body.user
-    return f"user-{hashlib.sha256(user.encode()).hexdigest()[:16]}" if user else "default"
+async def enqueue(
+    context: Context,
+    plan: Plan,
+    body: ImagesRequest,
+    caller: Caller,
+    key: Key,
+    *,
+    listed: bool = False,
+    events: bool = False,
+) -> Queued:
+    """Queue a planned request, or find the earlier one that it repeats."""
+    check_webhook(body, context.settings)
+    kept = key.text is not None or listed or events or body.webhook_url is not None
+    enqueued = await context.queue.enqueue(
+        plan.jobs,
+        idempotency_key=key.text,
+        request_digest=body_digest(body),
+        mode=key.mode,
+        window_s=RETRY_WINDOW_S,
+        keep=keep(plan.record, caller, listed=listed, events=events) if kept else None,
+    )
+    if enqueued.created:
+        return Queued(enqueued.ids, plan.record, replayed=False)
+    first = await context.queue.request(enqueued.ids[0])
+    if first is None:
+        raise JobNotFound(enqueued.ids[0])
+    return Queued(enqueued.ids, RequestRecord.from_bytes(first.record), replayed=True)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A finished job: where its picture lies, and how long it waited."""
-
-    outcome: ImageOutcome
-    queue_ms: float
+def answer_headers(plan: Plan, *, replayed: bool) -> dict[str, str]:
+    """Return the headers that tell what was ignored, and that an answer is an earlier one."""
+    headers = {"x-flashbulb-warning": "; ".join(plan.warnings)} if plan.warnings else {}
+    return {**headers, "idempotent-replayed": "true"} if replayed else headers
 
 
-def finished(view: JobView) -> Picture:
-    """Read a job that has ended.
+async def _stream(context: Context, queued: Queued, *, keep: bool) -> AsyncIterator[bytes]:
+    """Send a ping now and then, the pictures when they are there, an error in the client library's form."""
+    waiting = asyncio.create_task(context.queue.wait(queued.ids, context.settings.request_timeout_s))
+    answered = False
+    try:
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=PING_S)
+            if not waiting.done():
+                yield format_sse_event(comment="ping")
+        try:
+            views = waiting.result()
+            answered = True
+            _count(context, queued, views)
+            for event in await stream_events(context, queued.record, views):
+                yield _sse(event["type"], event)
+        except TimeoutError:
+            yield _sse_error(RequestTimeout("the pictures did not come in time: try again later"))
+        except ServiceError as error:
+            yield _sse_error(error)
+        except Exception as error:
+            log.exception("unforeseen error in a stream")
+            yield _sse_error(error)
+        yield b"data: [DONE]\n\n"
+    finally:
+        waiting.cancel()
+        if not answered and not keep:
+            # This runs while the response is being cancelled: the jobs must not be forgotten with it.
+            await asyncio.shield(abandon(context, queued.ids))
 
-    Raises:
-        JobFailed, JobCancelled: it has no result.
-    """
-    if view.state is JobState.CANCELLED:
-        raise JobCancelled(view.id)
-    if view.state is not JobState.DONE or view.result is None:
-        code, message = (
-            (view.error.code, view.error.message) if view.error else ("job_failed", "no reason given")
-        )
-        raise JobFailed(view.id, code, message)
-    waited_s = (view.started_at or view.enqueued_at) - view.enqueued_at
-    return Picture(ImageOutcome.from_bytes(view.result), max(0.0, waited_s * 1000))
+
+def _sse(name: str, data: Mapping[str, Any]) -> bytes:
+    return format_sse_event(event=name, data_str=json.dumps(data))
 
 
-def summarise(pictures: Sequence[Picture], *, total_ms: float) -> dict[str, float]:
-    """Tell where a request's time went: of each part, the slowest picture's, in milliseconds."""
-    timings = {
-        "queue_ms": max(picture.queue_ms for picture in pictures),
-        "batch_ms": max(picture.outcome.batch_ms for picture in pictures),
-        "encode_ms": max(picture.outcome.encode_ms for picture in pictures),
-        "total_ms": total_ms,
-    }
-    return {name: round(value, 3) for name, value in timings.items()}
+def _sse_error(error: Exception) -> bytes:
+    return format_sse_event(event="error", data_str=json.dumps(describe(error).body()))
+
+
+def _count(context: Context, queued: Queued, views: Sequence[JobView]) -> None:
+    if queued.replayed:
+        return
+    for view in views:
+        picture = finished(view)
+        context.metrics.picture(queued.record.model, picture.outcome, picture.queue_ms / 1000)
+
+
+def _address_of(request: Request) -> Any:
+    return lambda name: str(request.url_for("get_result", name=name))
 
 
 async def _wait(context: Context, request: Request, ids: Sequence[str], *, keep: bool) -> list[JobView]:
@@ -225,7 +256,7 @@ async def _wait(context: Context, request: Request, ids: Sequence[str], *, keep:
         leaving.cancel()
         await asyncio.gather(waiting, leaving, return_exceptions=True)
         if not answered and not keep:
-            await _abandon(context, ids)
+            await abandon(context, ids)
 
 
 async def _disconnect(request: Request) -> None:
@@ -233,29 +264,10 @@ async def _disconnect(request: Request) -> None:
         pass  # the rest of the body
 
 
-async def _abandon(context: Context, ids: Sequence[str]) -> None:
+async def abandon(context: Context, ids: Sequence[str]) -> None:
+    """Cancel jobs whose client left."""
     for job_id in ids:
         with contextlib.suppress(JobNotFound, QueueUnavailable):
             if await context.queue.cancel(job_id):
                 context.metrics.abandoned.inc()
     log.info("abandoned %d jobs whose client left", len(ids))
-
-
-async def _content(
-    context: Context, request: Request, body: ImagesRequest, picture: Picture
-) -> dict[str, Any]:
-    name = picture.outcome.file
-    if body.response_format == "url":
-        return {"url": str(request.url_for("get_result", name=name))}
-    data = await context.results.get(name)
-    if data is None:
-        raise ResultNotFound(f"the picture {name!r} is no longer in the result store: draw it again")
-    return {"b64_json": base64.b64encode(data).decode()}
-
-
-def _answer_headers(body: ImagesRequest, timings: dict[str, float]) -> dict[str, str]:
-    parts = ", ".join(f"{name.removesuffix('_ms')};dur={value}" for name, value in timings.items())
-    headers = {"server-timing": parts}
-    if body.ignored:
-        headers["x-flashbulb-warning"] = f"ignored: {', '.join(body.ignored)}"
-    return headers

@@ -1,6 +1,8 @@
 """Around every request: an id, a log line, a metric, a limit on the declared body, and no bare 500."""
 
+import asyncio
 import logging
+import re
 import secrets
 import time
 
@@ -8,17 +10,52 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashbulb_service.api.errors import BodyTooLarge, describe
+from flashbulb_service.api.errors import BodyTimeout, BodyTooLarge, describe
 from flashbulb_service.observability import Metrics
 
 log = logging.getLogger(__name__)
 
 
+UPLOAD_ROUTES = ("/v1/images/edits", "/v1/images/variations")
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+async def read_body(receive: Receive, *, max_bytes: int) -> bytes | None:
+    """Read a whole body; None when the client left before its end.
+
+    Raises:
+        BodyTooLarge: it is longer than max_bytes.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        part = message.get("body", b"")
+        size += len(part)
+        if size > max_bytes:
+            raise BodyTooLarge(f"expected a body of at most {max_bytes} bytes, got more: send a shorter one")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
 class RequestFrame:
     """Pure ASGI, so that a client's disconnect reaches the route that waits for it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        max_body_bytes: int,
+        max_upload_bytes: int,
+        body_timeout_s: float,
+    ) -> None:
         """Wrap an app."""
+        self._body_timeout_s = body_timeout_s
+        self._max_upload_bytes = max_upload_bytes
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
@@ -29,6 +66,9 @@ class RequestFrame:
             await self._app(scope, receive, send)
             return
         request_id = f"req_{secrets.token_hex(12)}"
+        client_id = Headers(scope=scope).get("x-client-request-id", "")
+        # Rate limits and the like: whoever knows them puts them here, and every answer carries them.
+        extra: dict[str, str] = scope.setdefault("state", {}).setdefault("answer_headers", {})
         start = time.monotonic()
         status = 0
 
@@ -39,6 +79,9 @@ class RequestFrame:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
+                if _CLIENT_ID.fullmatch(client_id):
+                    headers["x-client-request-id"] = client_id
+                headers.update(extra)
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -53,14 +96,27 @@ class RequestFrame:
                 self._account(scope, status, time.monotonic() - start)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self._max_upload_bytes if scope["path"] in UPLOAD_ROUTES else self._max_body_bytes
         declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self._max_body_bytes:
+        if declared.isdecimal() and int(declared[:20]) > limit:
             error = BodyTooLarge(
-                f"expected a body of at most {self._max_body_bytes} bytes, got {declared}: send a shorter one"
+                f"expected a body of at most {limit} bytes, got {declared}: send a shorter one"
             )
             await describe(error).response()(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                body = await read_body(receive, max_bytes=limit)
+        except TimeoutError:
+            late = BodyTimeout(f"expected the whole body within {self._body_timeout_s:g} s: send it faster")
+            await describe(late).response()(scope, receive, send)
+            return
+        except BodyTooLarge as error:
+            await describe(error).response()(scope, receive, send)
+            return
+        if body is None:
+            return
+        await self._app(scope, _replay(body, receive), send)
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
@@ -68,3 +124,17 @@ class RequestFrame:
         self._metrics.request_seconds.labels(route).observe(seconds)
         level = logging.DEBUG if route in ("/livez", "/readyz", "/metrics") else logging.INFO
         log.log(level, "%s %s %d in %.1f ms", scope["method"], scope["path"], status, seconds * 1000)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Give a body that was read already once more, and then what comes from the client."""
+    given = False
+
+    async def once_more() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return once_more

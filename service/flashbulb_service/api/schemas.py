@@ -1,20 +1,39 @@
-"""The body of POST /v1/images/generations, as OpenAI's clients send it."""
+"""The bodies of the routes that draw, as OpenAI's clients send them, with our extensions."""
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from flashbulb_service.formats import ImageFormat
 from flashbulb_service.tasks import MAX_SEED
 
 MAX_IMAGES = 10
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_PRIORITY = 10
+MAX_METADATA = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_VALUE_CHARS = 512
+MAX_KEY_CHARS = 200
 
-# OpenAI fields that mean nothing to a distilled student. Their vocabulary grows monthly; clients send them
-# out of habit, so they are accepted and named in a warning header.
-IGNORED = ("background", "complexity", "moderation", "partial_images", "quality", "stream", "style")
+# OpenAI fields that change nothing here, whatever their value. Their vocabulary grows monthly and clients send
+# them out of habit, so they are accepted and named in a warning header.
+IGNORED = ("complexity", "frame_count", "frame_duration_ms", "moderation", "style", "svg")
 
-# Values among them that ask for something we would not deliver: a silent 200 would be a lie.
-REFUSED: dict[str, tuple[Any, ...]] = {"background": ("transparent",), "stream": (True,)}
+# The same thing under the names that other servers gave it.
+ALIASES = {
+    "rng_seed": "seed",
+    "num_inference_steps": "steps",
+    "true_cfg_scale": "guidance_scale",
+}
+
+# Names that people send, whose nearest spelling would mislead.
+HINTS = {
+    "width": "use size='WIDTHxHEIGHT'",
+    "height": "use size='WIDTHxHEIGHT'",
+    "num_frames": "this route draws still pictures",
+    "fps": "this route draws still pictures",
+}
 
 
 class ImagesRequest(BaseModel):
@@ -23,32 +42,118 @@ class ImagesRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str = Field(min_length=1)
-    model: str | None = None
+    model: str | None = Field(default=None, max_length=200)
     n: int = Field(default=1, ge=1, le=MAX_IMAGES, strict=True)
-    size: str = "auto"
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, strict=True)
+    size: str = Field(default="auto", max_length=32)
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: ImageFormat = "png"
     output_compression: int = Field(default=100, ge=0, le=100, strict=True)
-    user: str | None = None
-    safety_identifier: str | None = None
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = "auto"
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    moderation: Literal["auto", "low"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    stream: bool = Field(default=False, strict=True)
+    partial_images: int = Field(default=0, ge=0, le=3, strict=True)
+    user: str | None = Field(default=None, max_length=512)
+    safety_identifier: str | None = Field(default=None, max_length=512)
 
-    background: Any = None
+    # ours
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, strict=True)
+    steps: int | None = Field(default=None, ge=1, le=1000, strict=True)
+    size_policy: Literal["exact", "nearest"] = "exact"
+    guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    negative_prompt: str | None = None
+    deadline_ms: int | None = Field(default=None, ge=1, le=MAX_DEADLINE_MS, strict=True)
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, strict=True)
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=MAX_METADATA)
+    webhook_url: str | None = Field(default=None, max_length=2_000)
+    webhook_events: tuple[Literal["job.completed", "job.failed", "job.cancelled"], ...] = Field(
+        default=("job.completed", "job.failed", "job.cancelled"), min_length=1, max_length=3
+    )
+    idempotency_key: str | None = Field(default=None, min_length=1, max_length=MAX_KEY_CHARS)
+
+    # OpenAI's, without effect
     complexity: Any = None
-    moderation: Any = None
-    partial_images: Any = None
-    quality: Any = None
-    stream: Any = None
-    style: Any = None
+    frame_count: Any = None
+    frame_duration_ms: Any = None
+    svg: Any = None
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
+    def _drop_nulls_and_aliases(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        fields = {key: value for key, value in data.items() if value is not None}
+        for alias, name in ALIASES.items():
+            if alias in fields:
+                value = fields.pop(alias)
+                if fields.setdefault(name, value) != value:
+                    raise PydanticCustomError(
+                        "alias_conflict",
+                        "{alias} is another name of {name}: expected one of them, got both",
+                        {"alias": alias, "name": name},
+                    )
+        return fields
+
+    @field_validator("prompt")
+    @classmethod
+    def _no_nul(cls, value: str) -> str:
+        if "\0" in value:
+            raise PydanticCustomError("nul", "expected text, got a NUL character")
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _bound_metadata(cls, value: dict[str, str]) -> dict[str, str]:
+        for key, text in value.items():
+            if len(key) > MAX_METADATA_KEY_CHARS or len(text) > MAX_METADATA_VALUE_CHARS:
+                raise PydanticCustomError(
+                    "metadata",
+                    f"expected keys of at most {MAX_METADATA_KEY_CHARS} and values of at most "
+                    f"{MAX_METADATA_VALUE_CHARS} characters",
+                )
+        return value
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Return the fields that were sent and have no effect."""
+        """Return the fields that were sent and have no effect on any student."""
         return tuple(name for name in IGNORED if getattr(self, name) is not None)
+
+
+class JobRequest(ImagesRequest):
+    """A job: what to draw, and as which task."""
+
+    task: Literal["text-to-image"] = "text-to-image"
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error of every route."""
+
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "The request cannot be served as written",
+        404: "No such model, job or picture",
+        405: "Another method is expected",
+        408: "The request did not arrive in time",
+        409: "The key was used for another request, or the job was cancelled",
+        413: "The body is too large",
+        415: "The body is of a type that is not read here",
+        429: "The queue is full: see retry-after",
+        500: "The work failed, or the server did",
+        503: "The queue does not answer",
+        504: "Not finished within the time allowed",
+    }.items()
+}

@@ -26,6 +26,11 @@ alive                 ZSET   worker -> end of what it last announced  TTL
 speed:<model>:<bucket> HASH  worker -> alive until, floor, base, row, cap  TTL
 idem:<tenant>:<hash>  STR    request hash and ids                     TTL
 finished:<window>     STR    jobs ended in a 10 s window              TTL
+ev:<id>               STREAM what became of a watched request         TTL; bounded in length
+evctl:<instance>      STREAM wakes one process's event reader         TTL
+list:<owner>          ZSET   request id -> enqueue time               TTL; bounded in number
+hooks                 ZSET   request id -> next delivery of its hook  empty with the last delivery or surrender
+hooks:wake            LIST   at most one token for delivery loops     empty when taken
 done:<instance>       -      pub/sub channel of one waiting process   not a key
 """
 
@@ -59,6 +64,11 @@ TEMPLATES = MappingProxyType(
         "idempotency": "%s:idem:%s:%s",
         "finished": "%s:finished:%s",
         "done": "%s:done:%s",
+        "events": "%s:ev:%s",
+        "events_control": "%s:evctl:%s",
+        "list": "%s:list:%s",
+        "hooks": "%s:hooks",
+        "hooks_wake": "%s:hooks:wake",
     }
 )
 
@@ -86,6 +96,10 @@ class Keys:
         """Hash of one job."""
         return TEMPLATES["job"] % (self.tag, job_id)
 
+    def due(self, model: str, bucket: str) -> str:
+        """Sorted set of a bucket's queued jobs of all tenants."""
+        return TEMPLATES["due"] % (self.tag, model, bucket)
+
     def wake(self, model: str) -> str:
         """List that sleeping workers of a model block on."""
         return TEMPLATES["wake"] % (self.tag, model)
@@ -93,6 +107,22 @@ class Keys:
     def done(self, instance: str) -> str:
         """Channel on which one process hears that jobs have ended."""
         return TEMPLATES["done"] % (self.tag, instance)
+
+    def events(self, request_id: str) -> str:
+        """Stream of what became of one request."""
+        return TEMPLATES["events"] % (self.tag, request_id)
+
+    def events_control(self, instance: str) -> str:
+        """Stream that wakes the event reader of one process."""
+        return TEMPLATES["events_control"] % (self.tag, instance)
+
+    def listing(self, owner: str) -> str:
+        """Sorted set of an owner's requests."""
+        return TEMPLATES["list"] % (self.tag, owner)
+
+    def hooks_wake(self) -> str:
+        """List that delivery loops block on."""
+        return TEMPLATES["hooks_wake"] % self.tag
 
     def pattern(self) -> str:
         """Match every key of the namespace, for SCAN."""

@@ -10,11 +10,11 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -41,6 +41,7 @@ from flashbulb_service.errors import (
 from flashbulb_service.jobs import Job, JobError, JobState, JobView, NewJob
 from flashbulb_service.queue import scripts
 from flashbulb_service.queue.completions import Completions
+from flashbulb_service.queue.events import Event, Events
 from flashbulb_service.queue.keys import Keys, digest
 from flashbulb_service.scheduler import BucketFacts, BucketWindow, Plan, Waiting, Window, lane_of, plan_batch
 from flashbulb_service.timing import Tau
@@ -78,6 +79,34 @@ class Enqueued:
 
     ids: tuple[str, ...]
     created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is kept of a request as a whole, as long as its first job.
+
+    record: opaque bytes for whoever reads the request back.
+    owner: who may read it back. listed: it appears in the owner's list. events: what happens is written down.
+    """
+
+    record: bytes
+    owner: str
+    listed: bool = False
+    events: bool = False
+    hook: bool = False  # a delivery is due when the last job has ended
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """A kept request, by the id of its first job."""
+
+    id: str
+    owner: str
+    record: bytes
+    rows: tuple[str, ...]
+
+
+KeyMode = Literal["replay", "record", "attach"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +158,7 @@ class Queue:
         self._patient = _patient_client(client)
         self._scripts = {name: client.register_script(scripts.source(name)) for name in scripts.NAMES}
         self._completions = Completions(self._patient, self.keys.done(self.instance), self._read_ended)
+        self.events = Events(self._patient, self.keys, self.instance)
 
     async def __aenter__(self) -> Self:
         return self
@@ -141,6 +171,7 @@ class Queue:
     async def aclose(self) -> None:
         """Stop the completion reader and close all connections."""
         await self._completions.aclose()
+        await self.events.aclose()
         await self._patient.aclose()
         await self._client.aclose()
 
@@ -161,6 +192,9 @@ class Queue:
         *,
         idempotency_key: str | None = None,
         request_digest: str | None = None,
+        mode: KeyMode = "replay",
+        window_s: float = 0.0,
+        keep: Kept | None = None,
         now: float | None = None,
     ) -> Enqueued:
         """Store all jobs of one request, or none.
@@ -169,6 +203,8 @@ class Queue:
         first ids with created=False, whatever became of those jobs. A key belongs to a tenant and is
         remembered only for admitted requests, as long as the results are. "The same" is decided by a hash
         of the jobs; pass request_digest (of what the client sent) when payloads hold fresh random draws.
+        With mode "record" the key is only remembered; with "attach" it replays jobs that are live or ended
+        well within the last window_s, and otherwise does as "record".
 
         Raises:
             DeadlineUnreachable: the jobs would not be done by their deadline; a QueueFull.
@@ -207,6 +243,14 @@ class Queue:
             "" if idempotency_key is None else digest(idempotency_key),
             digest(request_digest) if request_digest is not None else _hash(jobs),
             _ms(self.limits.idempotency_ttl_s),
+            mode,
+            _ms(window_s),
+            keep.record if keep else "",
+            keep.owner if keep else "",
+            "1" if keep and keep.listed else "",
+            "1" if keep and keep.events else "",
+            "1" if keep and keep.hook else "",
+            _ms(self.limits.result_ttl_s),
             *rows,
         )
         outcome, *rest = reply
@@ -223,6 +267,62 @@ class Queue:
     async def get(self, job_id: str) -> JobView | None:
         """Read a job; None when there is none, or its result has expired."""
         return (await self._views([job_id]))[0]
+
+    async def views(self, ids: Sequence[str]) -> list[JobView | None]:
+        """Read several jobs at once."""
+        return await self._views(ids)
+
+    async def request(self, request_id: str) -> RequestView | None:
+        """Read a kept request; None when there is none, or it has expired."""
+        async with _unavailable():
+            fields = await self._client.hmget(self.keys.job(request_id), ["record", "owner", "rows"])
+        record, owner, rows = cast(list[bytes | None], fields)
+        if record is None or owner is None or rows is None:
+            return None
+        return RequestView(request_id, owner.decode(), record, tuple(rows.decode().split()))
+
+    async def requests(
+        self, owner: str, *, after: str | None = None, limit: int = 20, newest_first: bool = True
+    ) -> list[RequestView]:
+        """List an owner's requests that can still be read, from behind `after`.
+
+        Raises:
+            JobNotFound: `after` is not in the list.
+        """
+        key = self.keys.listing(owner)
+        async with _unavailable():
+            start = 0
+            if after is not None:
+                rank = await (self._client.zrevrank if newest_first else self._client.zrank)(key, after)
+                if rank is None:
+                    raise JobNotFound(after)
+                start = cast(int, rank) + 1
+            found: list[RequestView] = []
+            while len(found) < limit:
+                members = await self._client.zrange(key, start, start + limit - 1, desc=newest_first)
+                if not members:
+                    break
+                start += len(members)
+                for member in cast(list[bytes], members):
+                    view = await self.request(member.decode())
+                    if view is not None and len(found) < limit:
+                        found.append(view)
+            return found
+
+    async def position(self, view: JobView) -> int | None:
+        """Tell how many jobs of its bucket are before a queued one; None when it is not queued."""
+        async with _unavailable():
+            rank = await self._client.zrank(self.keys.due(view.model, view.bucket), view.id)
+        return cast(int | None, rank)
+
+    def watch(self, request_id: str, *, after: str, quiet_s: float) -> AsyncGenerator[Event | None, None]:
+        """Yield a request's events behind `after` ("0": all that are kept); None after quiet_s without one."""
+        return self.events.watch(request_id, after=after, quiet_s=quiet_s)
+
+    async def past_events(self, request_id: str, *, after: str) -> list[Event]:
+        """Return a request's events behind `after` that have been written already."""
+        async with _unavailable():
+            return await self.events.past(request_id, after=after)
 
     async def wait(self, ids: Sequence[str], timeout_s: float) -> list[JobView]:
         """Wait until all jobs are done, failed or cancelled; completion is pushed, not polled.
@@ -256,6 +356,32 @@ class Queue:
         if outcome < 0:
             raise JobNotFound(job_id)
         return bool(outcome)
+
+    # hooks
+
+    async def due_hooks(
+        self, lease_s: float, limit: int = 8, *, now: float | None = None
+    ) -> tuple[list[tuple[str, int]], float | None]:
+        """Take requests whose hook is due, with the number of this attempt; nobody else gets them for lease_s.
+
+        Returns:
+            them, and in how many seconds the next one is due (None: none waits).
+        """
+        wait_ms, *taken = await self._run("hooks", _time(now), _ms(lease_s), limit)
+        due = [(lead.decode(), attempt) for lead, attempt in zip(taken[::2], taken[1::2], strict=True)]
+        return due, None if wait_ms < 0 else wait_ms / 1000
+
+    async def hook_done(
+        self, request_id: str, attempt: int, *, again_in_s: float | None, now: float | None = None
+    ) -> None:
+        """End an attempt: delivered or given up (None), or to be tried again."""
+        delay = "" if again_in_s is None else _ms(again_in_s)
+        await self._run("hook_done", _time(now), request_id, attempt, delay)
+
+    async def wait_for_hooks(self, timeout_s: float) -> None:
+        """Block until a hook may be due."""
+        async with _unavailable(timeout_s + CONNECT_TIMEOUT_S):
+            await self._patient.blpop([self.keys.hooks_wake()], timeout=timeout_s)
 
     # workers
 
@@ -433,6 +559,10 @@ class Queue:
             *self._expiry(),
         )
         return JobState(state.decode()) if state else JobState.CANCELLED
+
+    async def progress(self, worker_id: str, job: Job, data: str, *, now: float | None = None) -> bool:
+        """Tell those who watch how far a running job is, if this worker still holds it."""
+        return bool(await self._run("progress", _time(now), worker_id, job.id, job.attempt, data))
 
     async def release(self, worker_id: str, jobs: Sequence[Job]) -> int:
         """Hand running jobs back at once, burning no attempt; for a worker that must stop.

@@ -19,6 +19,9 @@ NAMES = (
     "replay",
     "watch",
     "stats",
+    "progress",
+    "hooks",
+    "hook_done",
 )
 
 

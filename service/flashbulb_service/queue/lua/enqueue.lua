@@ -1,6 +1,8 @@
 -- Store all jobs of one request, or none.
 -- ARGV: now, tenant, instance, max_live, max_live_tenant, idempotency digest or '', request hash,
---       idempotency ttl, then per job: id, model, bucket, payload, cost, weight, due in, deadline or '', max_attempts
+--       idempotency ttl, mode of the key, window of 'attach', record or '', owner, listed, events, hook (1 or ''),
+--       result ttl,
+--       then per job: id, model, bucket, payload, cost, weight, due in, deadline or '', max_attempts
 -- Returns {'created' | 'replayed', ids...}, {'conflict'}, {'late', predicted ms, allowed ms}
 -- or {'full', scope, live, places missing, finished, over ms}.
 
@@ -10,8 +12,14 @@ local max_live, max_live_tenant = tonumber(ARGV[4]), tonumber(ARGV[5])
 local idempotency = ARGV[6] ~= '' and key('idempotency', tenant, ARGV[6])
 local request_hash, idempotency_ttl = ARGV[7], tonumber(ARGV[8])
 
+-- 'replay': an equal request gets the first one's jobs. 'record': remember this one, whatever came before.
+-- 'attach': like replay, if those jobs are live or ended well within the window, and else like record.
+local mode, window_ms = ARGV[9], tonumber(ARGV[10])
+local record, owner, listed, events, hook = ARGV[11], ARGV[12], ARGV[13] ~= '', ARGV[14] ~= '', ARGV[15] ~= ''
+local result_ttl = tonumber(ARGV[16])
+
 local jobs, ids = {}, {}
-for i = 9, #ARGV, 9 do
+for i = 17, #ARGV, 9 do
   local job = {
     id = ARGV[i], model = ARGV[i + 1], bucket = ARGV[i + 2], payload = ARGV[i + 3],
     cost = ARGV[i + 4], weight = ARGV[i + 5], due = now + tonumber(ARGV[i + 6]),
@@ -26,7 +34,15 @@ if call('EXISTS', key('job', ids[1])) == 1 then
   return { 'created', unpack(ids) }
 end
 
-if idempotency then
+local function attachable(id)
+  if mode ~= 'attach' then
+    return true
+  end
+  local job = call('HMGET', key('job', id), 'state', 'finished')
+  return job[1] ~= 'failed' and job[1] ~= 'cancelled' and (not job[2] or tonumber(job[2]) > now - window_ms)
+end
+
+if idempotency and mode ~= 'record' then
   local known = call('GET', idempotency)
   if known then
     local hash, rest = string.match(known, '^(%S+) (.*)$')
@@ -36,7 +52,7 @@ if idempotency then
     local old, all_there = {}, true
     for id in string.gmatch(rest, '%S+') do
       old[#old + 1] = id
-      all_there = all_there and call('EXISTS', key('job', id)) == 1
+      all_there = all_there and call('EXISTS', key('job', id)) == 1 and attachable(id)
     end
     if all_there then
       return { 'replayed', unpack(old) }
@@ -144,6 +160,9 @@ for _, job in ipairs(jobs) do
 end
 call('HINCRBY', key('inuse'), '', #jobs)
 call('HINCRBY', key('inuse'), tenant, #jobs)
+if record ~= '' then
+  keep_request(ids, now, record, owner, listed, events, hook, result_ttl)
+end
 if idempotency then
   call('SET', idempotency, request_hash .. ' ' .. table.concat(ids, ' '), 'PX', idempotency_ttl)
 end

@@ -19,6 +19,7 @@ if retry and burnt < tonumber(call('HGET', job, 'max_attempts')) then
   local due = now + (delay or math.min(backoff * 2 ^ (burnt - 1), max_backoff))
   call('HSET', job, 'state', 'delayed', 'code', code, 'message', message)
   call('ZADD', key('delayed'), due, id)
+  note(id, 'retry', now, 'due', due, 'code', code)
   local deadline = call('HGET', job, 'deadline')
   if deadline then
     call('ZADD', key('deadlines'), deadline, id)

@@ -15,6 +15,56 @@ local function now_ms(given)
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
+local MAX_EVENTS, EVENTS_TTL_MS = 500, 3600000
+
+-- Write down what happened to a job whose request asked for events; the hash stays the truth.
+local function note(id, kind, now, ...)
+  local fields = call('HMGET', key('job', id), 'events', 'row')
+  if fields[1] then
+    local stream = key('events', fields[1])
+    call('XADD', stream, 'MAXLEN', MAX_EVENTS, '*', 'kind', kind, 'row', fields[2], 'at', now, ...)
+    call('PEXPIRE', stream, EVENTS_TTL_MS)
+  end
+end
+
+-- The last job of a request with a hook has ended: its delivery is due.
+local function hook_due(id, now)
+  local lead = call('HGET', key('job', id), 'hooked')
+  if lead and call('HEXISTS', key('job', lead), 'open') == 1
+    and call('HINCRBY', key('job', lead), 'open', -1) == 0 then
+    call('ZADD', key('hooks'), now, lead)
+    if call('LLEN', key('hooks_wake')) == 0 then
+      call('RPUSH', key('hooks_wake'), '1')
+    end
+  end
+end
+
+-- What is kept of a request as a whole lies in the hash of its first job, its lead.
+local MAX_LISTED = 1000
+
+local function keep_request(ids, now, record, owner, listed, events, hook, ttl)
+  local lead = key('job', ids[1])
+  call('HSET', lead, 'record', record, 'owner', owner, 'rows', table.concat(ids, ' '))
+  if hook then
+    call('HSET', lead, 'open', #ids)
+  end
+  for row, id in ipairs(ids) do
+    if hook then
+      call('HSET', key('job', id), 'hooked', ids[1])
+    end
+    if events then
+      call('HSET', key('job', id), 'events', ids[1], 'row', row - 1)
+      note(id, 'queued', now)
+    end
+  end
+  if listed then
+    local list = key('list', owner)
+    call('ZADD', list, now, ids[1])
+    call('ZREMRANGEBYRANK', list, 0, -MAX_LISTED - 1)
+    call('PEXPIRE', list, ttl)
+  end
+end
+
 -- After a model's backlog changed. One token is enough to wake everybody: whoever claims and leaves work
 -- behind puts the next one. With the last backlog go the accounts: nobody waits, so nobody is owed anything.
 local function settle(model)
@@ -76,6 +126,7 @@ local function requeue(id)
   call('HDEL', key('job', id), 'worker', 'started')
   enter(id, job[1], job[2], job[3], job[4], job[5], job[6])
   settle(job[1])
+  note(id, 'queued', now_ms(''))
 end
 
 -- Does this worker still hold this attempt?
@@ -101,6 +152,8 @@ local function finish(id, state, now, ttl_ms)
   local finished = key('finished', string.format('%.0f', math.floor(now / WINDOW_MS)))
   call('INCR', finished)
   call('PEXPIRE', finished, 3 * WINDOW_MS)
+  note(id, state, now)
+  hook_due(id, now)
   for instance in string.gmatch(fields[2] or '', '%S+') do
     call('PUBLISH', key('done', instance), id)
   end

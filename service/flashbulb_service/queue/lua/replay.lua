@@ -16,4 +16,5 @@ call('HINCRBY', key('inuse'), '', 1)
 call('HINCRBY', key('inuse'), fields[3], 1)
 enter(id, fields[1], fields[2], fields[3], due, now, false)
 settle(fields[1])
+note(id, 'queued', now)
 return 1

@@ -34,6 +34,7 @@ for i = 11, 10 + 2 * num, 2 do
     call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now)
     call('ZADD', key('leases'), now + lease, id)
     call('ZREM', key('deadlines'), id)
+    note(id, 'running', now, 'attempt', attempt)
     batch[#batch + 1] = { id, model, bucket, job[1], job[2], attempt, tonumber(job[4]), tonumber(job[3]) }
   end
 end

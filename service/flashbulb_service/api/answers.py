@@ -1,0 +1,124 @@
+"""From ended jobs to answers. Only what is stored goes in, so that a repeated answer has the same bytes."""
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashbulb_service.api.context import Context
+from flashbulb_service.api.errors import ResultNotFound
+from flashbulb_service.api.usage import count_usage
+from flashbulb_service.errors import JobCancelled, JobFailed, UnknownModel
+from flashbulb_service.jobs import JobState, JobView
+from flashbulb_service.tasks import ImageOutcome, RequestRecord
+
+AddressOf = Callable[[str], str]  # result id -> URL
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished job: where its picture lies, and how long it waited."""
+
+    outcome: ImageOutcome
+    queue_ms: float
+    total_ms: float
+
+
+def finished(view: JobView) -> Picture:
+    """Read a job that has ended.
+
+    Raises:
+        JobFailed, JobCancelled: it has no result.
+    """
+    if view.state is JobState.CANCELLED:
+        raise JobCancelled(view.id)
+    if view.state is not JobState.DONE or view.result is None:
+        code, message = (
+            (view.error.code, view.error.message) if view.error else ("job_failed", "no reason given")
+        )
+        raise JobFailed(view.id, code, message)
+    waited_s = (view.started_at or view.enqueued_at) - view.enqueued_at
+    total_s = (view.finished_at or view.enqueued_at) - view.enqueued_at
+    return Picture(ImageOutcome.from_bytes(view.result), max(0.0, waited_s * 1000), max(0.0, total_s * 1000))
+
+
+def summarise(pictures: Sequence[Picture]) -> dict[str, float]:
+    """Tell where a request's time went: of each part, the slowest picture's, in milliseconds."""
+    timings = {
+        "queue_ms": max(picture.queue_ms for picture in pictures),
+        "batch_ms": max(picture.outcome.batch_ms for picture in pictures),
+        "encode_ms": max(picture.outcome.encode_ms for picture in pictures),
+        "total_ms": max(picture.total_ms for picture in pictures),
+    }
+    return {name: round(value, 3) for name, value in timings.items()}
+
+
+async def images_answer(
+    context: Context, record: RequestRecord, views: Sequence[JobView], address_of: AddressOf
+) -> dict[str, Any]:
+    """Build the answer of the images route."""
+    pictures = [finished(view) for view in views]
+    return {
+        "created": int(views[0].enqueued_at),
+        "data": [
+            {**await _content(context, record, picture, address_of), "seed": record.seed, "index": index}
+            for index, picture in enumerate(pictures)
+        ],
+        "background": "opaque",
+        "output_format": record.image_format,
+        "quality": record.quality,
+        "size": record.size,
+        "usage": usage(context, record, record.n),
+        "model": record.model,
+        "timings": summarise(pictures),
+        "batch_size": max(picture.outcome.batch_size for picture in pictures),
+    }
+
+
+async def stream_events(
+    context: Context, record: RequestRecord, views: Sequence[JobView]
+) -> list[dict[str, Any]]:
+    """Build the events that end a streamed request: one per picture."""
+    events = []
+    for index, view in enumerate(views):
+        picture = finished(view)
+        events.append(
+            {
+                "type": "image_generation.completed",
+                "b64_json": await _base64(context, picture.outcome.file),
+                "created_at": int(views[0].enqueued_at),
+                "size": record.size,
+                "quality": record.quality,
+                "background": "opaque",
+                "output_format": record.image_format,
+                "usage": usage(context, record, 1),
+                "seed": record.seed,
+                "index": index,
+                "model": record.model,
+            }
+        )
+    return events
+
+
+def usage(context: Context, record: RequestRecord, n: int) -> dict[str, Any] | None:
+    """Count what a request, or one picture of it, used; None when its model has left the repository since."""
+    try:
+        model = context.catalog.find(record.model)
+    except UnknownModel:
+        return None
+    return count_usage(model, record.prompt, record.width, record.height, n)
+
+
+async def _content(
+    context: Context, record: RequestRecord, picture: Picture, address_of: AddressOf
+) -> dict[str, Any]:
+    if record.response_format == "url":
+        return {"url": address_of(picture.outcome.file)}
+    return {"b64_json": await _base64(context, picture.outcome.file)}
+
+
+async def _base64(context: Context, name: str) -> str:
+    data = await context.results.get(name)
+    if data is None:
+        raise ResultNotFound(f"the picture {name!r} is no longer in the result store: draw it again")
+    return base64.b64encode(data).decode()

@@ -1,0 +1,224 @@
+"""From a body to jobs: every decision about a request that is made before it is queued, as pure functions."""
+
+import hashlib
+import json
+import secrets
+from dataclasses import dataclass, field
+
+from flashbulb_service.api.identity import Caller
+from flashbulb_service.api.schemas import ImagesRequest
+from flashbulb_service.catalog import Catalog, Model, choose_size
+from flashbulb_service.errors import InvalidRequest
+from flashbulb_service.jobs import NewJob
+from flashbulb_service.queue import Kept
+from flashbulb_service.scheduler import LONG, bucket_name, choose_lane
+from flashbulb_service.settings import Settings
+from flashbulb_service.tasks import ImageTask, RequestRecord
+from flashbulb_service.webhooks import parse_target
+
+PRIORITY_MS = 6_000  # of work, for one step of priority
+QUALITY_STEPS = {"low": 1, "standard": 1, "medium": 2, "hd": 4, "high": 4, "xhigh": 8, "max": 1000}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that can be queued."""
+
+    jobs: tuple[NewJob, ...]
+    record: RequestRecord
+    warnings: tuple[str, ...] = field(default=())
+
+
+def make_plan(body: ImagesRequest, catalog: Catalog, caller: Caller, settings: Settings) -> Plan:
+    """Check what the schema alone cannot, and make one job per picture.
+
+    Raises:
+        InvalidRequest: with the field's name and a code.
+        UnknownModel: there is none of that name.
+    """
+    _check_prompt(body.prompt, settings.max_prompt_chars)
+    _check_values(body)
+    model = catalog.find(body.model)
+    _check_guidance(body, model)
+    width, height = _choose_size(body, model)
+    steps = choose_steps(body, offered_steps(model))
+    record = RequestRecord(
+        task="text-to-image",
+        model=model.id,
+        prompt=body.prompt,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        n=body.n,
+        width=width,
+        height=height,
+        steps=steps,
+        response_format=body.response_format,
+        image_format=body.output_format,
+        quality=body.quality,
+        metadata=body.metadata,
+        webhook_url=body.webhook_url,
+        webhook_events=body.webhook_events,
+    )
+    return Plan(_jobs(body, model, record, caller, settings), record, _warnings(body, model, width, height))
+
+
+def check_webhook(body: ImagesRequest, settings: Settings) -> None:
+    """Refuse a webhook that could not be signed or may not be called.
+
+    Raises:
+        InvalidRequest: there is no secret, or the address is not usable.
+    """
+    if body.webhook_url is None:
+        return
+    if settings.webhook_secret is None:
+        raise InvalidRequest(
+            "webhook_url: this server has no secret to sign with: set FLASHBULB_WEBHOOK_SECRET, or leave it out",
+            param="webhook_url",
+            code="unsupported_value",
+        )
+    parse_target(body.webhook_url, allow_private=settings.webhook_allow_private)
+
+
+def body_digest(body: ImagesRequest) -> str:
+    """Hash what the client asked for; its key is no part of that."""
+    asked = body.model_dump(mode="json", exclude_unset=True, exclude={"idempotency_key"})
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def keep(record: RequestRecord, caller: Caller, *, listed: bool, events: bool) -> Kept:
+    """Say what the queue keeps of the request as a whole."""
+    return Kept(
+        record.to_bytes(), caller.owner, listed=listed, events=events, hook=record.webhook_url is not None
+    )
+
+
+def offered_steps(model: Model) -> tuple[int, ...]:
+    """Return the numbers of steps that a student was trained for, ascending."""
+    return (len(model.bundle.manifest.time_steps),)
+
+
+def choose_steps(body: ImagesRequest, offered: tuple[int, ...]) -> int:
+    """Return the wanted number of steps, else the quality's, as far as the student goes.
+
+    Raises:
+        InvalidRequest: the student does not offer the number.
+    """
+    if body.steps is not None:
+        if body.steps not in offered:
+            numbers = ", ".join(map(str, offered))
+            raise InvalidRequest(
+                f"steps: expected a number that the student was trained for ({numbers}), got {body.steps}",
+                param="steps",
+                code="unsupported_value",
+            )
+        return body.steps
+    if body.quality == "auto":
+        return offered[-1]
+    reachable = [steps for steps in offered if steps <= QUALITY_STEPS[body.quality]]
+    return reachable[-1] if reachable else offered[0]
+
+
+def _jobs(
+    body: ImagesRequest, model: Model, record: RequestRecord, caller: Caller, settings: Settings
+) -> tuple[NewJob, ...]:
+    manifest = model.bundle.manifest
+    lane = choose_lane(manifest.task, manifest.calibration.get(settings.backend))
+    slo_s = settings.slo_long_s if lane == LONG else settings.slo_s
+    smallest = min(width * height for width, height in model.sizes)
+    return tuple(
+        NewJob(
+            model=model.id,
+            bucket=bucket_name(model.id, record.width, record.height, record.steps, lane),
+            payload=ImageTask(
+                prompt=body.prompt,
+                seed=record.seed,
+                index=index,
+                width=record.width,
+                height=record.height,
+                image_format=body.output_format,
+                quality=body.output_compression,
+            ).to_bytes(),
+            tenant=caller.tenant,
+            cost=record.width * record.height / smallest,
+            priority_ms=body.priority * PRIORITY_MS,
+            deadline_s=slo_s if body.deadline_ms is None else body.deadline_ms / 1000,
+        )
+        for index in range(body.n)
+    )
+
+
+def _check_prompt(prompt: str, max_chars: int) -> None:
+    if not prompt.strip():
+        raise InvalidRequest("prompt: expected words, got only blanks", param="prompt", code="empty_string")
+    if len(prompt) > max_chars:
+        raise InvalidRequest(
+            f"prompt: expected at most {max_chars} characters, got {len(prompt)}: shorten it",
+            param="prompt",
+            code="string_above_max_length",
+        )
+
+
+def _check_values(body: ImagesRequest) -> None:
+    if body.output_format == "png" and body.output_compression != 100:
+        raise InvalidRequest(
+            "output_compression: png is lossless; expected 100 or output_format 'jpeg' or 'webp', "
+            f"got {body.output_compression}",
+            param="output_compression",
+            code="invalid_value",
+        )
+    if body.background == "transparent":
+        raise InvalidRequest(
+            "background: expected 'auto' or 'opaque', since no student here draws transparency",
+            param="background",
+            code="unsupported_value",
+        )
+    if body.negative_prompt:
+        raise InvalidRequest(
+            "negative_prompt: not offered, since guidance was distilled into the student: leave it out",
+            param="negative_prompt",
+            code="unsupported_value",
+        )
+
+
+def _check_guidance(body: ImagesRequest, model: Model) -> None:
+    guidance = model.bundle.manifest.guidance
+    if body.guidance_scale is not None and body.guidance_scale != guidance.scale:
+        raise InvalidRequest(
+            f"guidance_scale: {model.id} has {guidance.scale:g} baked in: expected that or none, "
+            f"got {body.guidance_scale:g}",
+            param="guidance_scale",
+            code="unsupported_value",
+        )
+
+
+def _choose_size(body: ImagesRequest, model: Model) -> tuple[int, int]:
+    if body.size_policy == "exact":
+        return choose_size(model, body.size)
+    wanted = _parse_size(body.size)
+    if wanted is None:
+        return choose_size(model, body.size)
+    return min(model.sizes, key=lambda offered: _distance(offered, wanted))
+
+
+def _parse_size(text: str) -> tuple[int, int] | None:
+    width, _, height = text.partition("x")
+    if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        return None
+    sides = int(width[:6]), int(height[:6])
+    return sides if min(sides) > 0 else None
+
+
+def _distance(offered: tuple[int, int], wanted: tuple[int, int]) -> float:
+    """Tell how far a size is from another, in relative width and height."""
+    return sum(max(a / b, b / a) for a, b in zip(offered, wanted, strict=True))
+
+
+def _warnings(body: ImagesRequest, model: Model, width: int, height: int) -> tuple[str, ...]:
+    ignored = set(body.ignored)
+    if body.quality != "auto" and len(offered_steps(model)) == 1:
+        ignored.add("quality")
+    if body.partial_images and (not body.stream or max(offered_steps(model)) == 1):
+        ignored.add("partial_images")
+    warnings = [f"ignored: {', '.join(sorted(ignored))}"] if ignored else []
+    if body.size not in ("auto", f"{width}x{height}"):
+        warnings.append(f"size: {width}x{height} is the nearest that is offered")
+    return tuple(warnings)

@@ -1,0 +1,97 @@
+"""Hostile input: each gets a clear 4xx or a correct 200, in bounded time."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+
+MakeApp = Callable[..., FastAPI]
+ROUTE = "/v1/images/generations"
+MAX_SECONDS = 5.0  # measured: under 0.2 s each
+
+
+def post(http: httpx2.Client, content: bytes) -> httpx2.Response:
+    start = time.monotonic()
+    answer = http.post(ROUTE, content=content, headers={"content-type": "application/json"})
+    assert time.monotonic() - start < MAX_SECONDS
+    if answer.status_code != 200:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', 413, "body_too_large"),
+        (b'{"prompt": ' + b"[" * 9_000 + b"]" * 9_000 + b"}", 400, None),
+        (b'{"prompt": "dog", "svg": ' + b'{"a":' * 3_000 + b"1" + b"}" * 3_000 + b"}", 400, None),
+        (b'{"prompt": "a\\u0000b"}', 400, "invalid_value"),
+        (b'{"prompt": "\\ud800"}', 400, "invalid_value"),
+        (b'{"prompt": "dog", "\\ud800": 1}', 400, "invalid_value"),
+        (b'{"prompt": "dog", "' + b"k" * 15_000 + b'": 1}', 400, "unknown_parameter"),
+        (b'{"prompt": "dog", "model": "../../etc/passwd"}', 404, "model_not_found"),
+        (b'{"prompt": "dog", "model": "\\ud800"}', 400, "invalid_value"),
+        (b'{"prompt": "dog", "size": "\\u0661x\\u0661", "size_policy": "nearest"}', 400, "invalid_size"),
+        (b'{"prompt": "dog", "seed": 9223372036854775808}', 400, "integer_above_max_value"),
+        (b'{"prompt": "dog", "seed": -9223372036854775808}', 400, "integer_below_min_value"),
+        (b'{"prompt": "dog", "seed": ' + b"9" * 5_000 + b"}", 400, None),
+        (b'{"prompt": "dog", "seed": 1e400}', 400, "invalid_type"),
+        (b'{"prompt": "dog", "guidance_scale": NaN}', 400, None),
+        (b'{"prompt": "dog", "metadata": {"a": {"b": 1}}}', 400, "invalid_type"),
+        (
+            b'{"prompt": "dog", "metadata": ' + json.dumps({str(i): "" for i in range(17)}).encode() + b"}",
+            400,
+            None,
+        ),
+        (b'{"prompt": "dog", "user": "\\ud800"}', 400, "invalid_value"),
+    ],
+    ids=range(18),
+)
+def test_hostile_body_gets_a_clear_answer(
+    http: httpx2.Client, content: bytes, status: int, code: str | None
+) -> None:
+    answer = post(http, content)
+    assert answer.status_code == status, answer.text
+    assert len(answer.content) < 3_000
+    assert code in (None, answer.json()["error"]["code"])
+
+
+@pytest.mark.parametrize("prompt", ["🍎🧑‍🚀", "\u202eتفاحة حمراء", "\ufeff\u200b apple", "a\r\nX-Evil: 1"])
+def test_unusual_text_is_drawn(http: httpx2.Client, prompt: str) -> None:
+    answer = post(http, json.dumps({"prompt": prompt, "user": prompt, "metadata": {prompt: prompt}}).encode())
+    assert answer.status_code == 200
+
+
+def test_extreme_seeds_are_drawn_and_echoed(http: httpx2.Client) -> None:
+    for seed in (0, 2**63 - 1):
+        answer = post(http, json.dumps({"prompt": "dog", "seed": seed}).encode())
+        assert answer.json()["data"][0]["seed"] == seed
+
+
+@pytest.mark.parametrize("name", ["../a.png", "%2e%2e%2fa.png", "..%5ca.png", "a%00.png", "a.png%0d%0aX: 1"])
+def test_paths_in_names_lead_nowhere(http: httpx2.Client, name: str) -> None:
+    assert http.get(f"/v1/images/results/{name}").status_code == 404
+
+
+def test_only_sane_client_request_ids_are_echoed(http: httpx2.Client) -> None:
+    for given, echoed in (("abc-123", "abc-123"), ("a b", None), ("x" * 200, None), ("é", None)):
+        answer = http.get("/livez", headers={"x-client-request-id": given.encode()})
+        assert answer.headers.get("x-client-request-id") == echoed
+
+
+async def test_body_that_comes_too_slowly_is_408(make_app: MakeApp) -> None:
+    async with httpx2.AsyncClient(
+        transport=httpx2.ASGITransport(make_app(body_timeout_s=0.05)), base_url="http://test"
+    ) as client:
+
+        async def drip():  # type: ignore[no-untyped-def]
+            yield b'{"prompt": '
+
+            await asyncio.Event().wait()
+
+        answer = await client.post(ROUTE, content=drip(), headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "request_timeout")

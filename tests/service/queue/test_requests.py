@@ -1,0 +1,89 @@
+"""A request as a whole: read back, listed, watched; and the ways an idempotency key works."""
+
+from collections.abc import Callable
+
+import pytest
+
+from flashbulb_service.errors import JobNotFound
+from flashbulb_service.jobs import JobError, NewJob
+from flashbulb_service.queue import Event, Kept, Queue
+
+EVENTS = Kept(record=b"what was asked", owner="me", listed=True, events=True)
+
+
+def new() -> NewJob:
+    return NewJob(model="emoji@1", bucket="64x64", payload=b"p")
+
+
+async def take(queue: Queue, request_id: str, count: int, after: str = "0") -> list[Event]:
+    seen: list[Event] = []
+    watching = queue.watch(request_id, after=after, quiet_s=5)
+    async for event in watching:
+        assert event is not None, f"silence after {seen}"
+        seen.append(event)
+        if len(seen) == count:
+            break
+    await watching.aclose()
+    return seen
+
+
+async def test_kept_request_is_read_back_and_listed_for_its_owner_only(queue: Queue) -> None:
+    ids = [(await queue.enqueue([new(), new()], keep=EVENTS)).ids for _ in range(3)]
+    view = await queue.request(ids[0][0])
+    assert view is not None
+    assert (view.record, view.owner, view.rows) == (b"what was asked", "me", ids[0])
+    assert [one.id for one in await queue.requests("me")] == [one[0] for one in reversed(ids)]
+    assert [one.id for one in await queue.requests("me", limit=1, newest_first=False)] == [ids[0][0]]
+    page = await queue.requests("me", after=ids[0][0], newest_first=False)
+    assert [one.id for one in page] == [ids[1][0], ids[2][0]]
+    assert await queue.requests("you") == []
+    with pytest.raises(JobNotFound):
+        await queue.requests("me", after="nobody")
+    assert await queue.request((await queue.enqueue([new()])).ids[0]) is None
+
+
+async def test_watched_request_tells_every_move_in_order(queue: Queue) -> None:
+    (lead,) = (await queue.enqueue([new()], keep=EVENTS)).ids
+    (job,) = await queue.claim("w", ["emoji@1"], 1, 5.0)
+    await queue.progress("w", job, "half")
+    await queue.fail("w", job, JobError("broken", "no"), retry=True, delay_s=0.0)
+    await queue.reap()
+    (job,) = await queue.claim("w", ["emoji@1"], 1, 5.0)
+    await queue.complete("w", job, b"r")
+    events = await take(queue, lead, 7)
+    assert [event.kind for event in events] == [
+        "queued", "running", "progress", "retry", "queued", "running", "done",
+    ]  # fmt: skip
+    assert events[2].data == {"data": "half"}
+    again = await take(queue, lead, 4, after=events[2].id)
+    assert [event.id for event in again] == [event.id for event in events[3:]]
+
+
+async def test_stale_worker_cannot_tell_progress(queue: Queue) -> None:
+    await queue.enqueue([new()], keep=EVENTS)
+    (job,) = await queue.claim("w", ["emoji@1"], 1, 5.0)
+    assert not await queue.progress("other", job, "x")
+    await queue.cancel(job.id)
+    assert not await queue.progress("w", job, "x")
+
+
+async def test_unwatched_jobs_write_no_stream(queue: Queue, make_queue: Callable[..., Queue]) -> None:
+    (job_id,) = (await queue.enqueue([new()])).ids
+    assert await queue._client.exists(queue.keys.events(job_id)) == 0
+
+
+async def test_recorded_key_is_attached_to_only_by_a_retry(queue: Queue) -> None:
+    key = {"idempotency_key": "k", "request_digest": "body"}
+    first = await queue.enqueue([new()], mode="record", **key)  # type: ignore[arg-type]
+    second = await queue.enqueue([new()], mode="record", **key)  # type: ignore[arg-type]
+    assert second.created and second.ids != first.ids
+    retry = await queue.enqueue([new()], mode="attach", window_s=60, **key)  # type: ignore[arg-type]
+    assert (retry.ids, retry.created) == (second.ids, False)
+    await queue.cancel(second.ids[0])
+    assert (await queue.enqueue([new()], mode="attach", window_s=60, **key)).created  # type: ignore[arg-type]
+
+
+async def test_position_counts_those_before(queue: Queue) -> None:
+    ids = (await queue.enqueue([new(), new(), new()])).ids
+    views = await queue.views(ids)
+    assert sorted([await queue.position(view) for view in views if view]) == [0, 1, 2]
