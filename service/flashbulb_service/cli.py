@@ -146,6 +146,7 @@ def generate(
     from flashbulb_service.catalog import Model, choose_size
     from flashbulb_service.errors import InvalidRequest
     from flashbulb_service.generate import choose_format, resolve_bundle, write_pictures
+    from flashbulb_service.provenance import Marker
 
     settings = _settings(models=models, backend=backend, threads=threads)
     if not prompt.strip():
@@ -154,11 +155,14 @@ def generate(
     bundle = resolve_bundle(settings.models, model or _default_model(settings), verify=True)
     chosen = Model(bundle.manifest.name, bundle.manifest.version, bundle)
     width, height = choose_size(chosen, size)
+    marker = Marker.from_settings(settings)
     seed = secrets.randbits(63) if seed is None else seed
     engine = create_backend(settings.backend, threads=settings.threads)
     engine.load(bundle)
     try:
-        report = write_pictures(engine, bundle, prompt, out, seed=seed, size=(width, height), count=count)
+        report = write_pictures(
+            engine, bundle, prompt, out, seed=seed, size=(width, height), count=count, marker=marker
+        )
     finally:
         engine.close()
     for file in report.files:

@@ -50,6 +50,15 @@ class Settings(BaseSettings):
     )
     drain_s: float = Field(default=30.0, ge=0, description="time a stopping worker has for the batch in hand")
 
+    # what a picture says about itself (docs/safety.md)
+    mark_pictures: bool = Field(
+        default=True, description="AI-generated mark and receipt as XMP in every file"
+    )
+    mark_prompts: bool = Field(default=False, description="the mark also tells the prompt")
+    c2pa_certificate: Path | None = Field(default=None, description="PEM chain; with c2pa_key: sign files")
+    c2pa_key: Path | None = Field(default=None, description="PEM private key of the certificate")
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+
     # results
     results_ttl_s: float = Field(
         default=24 * 3600.0, gt=0, description="pictures in file:// stores live this long"

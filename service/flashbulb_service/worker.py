@@ -27,6 +27,7 @@ from flashbulb_service.images import encode_image
 from flashbulb_service.jobs import Job, JobError
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import INTERVAL_S, LiveWorker, Presence
+from flashbulb_service.provenance import Marker, Origin
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore, result_id
 from flashbulb_service.scheduler import batch_cap, in_chunks, split_suspects
@@ -75,6 +76,7 @@ class Worker:
         *,
         backend_name: str,
         lease_s: float,
+        marker: Marker | None = None,
         worker_id: str | None = None,
     ) -> None:
         """Keep the parts; nothing runs before `run`."""
@@ -83,6 +85,7 @@ class Worker:
         self._presence = presence
         self._models: Mapping[str, LoadedModel] = {loaded.model.id: loaded for loaded in models}
         self._lease_s = lease_s
+        self._marker = marker or Marker()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self.id = worker_id or new_worker_id()
         self._me = LiveWorker(self.id, tuple(self._models), backend_name)
@@ -204,6 +207,7 @@ class Worker:
         start = time.perf_counter()
         try:
             data = await asyncio.to_thread(encode_image, pixels, task.image_format, task.quality)
+            data = self._marker.apply(data, task.image_format, _origin(loaded.model, task))
             file = result_id(job.id, task.image_format)
             await self._results.put(file, data)
         except Exception as error:  # noqa: BLE001  so does what a store raises
@@ -286,7 +290,13 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
         names = ", ".join(f"{one.model.id} (batches of {one.cap})" for one in loaded)
         log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
         worker = Worker(
-            queue, results, presence, loaded, backend_name=settings.backend, lease_s=settings.lease_s
+            queue,
+            results,
+            presence,
+            loaded,
+            backend_name=settings.backend,
+            lease_s=settings.lease_s,
+            marker=Marker.from_settings(settings),
         )
         log.info("worker %s serves", worker.id)
         try:
@@ -305,6 +315,10 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> Non
             working.result()
     finally:
         await _cancel([working, stopping])
+
+
+def _origin(model: Model, task: ImageTask) -> Origin:
+    return Origin(model.id, model.bundle.sha256, task.seed, task.index, task.prompt)
 
 
 def _one_line(error: BaseException) -> str:
