@@ -10,7 +10,7 @@ from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import describe
 from flashbulb_service.api.middleware import RequestFrame
 from flashbulb_service.catalog import Catalog
-from flashbulb_service.errors import ServiceError
+from flashbulb_service.errors import QueueFull, ServiceError
 from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
@@ -39,5 +39,7 @@ def create_app(
     return app
 
 
-async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, QueueFull):
+        request.app.state.context.metrics.shed(error.scope)
     return describe(error).response()

@@ -104,6 +104,9 @@ def worker(
     redis: Redis = None,
     backend: BackendOption = None,
     threads: Threads = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="Serve metrics on this port [off]")
+    ] = None,
     parent_pid: Annotated[int | None, typer.Option("--parent-pid", hidden=True)] = None,
 ) -> None:
     """Run batches from the queue until SIGTERM; then finish the batch in hand."""
@@ -113,7 +116,9 @@ def worker(
         die_with_parent(parent_pid)
     from flashbulb_service.worker import run_worker
 
-    settings = _settings(models=models, data=data, redis=redis, backend=backend, threads=threads)
+    settings = _settings(
+        models=models, data=data, redis=redis, backend=backend, threads=threads, metrics_port=metrics_port
+    )
     _configure_logging(settings)
 
     async def run() -> bool:

@@ -4,6 +4,7 @@ All times are the Redis server's, so that machines with different clocks agree.
 """
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, cast
@@ -15,6 +16,8 @@ from flashbulb_service.errors import QueueUnavailable
 
 TTL_S = 6.0
 INTERVAL_S = 1.5
+MAX_METRICS_BYTES = 256 * 1024
+MAX_METRICS_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -32,22 +35,27 @@ class Presence:
     def __init__(self, client: Redis, *, namespace: str) -> None:
         """Use an open client; see `connect`."""
         self._client = client
-        self._key = f"{{{namespace}}}:workers"
+        self._prefix = f"{{{namespace}}}"
+        self._key = f"{self._prefix}:workers"
+        self.clock_offset_s = 0.0  # the server's clock less ours, as the last announcement found it
 
     @classmethod
     def connect(cls, url: str, *, namespace: str) -> Self:
         """Make the list on `redis://host:port/db` or `unix:///path`; connects lazily."""
         return cls(Redis.from_url(url), namespace=namespace)
 
-    async def announce(self, worker: LiveWorker, ttl_s: float = TTL_S) -> None:
-        """Say that a worker is alive for the next `ttl_s` seconds.
+    async def announce(self, worker: LiveWorker, ttl_s: float = TTL_S, *, metrics: bytes = b"") -> None:
+        """Say that a worker is alive for the next `ttl_s` seconds, and what it has counted.
 
         Raises:
             QueueUnavailable: the server does not answer.
         """
         try:
             now = await self._now()
+            self.clock_offset_s = now - time.time()
             async with self._client.pipeline() as pipe:
+                if 0 < len(metrics) <= MAX_METRICS_BYTES:
+                    pipe.set(self._metrics_key(worker), metrics, px=max(1, round(ttl_s * 1000)))
                 pipe.zadd(self._key, {_to_member(worker): now + ttl_s})
                 pipe.zremrangebyscore(self._key, "-inf", now)
                 pipe.expire(self._key, 3600)
@@ -78,9 +86,28 @@ class Presence:
             raise _unavailable(error) from error
         return [_from_member(cast(bytes, member)) for member in members]
 
+    async def metrics(self, workers: Sequence[LiveWorker]) -> dict[str, bytes]:
+        """Return what workers have counted, by worker id; at most `MAX_METRICS_WORKERS` of them are asked.
+
+        Raises:
+            QueueUnavailable: the server does not answer.
+        """
+        asked = workers[:MAX_METRICS_WORKERS]
+        if not asked:
+            return {}
+        try:
+            found = await self._client.mget([self._metrics_key(worker) for worker in asked])
+        except RedisError as error:
+            raise _unavailable(error) from error
+        pairs = zip(asked, found, strict=True)
+        return {worker.id: cast(bytes, data) for worker, data in pairs if data is not None}
+
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+    def _metrics_key(self, worker: LiveWorker) -> str:
+        return f"{self._prefix}:metrics:{worker.id}"
 
     async def _now(self) -> float:
         seconds, micros = await self._client.time()

@@ -143,7 +143,8 @@ async def run_all(
 
 def child_env(settings: Settings) -> dict[str, str]:
     """Return the environment that gives a child these settings; secrets stay out of the process list."""
-    values = settings.model_dump(mode="json", exclude_none=True)
+    # The port of metrics is one worker's: several children could not share it, and the API shows theirs.
+    values = settings.model_dump(mode="json", exclude_none=True, exclude={"metrics_port"})
     env = {name: value for name, value in os.environ.items() if not name.upper().startswith("FLASHBULB_")}
     for name, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value)

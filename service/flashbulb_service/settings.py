@@ -64,6 +64,10 @@ class Settings(BaseSettings):
         default=24 * 3600.0, gt=0, description="pictures in file:// stores live this long"
     )
 
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(
+        default=None, ge=0, le=65535, description="a worker's own /metrics; absent: only through the API's"
+    )
     log_format: Literal["console", "json"] = "console"
 
     @property

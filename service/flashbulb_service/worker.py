@@ -33,6 +33,7 @@ from flashbulb_service.results import ResultStore, result_id
 from flashbulb_service.scheduler import batch_cap, in_chunks, split_suspects
 from flashbulb_service.settings import Settings
 from flashbulb_service.tasks import ImageOutcome, ImageTask
+from flashbulb_service.worker_metrics import WorkerMetrics, serve_metrics
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Worker:
         backend_name: str,
         lease_s: float,
         marker: Marker | None = None,
+        metrics: WorkerMetrics | None = None,
         worker_id: str | None = None,
     ) -> None:
         """Keep the parts; nothing runs before `run`."""
@@ -86,6 +88,7 @@ class Worker:
         self._models: Mapping[str, LoadedModel] = {loaded.model.id: loaded for loaded in models}
         self._lease_s = lease_s
         self._marker = marker or Marker()
+        self._metrics = metrics or WorkerMetrics()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self.id = worker_id or new_worker_id()
         self._me = LiveWorker(self.id, tuple(self._models), backend_name)
@@ -136,6 +139,7 @@ class Worker:
             now, later = split_suspects(jobs)
             if later:
                 await self._queue.release(self.id, later)
+            self._metrics.claimed(now)
             async with self._heartbeats(now) as lost:
                 for chunk in in_chunks(now, loaded.cap):
                     await self._run_batch(loaded, chunk, lost)
@@ -164,6 +168,13 @@ class Worker:
             return
         batch_ms = (time.perf_counter() - start) * 1000
         log.info("batch of %d of %s in %.1f ms", len(rows), loaded.model.id, batch_ms)
+        self._metrics.drawn(
+            rows,
+            loaded.cap,
+            started_at=time.time() + self._presence.clock_offset_s - batch_ms / 1000,
+            batch_s=batch_ms / 1000,
+            stages_ms=generated.stages_ms,
+        )
         batch = (len(rows), batch_ms, generated.stages_ms)
         deliveries = [
             self._deliver(loaded, job, tasks[job.id], pixels, batch)
@@ -192,6 +203,7 @@ class Worker:
             await self._fail(rows[0], "backend_error", error, retry=True)
             return
         log.warning("batch of %d failed, running its rows one by one: %s", len(rows), _one_line(error))
+        self._metrics.batch_split("error")
         for job in rows:
             await self._run_batch(loaded, [job], lost)
 
@@ -208,25 +220,31 @@ class Worker:
         try:
             data = await asyncio.to_thread(encode_image, pixels, task.image_format, task.quality)
             data = self._marker.apply(data, task.image_format, _origin(loaded.model, task))
+            encoded = time.perf_counter()
             file = result_id(job.id, task.image_format)
             await self._results.put(file, data)
         except Exception as error:  # noqa: BLE001  so does what a store raises
             await self._fail(job, "store_failed", error, retry=True)
             return
+        stored = time.perf_counter()
         size, batch_ms, stages_ms = batch
         outcome = ImageOutcome(
             file=file,
             batch_size=size,
             batch_ms=batch_ms,
-            encode_ms=(time.perf_counter() - start) * 1000,
+            encode_ms=(stored - start) * 1000,
             stages_ms=stages_ms,
             bundle_sha256=loaded.model.bundle.sha256,
         )
-        if not await self._queue.complete(self.id, job, outcome.to_bytes()):
+        if await self._queue.complete(self.id, job, outcome.to_bytes()):
+            self._metrics.delivered(job.model, task.width * task.height, encoded - start, stored - encoded)
+        else:
+            self._metrics.commit_rejected(job.model)
             log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
 
     async def _fail(self, job: Job, code: str, error: Exception, *, retry: bool) -> None:
         log.error("job %s, attempt %d: %s: %s", job.id, job.attempt, code, _one_line(error))
+        self._metrics.attempt_failed(code)
         await self._queue.fail(self.id, job, JobError(code, _one_line(error)), retry=retry)
 
     @contextlib.asynccontextmanager
@@ -251,7 +269,7 @@ class Worker:
     async def _keep_present(self) -> None:
         while True:
             try:
-                await self._presence.announce(self._me)
+                await self._presence.announce(self._me, metrics=self._metrics.exposition())
             except QueueUnavailable as error:
                 log.warning("cannot say that this worker lives: %s", error.message)
             await asyncio.sleep(INTERVAL_S)
@@ -278,14 +296,9 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
     """
     async with open_parts(settings) as (queue, results, presence):  # first, since it refuses settings at once
         start = time.perf_counter()
+        metrics = WorkerMetrics()
         loaded = [
-            load_model(
-                model,
-                create_backend(settings.backend, threads=settings.threads),
-                backend_name=settings.backend,
-                max_batch=settings.max_batch,
-            )
-            for model in load_catalog(settings, verify=True).models
+            _load_timed(model, settings, metrics) for model in load_catalog(settings, verify=True).models
         ]
         names = ", ".join(f"{one.model.id} (batches of {one.cap})" for one in loaded)
         log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
@@ -297,13 +310,23 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             backend_name=settings.backend,
             lease_s=settings.lease_s,
             marker=Marker.from_settings(settings),
+            metrics=metrics,
         )
         log.info("worker %s serves", worker.id)
         try:
-            return await worker.run(stop, drain_s=settings.drain_s)
+            with serve_metrics(metrics, settings.metrics_host, settings.metrics_port):
+                return await worker.run(stop, drain_s=settings.drain_s)
         finally:
             for one in loaded:
                 one.backend.close()
+
+
+def _load_timed(model: Model, settings: Settings, metrics: WorkerMetrics) -> LoadedModel:
+    start = time.perf_counter()
+    backend = create_backend(settings.backend, threads=settings.threads)
+    loaded = load_model(model, backend, backend_name=settings.backend, max_batch=settings.max_batch)
+    metrics.model_loaded(model.id, time.perf_counter() - start)
+    return loaded
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:

@@ -1,5 +1,7 @@
 """/livez, /readyz, /metrics: for those who run the service."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,7 +11,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import NotReady
 from flashbulb_service.errors import QueueUnavailable
-from flashbulb_service.presence import serves
+from flashbulb_service.measures import merge_expositions, write_families
+from flashbulb_service.presence import LiveWorker, serves
 
 router = APIRouter()
 
@@ -28,12 +31,25 @@ async def readyz(context: Shared) -> dict[str, Any]:
 
 @router.get("/metrics", summary="Metrics in the Prometheus text format")
 async def metrics(context: Shared) -> Response:
-    """Answer with this process's metrics; without the queue, its gauges keep their last values."""
+    """Answer with this process's metrics and those of the live workers; without the queue, with the former."""
+    counted: dict[str, bytes] = {}
     try:
-        context.metrics.queue(await context.queue.stats(), len(await context.presence.workers()))
+        workers = await context.presence.workers()
+        context.metrics.queue(
+            await context.queue.stats(), len(workers), ready=bool(served_models(context, workers))
+        )
+        counted = await context.presence.metrics(workers)
     except QueueUnavailable:
-        context.metrics.workers.set(0)
-    return Response(context.metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+        context.metrics.queue_lost()
+    body = context.metrics.exposition()
+    if counted:
+        body += write_families(await asyncio.to_thread(merge_expositions, counted, label="worker"))
+    return Response(body, headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def served_models(context: Context, workers: Sequence[LiveWorker]) -> list[str]:
+    """Return the models of the catalog that a live worker serves."""
+    return [model.id for model in context.catalog.models if serves(workers, model.id)]
 
 
 async def check_ready(context: Context) -> dict[str, Any]:
@@ -45,7 +61,7 @@ async def check_ready(context: Context) -> dict[str, Any]:
     """
     await context.queue.ping()
     workers = await context.presence.workers()
-    served = [model.id for model in context.catalog.models if serves(workers, model.id)]
+    served = served_models(context, workers)
     if not served:
         raise NotReady(
             f"expected a live worker for one of {', '.join(m.id for m in context.catalog.models)}, "

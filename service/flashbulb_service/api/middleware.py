@@ -64,7 +64,6 @@ class RequestFrame:
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        self._metrics.requests.labels(route, scope["method"], str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        self._metrics.request(route, scope["method"], status, seconds)
         level = logging.DEBUG if route in ("/livez", "/readyz", "/metrics") else logging.INFO
         log.log(level, "%s %s %d in %.1f ms", scope["method"], scope["path"], status, seconds * 1000)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Awaitable, Callable
 
 import httpx2
 import numpy as np
@@ -9,6 +10,9 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+WaitUntil = Callable[..., Awaitable[None]]
 
 
 def pixels(b64: str | None) -> np.ndarray:
@@ -172,17 +176,35 @@ def test_idempotency_key_replays_the_first_answer(openai_client: OpenAI) -> None
     assert caught.value.response.headers["x-should-retry"] == "false"
 
 
-def test_metrics_count_pictures_and_requests(http: httpx2.Client) -> None:
+async def test_metrics_count_pictures_and_requests(http: httpx2.Client, wait_until: WaitUntil) -> None:
     def value(name: str) -> float:
         lines = http.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
-    before = value('flashbulb_images_total{model="tiny@2"}')
+    def labelled(name: str, **labels: str) -> float:
+        families = text_string_to_metric_families(http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+    async def images() -> float:
+        return labelled("flashbulb_images_total", model="tiny@2")
+
+    before = await images()
     http.post("/v1/images/generations", json={"prompt": "dog", "n": 3})
-    assert value('flashbulb_images_total{model="tiny@2"}') == before + 3
+
+    async def published() -> bool:  # with the worker's next heartbeat
+        return await images() >= before + 3
+
+    await wait_until(published)
+    assert await images() == before + 3
     assert value('flashbulb_requests_total{method="POST",route="/v1/images/generations",status="200"}') >= 1
     assert value("flashbulb_workers") == 1
-    assert value('flashbulb_stage_seconds_count{model="tiny@2",stage="denoise"}') >= 3
+    assert value('flashbulb_overhead_seconds_count{model="tiny@2"}') >= 1
+    drawn = labelled("flashbulb_batch_size_count", model="tiny@2")
+    assert labelled("flashbulb_stage_seconds_count", model="tiny@2", stage="denoise") == drawn >= 1
+    assert labelled("flashbulb_stage_seconds_count", model="tiny@2", stage="store") == await images()
+    assert labelled("flashbulb_queue_wait_seconds_count", model="tiny@2") == await images()
+    assert 0 < labelled("flashbulb_model_load_seconds", model="tiny@2") < 60
 
 
 def test_ready_names_the_models(http: httpx2.Client) -> None:
