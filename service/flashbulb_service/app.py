@@ -15,6 +15,7 @@ from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import word_list_of
 from flashbulb_service.settings import Settings
 
 
@@ -22,7 +23,7 @@ def create_app(
     settings: Settings, *, queue: Queue, results: ResultStore, presence: Presence, catalog: Catalog
 ) -> FastAPI:
     """Make an API over open parts; whoever opened them closes them."""
-    context = Context(settings, queue, results, presence, catalog, Metrics())
+    context = Context(settings, queue, results, presence, catalog, Metrics(), word_list_of(settings))
     app = FastAPI(
         title="Flashbulb",
         summary="Pictures from distilled one-step students, in OpenAI's shape",

@@ -2,9 +2,11 @@
 
 import logging
 import sys
+from contextlib import AbstractContextManager
 
 import structlog
 
+from flashbulb_service.jobs import Job
 from flashbulb_service.measures import Measures
 from flashbulb_service.queue import QueueStats
 
@@ -71,6 +73,17 @@ class Metrics(Measures):
 def known_method(method: str) -> str:
     """Return an HTTP method of the usual ones, else "other": clients may send any word."""
     return method if method in METHODS else "other"
+
+
+def current_request_id() -> str:
+    """Return the id of the HTTP request that is being served, or "" outside of one."""
+    return str(structlog.contextvars.get_contextvars().get("request_id", ""))
+
+
+def job_context(job: Job, request_id: str = "") -> AbstractContextManager[None]:
+    """Put a job's names into every log line that is written inside."""
+    names = {"job_id": job.id, "tenant": job.tenant, "request_id": request_id}
+    return structlog.contextvars.bound_contextvars(**{name: value for name, value in names.items() if value})
 
 
 def configure_logging(log_format: str, *, level: int = logging.INFO) -> None:

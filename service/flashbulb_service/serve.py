@@ -89,8 +89,7 @@ async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Eve
         server = _http_server(settings, app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await _until(stop, serving)
-        server.should_exit = True
-        await serving
+        await _stop_serving(settings, app.state.context, server, serving)
 
 
 async def run_all(
@@ -130,8 +129,7 @@ async def run_all(
                 on_ready(address_of(listener))
                 await _until(stop, serving, *workers)
             ready.cancel()
-            server.should_exit = True
-            await serving
+            await _stop_serving(settings, app.state.context, server, serving)
     finally:
         for task in workers:
             task.cancel()
@@ -170,6 +168,17 @@ def _http_server(settings: Settings, app: object) -> _Server:
         timeout_graceful_shutdown=max(1, int(settings.drain_s)),
     )
     return _Server(config)
+
+
+async def _stop_serving(
+    settings: Settings, context: Context, server: _Server, serving: "asyncio.Task[None]"
+) -> None:
+    """Say that we stop, give load balancers the time to hear it, then finish what clients wait for."""
+    context.draining.set()
+    if not serving.done():
+        await asyncio.wait({serving}, timeout=settings.drain_notice_s)
+    server.should_exit = True
+    await serving
 
 
 async def _when_ready(context: Context) -> None:

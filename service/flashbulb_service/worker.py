@@ -25,11 +25,15 @@ from flashbulb_service.catalog import Model
 from flashbulb_service.errors import BackendError, QueueUnavailable
 from flashbulb_service.images import encode_image
 from flashbulb_service.jobs import Job, JobError
+from flashbulb_service.observability import job_context
+from flashbulb_service.outages import OutageLog
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import INTERVAL_S, LiveWorker, Presence
 from flashbulb_service.provenance import Marker, Origin
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore, result_id
+from flashbulb_service.safety import CODE as CONTENT_POLICY
+from flashbulb_service.safety import ImageChecker, PictureHeldBack, check_picture, image_checker_of
 from flashbulb_service.scheduler import batch_cap, in_chunks, split_suspects
 from flashbulb_service.settings import Settings
 from flashbulb_service.tasks import ImageOutcome, ImageTask
@@ -40,6 +44,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 5.0  # longest single wait for work; a wake-up ends it at once
 CLEAN_INTERVAL_S = 600.0
 OUTAGE_BACKOFF_S = 0.5
+MIN_HIDDEN_CHARS = 3  # to hide a prompt of one letter would spoil the message and protect nobody
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Worker:
         backend_name: str,
         lease_s: float,
         marker: Marker | None = None,
+        checker: ImageChecker | None = None,
         metrics: WorkerMetrics | None = None,
         worker_id: str | None = None,
     ) -> None:
@@ -88,6 +94,7 @@ class Worker:
         self._models: Mapping[str, LoadedModel] = {loaded.model.id: loaded for loaded in models}
         self._lease_s = lease_s
         self._marker = marker or Marker()
+        self._checker = checker
         self._metrics = metrics or WorkerMetrics()
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self.id = worker_id or new_worker_id()
@@ -99,37 +106,45 @@ class Worker:
         Returns:
             True when the last batch was finished, False when it was handed back.
         """
+        present = asyncio.create_task(self._keep_present())
         upkeep = [
             asyncio.create_task(self._queue.keep_reaping()),
-            asyncio.create_task(self._keep_present()),
+            present,
             asyncio.create_task(self._keep_clean()),
         ]
         serving = asyncio.create_task(self._serve(stop))
         stopping = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._withdraw(present)  # first of all: nobody shall count on us any more
             drained, _ = await asyncio.wait({serving}, timeout=drain_s)
             if drained:
                 serving.result()
             return bool(drained)
         finally:
             await _cancel([serving, stopping, *upkeep])
-            with contextlib.suppress(QueueUnavailable):
-                await self._presence.withdraw(self._me)
+            await self._withdraw(present)
             self._device.shutdown(wait=False)
+
+    async def _withdraw(self, present: "asyncio.Task[None]") -> None:
+        await _cancel([present])
+        with contextlib.suppress(QueueUnavailable):
+            await self._presence.withdraw(self._me)
 
     async def _serve(self, stop: asyncio.Event) -> None:
         names = list(self._models)
         most = max(loaded.cap for loaded in self._models.values())
+        outage = OutageLog(log, "queue out of reach, trying again")
         while not stop.is_set():
             try:
                 jobs = await self._queue.claim(self.id, names, most, self._lease_s)
+                outage.worked()
                 if jobs:
                     await self._run_claimed(jobs)
                 else:
                     await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
             except QueueUnavailable as error:
-                log.warning("queue out of reach, trying again: %s", error.message)
+                outage.failed(error)
                 await _unless(stop, asyncio.sleep(OUTAGE_BACKOFF_S))
 
     async def _run_claimed(self, jobs: list[Job]) -> None:
@@ -164,7 +179,7 @@ class Worker:
         try:
             generated = await self._generate(loaded, [tasks[job.id] for job in rows])
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
-            await self._after_failure(loaded, rows, error, lost)
+            await self._after_failure(loaded, rows, tasks, error, lost)
             return
         batch_ms = (time.perf_counter() - start) * 1000
         log.info("batch of %d of %s in %.1f ms", len(rows), loaded.model.id, batch_ms)
@@ -196,13 +211,19 @@ class Worker:
         return generated
 
     async def _after_failure(
-        self, loaded: LoadedModel, rows: list[Job], error: Exception, lost: set[str]
+        self,
+        loaded: LoadedModel,
+        rows: list[Job],
+        tasks: Mapping[str, ImageTask],
+        error: Exception,
+        lost: set[str],
     ) -> None:
         """Find the row that spoils the batch: run each alone, so that innocent rows burn no attempt."""
         if len(rows) == 1:
-            await self._fail(rows[0], "backend_error", error, retry=True)
+            await self._fail(rows[0], "backend_error", error, retry=True, task=tasks[rows[0].id])
             return
-        log.warning("batch of %d failed, running its rows one by one: %s", len(rows), _one_line(error))
+        # Its message is not logged: it may quote any row's prompt. The row that fails alone tells its own.
+        log.warning("batch of %d failed, running its rows one by one: %s", len(rows), type(error).__name__)
         self._metrics.batch_split("error")
         for job in rows:
             await self._run_batch(loaded, [job], lost)
@@ -215,7 +236,20 @@ class Worker:
         pixels: np.ndarray,
         batch: tuple[int, float, dict[str, float]],
     ) -> None:
-        """Encode, store, then commit: a result that is announced can be read."""
+        """Check, encode, store, then commit: a result that is announced can be read."""
+        with job_context(job, task.request_id):
+            await self._deliver_row(loaded, job, task, pixels, batch)
+
+    async def _deliver_row(
+        self,
+        loaded: LoadedModel,
+        job: Job,
+        task: ImageTask,
+        pixels: np.ndarray,
+        batch: tuple[int, float, dict[str, float]],
+    ) -> None:
+        if not await self._allowed(job, pixels):
+            return
         start = time.perf_counter()
         try:
             data = await asyncio.to_thread(encode_image, pixels, task.image_format, task.quality)
@@ -235,17 +269,37 @@ class Worker:
             encode_ms=(stored - start) * 1000,
             stages_ms=stages_ms,
             bundle_sha256=loaded.model.bundle.sha256,
+            backend=self._me.backend,
         )
         if await self._queue.complete(self.id, job, outcome.to_bytes()):
+            log.info("job %s done in a batch of %d", job.id, size)
             self._metrics.delivered(job.model, task.width * task.height, encoded - start, stored - encoded)
         else:
             self._metrics.commit_rejected(job.model)
             log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
 
-    async def _fail(self, job: Job, code: str, error: Exception, *, retry: bool) -> None:
-        log.error("job %s, attempt %d: %s: %s", job.id, job.attempt, code, _one_line(error))
+    async def _allowed(self, job: Job, pixels: np.ndarray) -> bool:
+        """Check a picture; one that is not allowed, or cannot be checked, ends without a result."""
+        try:
+            await asyncio.to_thread(check_picture, self._checker, pixels)
+        except PictureHeldBack as error:
+            await self._fail(job, CONTENT_POLICY, error, retry=False)
+        except Exception as error:  # noqa: BLE001  a checker may raise anything, and then it has not allowed it
+            await self._fail(job, "safety_check_failed", error, retry=True)
+        else:
+            return True
+        return False
+
+    async def _fail(
+        self, job: Job, code: str, error: Exception, *, retry: bool, task: ImageTask | None = None
+    ) -> None:
+        message = _one_line(error)
+        # A model may quote what it could not draw: its client may read that, the log may not.
+        logged = message if task is None else hide_prompt(message, task.prompt)
+        with job_context(job, task.request_id if task else ""):
+            log.error("job %s, attempt %d: %s: %s", job.id, job.attempt, code, logged)
         self._metrics.attempt_failed(code)
-        await self._queue.fail(self.id, job, JobError(code, _one_line(error)), retry=retry)
+        await self._queue.fail(self.id, job, JobError(code, message), retry=retry)
 
     @contextlib.asynccontextmanager
     async def _heartbeats(self, jobs: Sequence[Job]) -> AsyncIterator[set[str]]:
@@ -253,12 +307,14 @@ class Worker:
         lost: set[str] = set()
 
         async def beat() -> None:
+            outage = OutageLog(log, "heartbeat missed")
             while True:
                 await asyncio.sleep(self._lease_s / 3)
                 try:
                     lost.update(await self._queue.heartbeat(self.id, jobs, self._lease_s))
+                    outage.worked()
                 except QueueUnavailable as error:
-                    log.warning("heartbeat missed: %s", error.message)
+                    outage.failed(error)
 
         beating = asyncio.create_task(beat())
         try:
@@ -267,11 +323,13 @@ class Worker:
             await _cancel([beating])
 
     async def _keep_present(self) -> None:
+        outage = OutageLog(log, "cannot say that this worker lives")
         while True:
             try:
                 await self._presence.announce(self._me, metrics=self._metrics.exposition())
+                outage.worked()
             except QueueUnavailable as error:
-                log.warning("cannot say that this worker lives: %s", error.message)
+                outage.failed(error)
             await asyncio.sleep(INTERVAL_S)
 
     async def _keep_clean(self) -> None:
@@ -296,7 +354,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
     """
     async with open_parts(settings) as (queue, results, presence):  # first, since it refuses settings at once
         start = time.perf_counter()
-        metrics = WorkerMetrics()
+        metrics, checker = WorkerMetrics(), image_checker_of(settings)
         loaded = [
             _load_timed(model, settings, metrics) for model in load_catalog(settings, verify=True).models
         ]
@@ -310,6 +368,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             backend_name=settings.backend,
             lease_s=settings.lease_s,
             marker=Marker.from_settings(settings),
+            checker=checker,
             metrics=metrics,
         )
         log.info("worker %s serves", worker.id)
@@ -342,6 +401,14 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> Non
 
 def _origin(model: Model, task: ImageTask) -> Origin:
     return Origin(model.id, model.bundle.sha256, task.seed, task.index, task.prompt)
+
+
+def hide_prompt(message: str, prompt: str) -> str:
+    """Return a message without the prompt that it may quote."""
+    for quoted in (" ".join(prompt.split()), repr(prompt)[1:-1]):
+        if len(quoted) >= MIN_HIDDEN_CHARS:
+            message = message.replace(quoted, "[prompt]")
+    return message
 
 
 def _one_line(error: BaseException) -> str:

@@ -35,9 +35,7 @@ async def metrics(context: Shared) -> Response:
     counted: dict[str, bytes] = {}
     try:
         workers = await context.presence.workers()
-        context.metrics.queue(
-            await context.queue.stats(), len(workers), ready=bool(served_models(context, workers))
-        )
+        context.metrics.queue(await context.queue.stats(), len(workers), ready=is_ready(context, workers))
         counted = await context.presence.metrics(workers)
     except QueueUnavailable:
         context.metrics.queue_lost()
@@ -52,13 +50,20 @@ def served_models(context: Context, workers: Sequence[LiveWorker]) -> list[str]:
     return [model.id for model in context.catalog.models if serves(workers, model.id)]
 
 
+def is_ready(context: Context, workers: Sequence[LiveWorker]) -> bool:
+    """Tell whether /readyz would answer 200, given an answering queue."""
+    return not context.draining.is_set() and bool(served_models(context, workers))
+
+
 async def check_ready(context: Context) -> dict[str, Any]:
     """Tell which models are served by how many workers.
 
     Raises:
-        NotReady: no worker serves any model.
+        NotReady: this process stops, or no worker serves any model.
         QueueUnavailable: the queue does not answer.
     """
+    if context.draining.is_set():
+        raise NotReady("this server is stopping and finishes what it has: ask another one")
     await context.queue.ping()
     workers = await context.presence.workers()
     served = served_models(context, workers)
@@ -67,4 +72,7 @@ async def check_ready(context: Context) -> dict[str, Any]:
             f"expected a live worker for one of {', '.join(m.id for m in context.catalog.models)}, "
             f"found {len(workers)} workers: start one with 'flashbulb worker'"
         )
-    return {"status": "ready", "models": served, "workers": len(workers)}
+    backends = {
+        model: sorted({worker.backend for worker in workers if model in worker.models}) for model in served
+    }
+    return {"status": "ready", "models": served, "workers": len(workers), "backends": backends}

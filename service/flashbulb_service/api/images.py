@@ -26,7 +26,10 @@ from flashbulb_service.errors import (
     QueueUnavailable,
 )
 from flashbulb_service.jobs import JobState, JobView, NewJob
+from flashbulb_service.observability import current_request_id
+from flashbulb_service.receipts import make_receipt
 from flashbulb_service.results import media_type
+from flashbulb_service.safety import check_prompt
 from flashbulb_service.scheduler import bucket_name
 from flashbulb_service.tasks import MAX_SEED, ImageOutcome, ImageTask
 
@@ -46,15 +49,19 @@ async def generate_images(
     """Queue one job per picture, wait for all of them, and answer as OpenAI does."""
     start = time.monotonic()
     check_request(body, idempotency_key, max_prompt_chars=context.settings.max_prompt_chars)
+    check_prompt(context.words, body.prompt)
     model = context.catalog.find(body.model)
     width, height = choose_size(model, body.size)
     seed = choose_seed(body.seed, idempotency_key)
     jobs = plan_jobs(body, model, width, height, seed)
-    enqueued = await context.queue.enqueue(jobs, idempotency_key=idempotency_key)
+    enqueued = await context.queue.enqueue(
+        jobs, idempotency_key=idempotency_key, request_digest=body.model_dump_json()
+    )
     views = await _wait(context, request, enqueued.ids, keep=idempotency_key is not None)
     pictures = [finished(view) for view in views]
     timings = summarise(pictures, total_ms=(time.monotonic() - start) * 1000)
     context.metrics.answered(model.id, overhead_ms(pictures, timings["total_ms"]) / 1000)
+    receipt = make_receipt(model.id, [picture.outcome for picture in pictures], timings)
     return JSONResponse(
         {
             "created": int(views[0].enqueued_at),
@@ -66,9 +73,10 @@ async def generate_images(
             "size": f"{width}x{height}",
             "output_format": body.output_format,
             "timings": timings,
-            "batch_size": max(picture.outcome.batch_size for picture in pictures),
+            "batch_size": receipt.batch_size,
+            "receipt": receipt.body(),
         },
-        headers=_answer_headers(body, timings),
+        headers={**receipt.headers(), **_warning(body)},
     )
 
 
@@ -145,6 +153,7 @@ def plan_jobs(body: ImagesRequest, model: Model, width: int, height: int, seed: 
                 height=height,
                 image_format=body.output_format,
                 quality=body.output_compression,
+                request_id=current_request_id(),
             ).to_bytes(),
             tenant=tenant_of(body),
             cost=width * height / smallest,
@@ -251,9 +260,5 @@ async def _content(
     return {"b64_json": base64.b64encode(data).decode()}
 
 
-def _answer_headers(body: ImagesRequest, timings: dict[str, float]) -> dict[str, str]:
-    parts = ", ".join(f"{name.removesuffix('_ms')};dur={value}" for name, value in timings.items())
-    headers = {"server-timing": parts}
-    if body.ignored:
-        headers["x-flashbulb-warning"] = f"ignored: {', '.join(body.ignored)}"
-    return headers
+def _warning(body: ImagesRequest) -> dict[str, str]:
+    return {"x-flashbulb-warning": f"ignored: {', '.join(body.ignored)}"} if body.ignored else {}

@@ -1,6 +1,7 @@
 """What the API tells about itself, seen from inside one process."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx2
 from fastapi import FastAPI
@@ -32,3 +33,16 @@ async def test_refused_requests_are_counted_by_the_limit(make_app: MakeApp) -> N
         text = (await client.get("/metrics")).text
     assert 'flashbulb_shed_total{reason="total"} 1.0' in text
     assert "flashbulb_ready 0.0" in text  # no worker
+
+
+async def test_a_blocked_prompt_is_refused_before_anything_is_queued(
+    make_app: MakeApp, tmp_path: Path
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("bomb\n")
+    app = make_app(blocked_words=words)
+    async with client_of(app) as client:
+        answer = await client.post("/v1/images/generations", json={"prompt": "a Bomb"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "content_policy_violation"
+    assert (await app.state.context.queue.stats()).queued == {}

@@ -1,8 +1,10 @@
 """The unmodified OpenAI client against the real thing: uvicorn, Valkey, a worker, the tiny bundle."""
 
 import base64
+import hashlib
 import io
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -98,6 +100,20 @@ def test_timings_are_told(http: httpx2.Client) -> None:
     assert set(timings) == {"queue_ms", "batch_ms", "encode_ms", "total_ms"}
     assert 1 <= answer.json()["batch_size"] <= 8
     assert f"total;dur={timings['total_ms']}" in answer.headers["server-timing"]
+
+
+def test_the_receipt_says_what_drew_the_pictures(http: httpx2.Client, models_dir: Path) -> None:
+    answer = http.post("/v1/images/generations", json={"model": "tiny@1", "prompt": "dog", "n": 3})
+    receipt = answer.json()["receipt"]
+    manifest = (models_dir / "tiny" / "1" / "manifest.json").read_bytes()
+    assert receipt["sha256"] == hashlib.sha256(manifest).hexdigest()
+    assert (receipt["model"], receipt["version"], receipt["backend"]) == ("tiny", 1, "onnx")
+    assert receipt["timings"] == answer.json()["timings"]
+    assert 0 < receipt["device_ms"] <= 3 * receipt["timings"]["batch_ms"]
+    assert answer.headers["x-flashbulb-model"] == "tiny@1"
+    assert answer.headers["x-flashbulb-sha256"] == receipt["sha256"]
+    assert answer.headers["x-flashbulb-batch-size"] == str(receipt["batch_size"])
+    assert answer.headers["x-flashbulb-device-ms"] == str(receipt["device_ms"])
 
 
 @pytest.mark.parametrize(
@@ -208,5 +224,10 @@ async def test_metrics_count_pictures_and_requests(http: httpx2.Client, wait_unt
 
 
 def test_ready_names_the_models(http: httpx2.Client) -> None:
-    assert http.get("/readyz").json() == {"status": "ready", "models": ["tiny@1", "tiny@2"], "workers": 1}
+    assert http.get("/readyz").json() == {
+        "status": "ready",
+        "models": ["tiny@1", "tiny@2"],
+        "workers": 1,
+        "backends": {"tiny@1": ["onnx"], "tiny@2": ["onnx"]},
+    }
     assert http.get("/livez").status_code == 200
