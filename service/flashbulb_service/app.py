@@ -12,11 +12,12 @@ from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import describe
 from flashbulb_service.api.middleware import RequestFrame
 from flashbulb_service.catalog import Catalog
-from flashbulb_service.errors import ServiceError
+from flashbulb_service.errors import QueueFull, ServiceError
 from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import word_list_of
 from flashbulb_service.settings import Settings
 
 ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorBody"}
@@ -26,7 +27,7 @@ def create_app(
     settings: Settings, *, queue: Queue, results: ResultStore, presence: Presence, catalog: Catalog
 ) -> FastAPI:
     """Make an API over open parts; whoever opened them closes them."""
-    context = Context(settings, queue, results, presence, catalog, Metrics())
+    context = Context(settings, queue, results, presence, catalog, Metrics(), word_list_of(settings))
     app = FastAPI(
         title="Flashbulb",
         summary="Pictures from distilled one-step students, in OpenAI's shape",
@@ -75,5 +76,7 @@ def _declare_own_errors(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, QueueFull):
+        request.app.state.context.metrics.shed(error.scope)
     return describe(error).response()

@@ -104,6 +104,9 @@ def worker(
     redis: Redis = None,
     backend: BackendOption = None,
     threads: Threads = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="Serve metrics on this port [off]")
+    ] = None,
     parent_pid: Annotated[int | None, typer.Option("--parent-pid", hidden=True)] = None,
 ) -> None:
     """Run batches from the queue until SIGTERM; then finish the batch in hand."""
@@ -113,7 +116,9 @@ def worker(
         die_with_parent(parent_pid)
     from flashbulb_service.worker import run_worker
 
-    settings = _settings(models=models, data=data, redis=redis, backend=backend, threads=threads)
+    settings = _settings(
+        models=models, data=data, redis=redis, backend=backend, threads=threads, metrics_port=metrics_port
+    )
     _configure_logging(settings)
 
     async def run() -> bool:
@@ -146,6 +151,7 @@ def generate(
     from flashbulb_service.catalog import Model, choose_size
     from flashbulb_service.errors import InvalidRequest
     from flashbulb_service.generate import choose_format, resolve_bundle, write_pictures
+    from flashbulb_service.provenance import Marker
 
     settings = _settings(models=models, backend=backend, threads=threads)
     if not prompt.strip():
@@ -154,10 +160,13 @@ def generate(
     bundle = resolve_bundle(settings.models, model or _default_model(settings), verify=True)
     chosen = Model(bundle.manifest.name, bundle.manifest.version, bundle)
     width, height = choose_size(chosen, size)
+    marker = Marker.from_settings(settings)
     seed = secrets.randbits(63) if seed is None else seed
     student = load_student(bundle, settings).student  # as a worker does: the same bytes for the same seed
     try:
-        report = write_pictures(student, bundle, prompt, out, seed=seed, size=(width, height), count=count)
+        report = write_pictures(
+            student, bundle, prompt, out, seed=seed, size=(width, height), count=count, marker=marker
+        )
     finally:
         student.backend.close()
     for file in report.files:

@@ -18,15 +18,22 @@ from typing import TypeVar
 
 import numpy as np
 
-from flashbulb_service.backends import ImageRequest, OnStep, Student
+from flashbulb_service.backends import Embeddings, ImageRequest, OnStep, Student
+from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.catalog import Model
 from flashbulb_service.errors import BackendError, OutOfMemory, QueueUnavailable
 from flashbulb_service.images import encode_image
 from flashbulb_service.jobs import Job, JobError
+from flashbulb_service.observability import job_context
+from flashbulb_service.outages import OutageLog
+from flashbulb_service.provenance import Marker, Origin
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore, result_id
+from flashbulb_service.safety import CODE as CONTENT_POLICY
+from flashbulb_service.safety import ImageChecker, PictureHeldBack, check_picture
 from flashbulb_service.scheduler import Scheduler, halves
 from flashbulb_service.tasks import ImageOutcome, ImageTask
+from flashbulb_service.worker_metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +44,7 @@ CLAIM_LEAD_S = (
 )
 MAX_ENCODERS = 4
 MAX_KNOWN_TIMES = 1024
+MIN_HIDDEN_CHARS = 3  # to hide a prompt of one letter would spoil the message and protect nobody
 
 Result = TypeVar("Result")
 
@@ -95,15 +103,32 @@ class Pipeline:
         scheduler: Scheduler,
         worker_id: str,
         *,
+        backend_name: str,
         lease_s: float,
+        marker: Marker,
+        checker: ImageChecker | None,
+        metrics: WorkerMetrics,
+        cache: EmbeddingCache | None,
+        server_time: Callable[[], float],
         on_preview: OnPreview | None = None,
     ) -> None:
-        """Keep the parts; threads start with the first batch."""
+        """Keep the parts; threads start with the first batch.
+
+        Args:
+            cache: of the students' embeddings, to count its hits.
+            server_time: seconds since the epoch by the queue's clock.
+        """
         self._queue = queue
         self._results = results
         self._scheduler = scheduler
         self._worker_id = worker_id
+        self._backend_name = backend_name
         self._lease_s = lease_s
+        self._marker = marker
+        self._checker = checker
+        self._metrics = metrics
+        self._cache = cache
+        self._server_time = server_time
         self._on_preview = on_preview
         self._lanes = {stage: ThreadPoolExecutor(1, stage) for stage in ("text", "denoise", "decode")}
         self._encoders = ThreadPoolExecutor(min(MAX_ENCODERS, os.cpu_count() or 1), "encode")
@@ -133,6 +158,7 @@ class Pipeline:
     def submit(self, loaded: LoadedModel, jobs: list[Job]) -> None:
         """Draw and deliver claimed jobs; whatever happens, none of them stays leased when that ends."""
         claim = Claim(loaded, jobs)
+        self._metrics.claimed(jobs)
         now = time.monotonic()
         self._free_at = max(now, self._free_at) + self._known_s.get((loaded.model.id, len(jobs)), 0.0)
         task = asyncio.create_task(self._run(claim))
@@ -210,14 +236,14 @@ class Pipeline:
         except Abandoned:
             log.info("batch of %d of %s stopped: nobody waits for it", len(rows), claim.loaded.model.id)
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
-            await self._after_failure(claim, [job for job, _ in rows], error)
+            await self._after_failure(claim, rows, error)
         else:
             await self._deliver(claim, drawn)
 
     async def _draw(self, claim: Claim, rows: list[tuple[Job, ImageTask]], *, is_whole: bool) -> Drawn:
-        student, clock = claim.loaded.student, dict[str, float]()
+        student, clock, started_at = claim.loaded.student, dict[str, float](), self._server_time()
         requests = [ImageRequest(t.prompt, t.seed, t.index, t.width, t.height) for _, t in rows]
-        embeddings = await self._stage("text", clock, lambda: student.encode_prompts(requests))
+        embeddings = await self._stage("text", clock, lambda: self._encode_prompts(claim.loaded, requests))
         watch = self._watch(claim, rows)
         latents = await self._stage("denoise", clock, lambda: student.denoise(requests, embeddings, watch))
         if is_whole:
@@ -225,10 +251,28 @@ class Pipeline:
         pictures = await self._stage("decode", clock, lambda: student.decode(latents))
         if len(pictures) != len(rows):
             raise BackendError(f"expected {len(rows)} pictures of the backend, got {len(pictures)}")
-        model_id, batch_ms = claim.loaded.model.id, sum(clock.values())
-        self._scheduler.observe(model_id, rows[0][0].bucket, len(rows), batch_ms)
-        log.info("batch of %d of %s in %.1f ms", len(rows), model_id, batch_ms)
+        self._note_batch(claim.loaded, [job for job, _ in rows], clock, started_at)
         return Drawn(rows, pictures, clock)
+
+    def _encode_prompts(self, loaded: LoadedModel, requests: list[ImageRequest]) -> Embeddings:
+        if self._cache is None:
+            return loaded.student.encode_prompts(requests)
+        hits, misses = self._cache.hits, self._cache.misses
+        embeddings = loaded.student.encode_prompts(requests)
+        self._metrics.embeddings(
+            loaded.model.id, hits=self._cache.hits - hits, misses=self._cache.misses - misses
+        )
+        return embeddings
+
+    def _note_batch(
+        self, loaded: LoadedModel, jobs: list[Job], clock: dict[str, float], started_at: float
+    ) -> None:
+        model_id, bucket, batch_ms = loaded.model.id, jobs[0].bucket, sum(clock.values())
+        log.info("batch of %d of %s in %.1f ms", len(jobs), model_id, batch_ms)
+        drift = self._scheduler.observe(model_id, bucket, len(jobs), batch_ms)
+        self._metrics.drawn(jobs, loaded.cap, started_at=started_at, batch_s=batch_ms / 1000, stages_ms=clock)
+        if drift is not None:
+            self._metrics.calibration_drift(model_id, drift)
 
     async def _stage(self, stage: str, clock: dict[str, float], work: Callable[[], Result]) -> Result:
         def timed() -> Result:
@@ -260,16 +304,19 @@ class Pipeline:
 
         return on_step
 
-    async def _after_failure(self, claim: Claim, jobs: list[Job], error: Exception) -> None:
+    async def _after_failure(self, claim: Claim, rows: list[tuple[Job, ImageTask]], error: Exception) -> None:
         """Halve the batch until the row that spoils it is alone, so that innocent rows burn no attempt."""
-        if isinstance(error, OutOfMemory):
-            self._scheduler.out_of_memory(claim.loaded.model.id, jobs[0].bucket, len(jobs))
-        if len(jobs) == 1:
-            code = error.code if isinstance(error, OutOfMemory) else "backend_error"
-            await self._fail(jobs[0], code, error, retry=True)
+        no_memory = isinstance(error, OutOfMemory)
+        if no_memory:
+            self._scheduler.out_of_memory(claim.loaded.model.id, rows[0][0].bucket, len(rows))
+        if len(rows) == 1:
+            (job, task), code = rows[0], OutOfMemory.code if no_memory else "backend_error"
+            await self._fail(job, code, error, retry=True, task=task)
             return
-        log.warning("batch of %d failed, running its halves: %s", len(jobs), one_line(error))
-        for part in halves(jobs):
+        # Its message is not logged: it may quote any row's prompt. The row that fails alone tells its own.
+        log.warning("batch of %d failed, running its halves: %s", len(rows), type(error).__name__)
+        self._metrics.batch_split("out_of_memory" if no_memory else "error")
+        for part in halves([job for job, _ in rows]):
             await self._run_batch(claim, part)
 
     async def _deliver(self, claim: Claim, drawn: Drawn) -> None:
@@ -285,44 +332,86 @@ class Pipeline:
     async def _deliver_row(
         self, claim: Claim, job: Job, task: ImageTask, pixels: np.ndarray, drawn: Drawn
     ) -> None:
-        """Encode, store, then commit: a result that is announced can be read."""
+        """Check, encode, store, then commit: a result that is announced can be read."""
+        with job_context(job, task.request_id):
+            if await self._allowed(job, pixels):
+                await self._store(claim, job, task, pixels, drawn)
+
+    async def _allowed(self, job: Job, pixels: np.ndarray) -> bool:
+        """Check a picture; one that is not allowed, or cannot be checked, ends without a result."""
+        if self._checker is None:
+            return True
+        try:
+            await asyncio.get_running_loop().run_in_executor(
+                self._encoders, check_picture, self._checker, pixels
+            )
+        except PictureHeldBack as error:
+            await self._fail(job, CONTENT_POLICY, error, retry=False)
+        except Exception as error:  # noqa: BLE001  a checker may raise anything, and then it has not allowed it
+            await self._fail(job, "safety_check_failed", error, retry=True)
+        else:
+            return True
+        return False
+
+    async def _store(self, claim: Claim, job: Job, task: ImageTask, pixels: np.ndarray, drawn: Drawn) -> None:
         start = time.perf_counter()
         try:
             data = await asyncio.get_running_loop().run_in_executor(
-                self._encoders, encode_image, pixels, task.image_format, task.quality
+                self._encoders, self._encode, claim.loaded.model, task, pixels
             )
+            encoded = time.perf_counter()
             file = result_id(job.id, task.image_format)
             await self._results.put(file, data)
         except Exception as error:  # noqa: BLE001  so does what a store raises
             await self._fail(job, "store_failed", error, retry=True)
             return
+        stored = time.perf_counter()
         outcome = ImageOutcome(
             file=file,
             batch_size=len(drawn.rows),
             batch_ms=sum(drawn.stages_ms.values()),
-            encode_ms=(time.perf_counter() - start) * 1000,
+            encode_ms=(stored - start) * 1000,
             stages_ms=drawn.stages_ms,
             bundle_sha256=claim.loaded.model.bundle.sha256,
+            backend=self._backend_name,
         )
-        if not await self._queue.complete(self._worker_id, job, outcome.to_bytes()):
+        if await self._queue.complete(self._worker_id, job, outcome.to_bytes()):
+            log.info("job %s done in a batch of %d", job.id, len(drawn.rows))
+            self._metrics.delivered(job.model, task.width * task.height, encoded - start, stored - encoded)
+        else:
+            self._metrics.commit_rejected(job.model)
             log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
 
-    async def _fail(self, job: Job, code: str, error: Exception, *, retry: bool) -> None:
-        log.error("job %s, attempt %d: %s: %s", job.id, job.attempt, code, one_line(error))
-        await self._queue.fail(self._worker_id, job, JobError(code, one_line(error)), retry=retry)
+    def _encode(self, model: Model, task: ImageTask, pixels: np.ndarray) -> bytes:
+        origin = Origin(model.id, model.bundle.sha256, task.seed, task.index, task.prompt)
+        data = encode_image(pixels, task.image_format, task.quality)
+        return self._marker.apply(data, task.image_format, origin)
+
+    async def _fail(
+        self, job: Job, code: str, error: Exception, *, retry: bool, task: ImageTask | None = None
+    ) -> None:
+        message = one_line(error)
+        # A model may quote what it could not draw: its client may read that, the log may not.
+        logged = message if task is None else hide_prompt(message, task.prompt)
+        with job_context(job, task.request_id if task else ""):
+            log.error("job %s, attempt %d: %s: %s", job.id, job.attempt, code, logged)
+        self._metrics.attempt_failed(code)
+        await self._queue.fail(self._worker_id, job, JobError(code, message), retry=retry)
 
     @contextlib.asynccontextmanager
     async def _heartbeats(self, claim: Claim) -> AsyncIterator[None]:
         """Keep the leases alive; `claim.lost` fills with the ids that are no longer ours."""
 
         async def beat() -> None:
+            outage = OutageLog(log, "heartbeat missed")
             while True:
                 await asyncio.sleep(self._lease_s / 3)
                 try:
                     lost = await self._queue.heartbeat(self._worker_id, claim.jobs, self._lease_s)
                     claim.lost.update(lost)
+                    outage.worked()
                 except QueueUnavailable as error:
-                    log.warning("heartbeat missed: %s", error.message)
+                    outage.failed(error)
 
         beating = asyncio.create_task(beat())
         try:
@@ -330,6 +419,14 @@ class Pipeline:
         finally:
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
+
+
+def hide_prompt(message: str, prompt: str) -> str:
+    """Return a message without the prompt that it may quote."""
+    for quoted in (" ".join(prompt.split()), repr(prompt)[1:-1]):
+        if len(quoted) >= MIN_HIDDEN_CHARS:
+            message = message.replace(quoted, "[prompt]")
+    return message
 
 
 def one_line(error: BaseException) -> str:

@@ -355,12 +355,14 @@ class Scheduler:
             self._times[key] = TimeModel(self._models[model][1])
         return self._times[key]
 
-    def observe(self, model: str, bucket: str, num_rows: int, ms: float) -> None:
-        """Learn from a batch that ran."""
+    def observe(self, model: str, bucket: str, num_rows: int, ms: float) -> float | None:
+        """Learn from a batch that ran; return measured over calibrated time (median), None without calibration."""
         if model not in self._models:
-            return
-        self.times(model, bucket).observe(num_rows, ms)
+            return None
+        times = self.times(model, bucket)
+        times.observe(num_rows, ms)
         self._learned(model, bucket).passed(num_rows)
+        return times.drift if self._models[model][1] else None
 
     def out_of_memory(self, model: str, bucket: str, num_rows: int) -> None:
         """Learn from a batch that did not fit."""

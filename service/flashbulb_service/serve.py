@@ -96,8 +96,7 @@ async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Eve
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         async with _upkeep(app.state.context):
             await _until(stop, serving)
-            server.should_exit = True
-            await serving
+            await _stop_serving(settings, app.state.context, server, serving)
 
 
 async def run_all(
@@ -138,8 +137,7 @@ async def run_all(
                     on_ready(address_of(listener))
                     await _until(stop, serving, *workers)
                 ready.cancel()
-                server.should_exit = True
-                await serving
+                await _stop_serving(settings, app.state.context, server, serving)
     finally:
         for task in workers:
             task.cancel()
@@ -159,6 +157,7 @@ async def _upkeep(context: Context) -> AsyncIterator[None]:
             partial(webhook_message, context),
             context.settings.webhook_secret,
             allow_private=context.settings.webhook_allow_private,
+            on_attempt=context.metrics.webhook_delivery,
         )
         tasks.append(asyncio.create_task(delivering))
     try:
@@ -171,7 +170,8 @@ async def _upkeep(context: Context) -> AsyncIterator[None]:
 
 def child_env(settings: Settings) -> dict[str, str]:
     """Return the environment that gives a child these settings; secrets stay out of the process list."""
-    values = settings.model_dump(mode="json", exclude_none=True)
+    # The port of metrics is one worker's: several children could not share it, and the API shows theirs.
+    values = settings.model_dump(mode="json", exclude_none=True, exclude={"metrics_port"})
     env = {name: value for name, value in os.environ.items() if not name.upper().startswith("FLASHBULB_")}
     for name, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -198,6 +198,17 @@ def _http_server(settings: Settings, app: object) -> _Server:
         timeout_graceful_shutdown=max(1, int(settings.drain_s)),
     )
     return _Server(config)
+
+
+async def _stop_serving(
+    settings: Settings, context: Context, server: _Server, serving: "asyncio.Task[None]"
+) -> None:
+    """Say that we stop, give load balancers the time to hear it, then finish what clients wait for."""
+    context.draining.set()
+    if not serving.done():
+        await asyncio.wait({serving}, timeout=settings.drain_notice_s)
+    server.should_exit = True
+    await serving
 
 
 async def _when_ready(context: Context) -> None:

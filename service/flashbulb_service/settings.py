@@ -77,12 +77,39 @@ class Settings(BaseSettings):
         default=10.0, gt=0, description="a batch whose worker is silent this long is retried"
     )
     drain_s: float = Field(default=30.0, ge=0, description="time a stopping worker has for the batch in hand")
+    drain_notice_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="a stopping API says 503 on /readyz this long before it takes no more connections",
+    )
+
+    # what a picture says about itself (docs/safety.md)
+    mark_pictures: bool = Field(
+        default=True, description="AI-generated mark and receipt as XMP in every file"
+    )
+    mark_prompts: bool = Field(default=False, description="the mark also tells the prompt")
+    c2pa_certificate: Path | None = Field(default=None, description="PEM chain; with c2pa_key: sign files")
+    c2pa_key: Path | None = Field(default=None, description="PEM private key of the certificate")
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+
+    # what may be asked for and shown (docs/safety.md)
+    blocked_words: Path | None = Field(default=None, description="file: prompts with one of them are refused")
+    image_checker: str | None = Field(
+        default=None, description="module:factory, such as flashbulb_service.nsfw:NsfwChecker"
+    )
+    image_threshold: float = Field(
+        default=0.5, ge=0, le=1, description="score from which NsfwChecker holds pictures back"
+    )
 
     # results
     results_ttl_s: float = Field(
         default=24 * 3600.0, gt=0, description="pictures in file:// stores live this long"
     )
 
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(
+        default=None, ge=0, le=65535, description="a worker's own /metrics; absent: only through the API's"
+    )
     log_format: Literal["console", "json"] = "console"
 
     @field_validator("webhook_secret")

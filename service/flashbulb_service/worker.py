@@ -18,15 +18,19 @@ from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.calibration import batch_sizes, load_student
 from flashbulb_service.catalog import Model
 from flashbulb_service.errors import QueueUnavailable
+from flashbulb_service.outages import OutageLog
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.pipeline import LoadedModel, OnPreview, Pipeline
 from flashbulb_service.presence import INTERVAL_S, TTL_S, LiveWorker, Presence
+from flashbulb_service.provenance import Marker
 from flashbulb_service.queue import Queue
 from flashbulb_service.repository import Repository
 from flashbulb_service.results import ResultStore
-from flashbulb_service.scheduler import Scheduler, bucket_name, choose_lane
+from flashbulb_service.safety import ImageChecker, image_checker_of
+from flashbulb_service.scheduler import Plan, Scheduler, Window, bucket_name, choose_lane
 from flashbulb_service.settings import Settings
 from flashbulb_service.timing import Tau
+from flashbulb_service.worker_metrics import WorkerMetrics, serve_metrics
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,10 @@ class Worker:
         *,
         backend_name: str,
         lease_s: float,
+        marker: Marker | None = None,
+        checker: ImageChecker | None = None,
+        metrics: WorkerMetrics | None = None,
+        cache: EmbeddingCache | None = None,
         worker_id: str | None = None,
         on_preview: OnPreview | None = None,
         repository: Repository | None = None,
@@ -74,8 +82,20 @@ class Worker:
         self._lease_s = lease_s
         self._scheduler = Scheduler()
         self.id = worker_id or new_worker_id()
+        self._metrics = metrics or WorkerMetrics()
         self._pipeline = Pipeline(
-            queue, results, self._scheduler, self.id, lease_s=lease_s, on_preview=on_preview
+            queue,
+            results,
+            self._scheduler,
+            self.id,
+            backend_name=backend_name,
+            lease_s=lease_s,
+            marker=marker or Marker(),
+            checker=checker,
+            metrics=self._metrics,
+            cache=cache,
+            server_time=lambda: time.time() + presence.clock_offset_s,
+            on_preview=on_preview,
         )
         self._backend_name = backend_name
         for loaded in models:
@@ -87,16 +107,13 @@ class Worker:
         Returns:
             True when the last batch was finished, False when it was handed back.
         """
-        upkeep = [
-            asyncio.create_task(self._queue.keep_reaping()),
-            asyncio.create_task(self._keep_present()),
-            asyncio.create_task(self._keep_clean()),
-            asyncio.create_task(self._keep_models()),
-        ]
+        announcing = [asyncio.create_task(self._keep_present()), asyncio.create_task(self._keep_models())]
+        upkeep = [asyncio.create_task(self._queue.keep_reaping()), asyncio.create_task(self._keep_clean())]
         serving = asyncio.create_task(self._serve(stop))
         stopping = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._withdraw(announcing)  # first of all: nobody shall count on us any more
             drained, _ = await asyncio.wait({serving}, timeout=drain_s)
             if drained:
                 serving.result()
@@ -105,10 +122,15 @@ class Worker:
             await _cancel([serving, stopping])
             await self._pipeline.close()
             await _cancel(upkeep)
-            with contextlib.suppress(QueueUnavailable):
-                await self._presence.withdraw(self._me)
+            await self._withdraw(announcing)
+
+    async def _withdraw(self, announcing: "Sequence[asyncio.Task[None]]") -> None:
+        await _cancel(announcing)
+        with contextlib.suppress(QueueUnavailable):
+            await self._presence.withdraw(self._me)
 
     async def _serve(self, stop: asyncio.Event) -> None:
+        outage = OutageLog(log, "queue out of reach, trying again")
         while not stop.is_set():
             try:
                 await _unless(stop, self._pipeline.room())
@@ -120,23 +142,32 @@ class Worker:
                     await _unless(stop, asyncio.sleep(SCAN_INTERVAL_S))
                     continue
                 most = max(loaded.cap for loaded in models.values())
-                jobs = await self._queue.claim(self.id, names, most, self._lease_s, plan=self._scheduler.plan)
+                jobs = await self._queue.claim(self.id, names, most, self._lease_s, plan=self._plan)
+                outage.worked()
                 if jobs:
                     self._pipeline.submit(models[jobs[0].model], jobs)
                 else:
                     await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
             except QueueUnavailable as error:
-                log.warning("queue out of reach, trying again: %s", error.message)
+                outage.failed(error)
                 await _unless(stop, asyncio.sleep(OUTAGE_BACKOFF_S))
         await self._pipeline.drain()
 
+    def _plan(self, window: Window) -> Plan | None:
+        plan = self._scheduler.plan(window)
+        if plan is not None and plan.drop:
+            self._metrics.deadline_missed(plan.model, len(plan.drop))
+        return plan
+
     async def _keep_present(self) -> None:
+        outage = OutageLog(log, "cannot say that this worker lives")
         while True:
             try:
-                await self._presence.announce(self._me)
+                await self._presence.announce(self._me, metrics=self._metrics.exposition())
                 await self._queue.publish_times(self.id, self._known_times(), TTL_S)
+                outage.worked()
             except QueueUnavailable as error:
-                log.warning("cannot say that this worker lives: %s", error.message)
+                outage.failed(error)
             await asyncio.sleep(INTERVAL_S)
 
     def _known_times(self) -> dict[tuple[str, str], tuple[Tau, int]]:
@@ -206,12 +237,17 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
     async with open_parts(settings) as (queue, results, presence):  # first, since it refuses settings at once
         start = time.perf_counter()
         cache = EmbeddingCache(settings.embedding_cache_mb << 20)
-        loaded = [load_model(model, settings, cache) for model in load_catalog(settings, verify=True).models]
+        metrics, checker = WorkerMetrics(), image_checker_of(settings)
+
+        def load(model: Model) -> LoadedModel:
+            begin = time.perf_counter()
+            ready = load_model(model, settings, cache)
+            metrics.model_loaded(model.id, time.perf_counter() - begin)
+            return ready
+
+        loaded = [load(model) for model in load_catalog(settings, verify=True).models]
         names = ", ".join(f"{one.model.id} (batches of {one.cap})" for one in loaded)
         log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
-        repository = Repository(
-            settings.models, lambda model: load_model(model, settings, cache), [one.model for one in loaded]
-        )
         worker = Worker(
             queue,
             results,
@@ -219,11 +255,16 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             loaded,
             backend_name=settings.backend,
             lease_s=settings.lease_s,
-            repository=repository,
+            marker=Marker.from_settings(settings),
+            checker=checker,
+            metrics=metrics,
+            cache=cache,
+            repository=Repository(settings.models, load, [one.model for one in loaded]),
         )
         log.info("worker %s serves", worker.id)
         try:
-            return await worker.run(stop, drain_s=settings.drain_s)
+            with serve_metrics(metrics, settings.metrics_host, settings.metrics_port):
+                return await worker.run(stop, drain_s=settings.drain_s)
         finally:
             for one in loaded:
                 one.student.backend.close()

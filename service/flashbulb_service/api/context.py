@@ -1,6 +1,7 @@
 """What the routes of one app share, handed over by `create_app`."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
@@ -10,6 +11,7 @@ from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import WordList
 from flashbulb_service.settings import Settings
 
 
@@ -23,6 +25,8 @@ class Context:
     presence: Presence
     catalog: Catalog
     metrics: Metrics
+    words: WordList = field(default_factory=lambda: WordList([]))  # that no prompt may have
+    draining: asyncio.Event = field(default_factory=asyncio.Event)  # set: this process stops soon
 
 
 def context_of(request: Request) -> Context:

@@ -10,6 +10,7 @@ from flashbulb_service.api.schemas import ImagesRequest
 from flashbulb_service.catalog import Catalog, Model, choose_size
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.jobs import NewJob
+from flashbulb_service.observability import current_request_id
 from flashbulb_service.queue import Kept
 from flashbulb_service.scheduler import LONG, bucket_name, choose_lane
 from flashbulb_service.settings import Settings
@@ -136,6 +137,7 @@ def _jobs(
                 height=record.height,
                 image_format=body.output_format,
                 quality=body.output_compression,
+                request_id=current_request_id(),
             ).to_bytes(),
             tenant=caller.tenant,
             cost=record.width * record.height / smallest,

@@ -39,6 +39,7 @@ from flashbulb_service.errors import (
     QueueUnavailable,
 )
 from flashbulb_service.jobs import Job, JobError, JobState, JobView, NewJob
+from flashbulb_service.outages import OutageLog
 from flashbulb_service.queue import scripts
 from flashbulb_service.queue.completions import Completions
 from flashbulb_service.queue.events import Event, Events
@@ -591,11 +592,13 @@ class Queue:
 
     async def keep_reaping(self, interval_s: float = 0.25) -> None:
         """Reap for ever, until the task is cancelled; outages are logged and survived."""
+        outage = OutageLog(log, "reaping interrupted")
         while True:
             try:
                 await self.reap()
+                outage.worked()
             except QueueUnavailable as error:
-                log.warning("reaping interrupted: %s", error)
+                outage.failed(error)
             await asyncio.sleep(interval_s)
 
     async def replay_dead(self, job_id: str, *, now: float | None = None) -> bool:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from flashbulb_distill.bundle import open_bundle
 from flashbulb_service.backends import ImageRequest
 from flashbulb_service.backends.synthetic import draw
 from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.images import encode_image
 from flashbulb_service.jobs import JobState, NewJob
+from flashbulb_service.provenance import Marker, Origin
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
 from flashbulb_service.tasks import ImageOutcome, ImageTask
@@ -39,7 +41,7 @@ def new_job(number: int) -> NewJob:
 async def test_kills_at_random_lose_nothing_and_change_no_byte(
     tmp_path: Path, wait_until: Callable[..., object]
 ) -> None:
-    make_tiny_bundle(tmp_path / "models")
+    sha256 = open_bundle(make_tiny_bundle(tmp_path / "models")).sha256
     draws = random.Random(1)
     with EmbeddedServer(tmp_path / "queue") as server:
         env = clean_env(
@@ -91,6 +93,7 @@ async def test_kills_at_random_lose_nothing_and_change_no_byte(
     store = ResultStore((tmp_path / "results").as_uri(), ttl_s=3600)
     for number, view in enumerate(views):
         picture = await store.get(ImageOutcome.from_bytes(view.result or b"").file)
-        calm = encode_image(draw(ImageRequest(f"p{number}", number, 0, 64, 64)), "png")
+        pixels = draw(ImageRequest(f"p{number}", number, 0, 64, 64))
+        calm = Marker().apply(encode_image(pixels, "png"), "png", Origin("tiny@1", sha256, number, 0))
         assert picture == calm
     assert len(list((tmp_path / "results").iterdir())) == NUM_JOBS

@@ -18,6 +18,7 @@ from flashbulb_service.pipeline import LoadedModel
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import ImageChecker
 from flashbulb_service.tasks import ImageTask
 from flashbulb_service.worker import Worker
 from support.tiny_bundle import make_tiny_bundle
@@ -100,9 +101,13 @@ async def start_worker(
     presence = Presence.connect(redis_url, namespace=namespace)
     running: list[Running] = []
 
-    def start(*, lease_s: float = 5.0, drain_s: float = 10.0, cap: int = 8) -> Running:
+    def start(
+        *, lease_s: float = 5.0, drain_s: float = 10.0, cap: int = 8, checker: ImageChecker | None = None
+    ) -> Running:
         loaded = LoadedModel(Model("tiny", 1, bundle), Student(watched), cap)
-        worker = Worker(make_queue(), results, presence, [loaded], backend_name="onnx", lease_s=lease_s)
+        worker = Worker(
+            make_queue(), results, presence, [loaded], backend_name="onnx", lease_s=lease_s, checker=checker
+        )
         stop = asyncio.Event()
         running.append(Running(worker, stop, asyncio.create_task(worker.run(stop, drain_s=drain_s))))
         return running[-1]

@@ -82,7 +82,11 @@ async def test_a_batch_never_exceeds_the_cap(
 
 
 async def test_a_poisoned_row_does_not_harm_its_batch(
-    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     watched.before = fail_on("poison")
     prompts = ["dog", "poison", "rocket"]
@@ -93,7 +97,8 @@ async def test_a_poisoned_row_does_not_harm_its_batch(
     assert [view.attempt for view in views] == [1, 1, 1]
     assert views[1].error is not None
     assert views[1].error.code == "backend_error"
-    assert views[1].error.message == "RuntimeError: cannot draw poison"
+    assert views[1].error.message == "RuntimeError: cannot draw poison"  # for its client
+    assert "cannot draw [prompt]" in caplog.text and "poison" not in caplog.text
 
 
 async def test_jobs_of_a_lost_worker_run_alone(
@@ -148,6 +153,38 @@ async def test_a_payload_that_is_no_task_fails_at_once_and_alone(
     assert bad.error is not None
     assert (bad.state, bad.error.code, bad.attempt) == (JobState.FAILED, "invalid_task", 1)
     assert good.state is JobState.DONE
+
+
+async def test_a_stopping_worker_leaves_the_list_before_its_batch_is_finished(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    redis_url: str,
+    namespace: str,
+) -> None:
+    presence = Presence.connect(redis_url, namespace=namespace)
+    gate = threading.Event()
+    watched.before = lambda requests: gate.wait(10)
+    ids = (await queue.enqueue([picture_job()])).ids
+    running = start_worker()
+
+    async def listed() -> bool:
+        return serves(await presence.workers(), "tiny@1")
+
+    async def gone() -> bool:
+        return not await listed()
+
+    await wait_until(listed)
+    await wait_until(lambda: _truth(watched.batches))
+    running.stop.set()
+    await wait_until(gone)
+    assert not running.task.done()
+    gate.set()
+    assert await running.task is True
+    assert (await queue.wait(ids, 1))[0].state is JobState.DONE
+    await presence.aclose()
 
 
 async def test_stopping_finishes_what_was_claimed_and_claims_no_other(
