@@ -36,7 +36,8 @@ def split_suspects(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
     """Choose what of a claim to run now, and what to hand back.
 
     A job with a burnt attempt may have killed its worker. It runs alone, with nobody beside it whose
-    attempt would be lost with it: the first such job is run, all others are handed back. Being handed back burns nothing, so an innocent job stays one.
+    attempt would be lost with it: the first such job is run, all others are handed back. Being
+    handed back burns nothing, so an innocent job stays one.
     """
     suspect = next((job for job in jobs if job.burnt > 0), None)
     if suspect is None:
