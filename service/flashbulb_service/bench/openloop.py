@@ -1,6 +1,7 @@
 """The open loop: every request is sent at its planned time, whatever became of the earlier ones."""
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ async def run_plan(
     def clock() -> float:
         return time.perf_counter() - start
 
-    def ended(task: asyncio.Task[None], sample: Sample) -> None:
+    def ended(sample: Sample, task: asyncio.Task[None]) -> None:
         nonlocal kept
         tasks.discard(task)
         size = len(sample.body or b"")
@@ -73,7 +74,7 @@ async def run_plan(
             run.samples.append(sample)
             task = asyncio.create_task(client.send(sample, clock))
             tasks.add(task)
-            task.add_done_callback(lambda task, sample=sample: ended(task, sample))
+            task.add_done_callback(functools.partial(ended, sample))
             run.peak_in_flight = max(run.peak_in_flight, len(tasks))
             if progress and clock() >= next_progress:
                 progress(run, len(tasks))

@@ -1,5 +1,6 @@
 """From samples to numbers: what one measurement says, what its repeats say together, and the table."""
 
+import functools
 import math
 import statistics
 from collections import Counter
@@ -80,7 +81,7 @@ def measure(
         "overhead_ms": distribution(_told(answered, _overhead)),
         "server_overhead_ms": distribution(_told(answered, _server_overhead)),
         **{
-            name: distribution(_told(answered, lambda s, name=name: (s.timings or {}).get(name)))
+            name: distribution(_told(answered, functools.partial(_timing, name)))
             for name in ("queue_ms", "batch_ms", "encode_ms")
         },
         "mean_batch": _mean(_told(answered, lambda s: s.batch_size)),
@@ -153,8 +154,10 @@ def summarise(repeats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def table(points: Sequence[Mapping[str, Any]]) -> str:
     """Write the summaries of several rates as a markdown table."""
     lines = [
-        "| offered /s | achieved /s | goodput /s | attainment | shed | p50 ms | p90 ms | p99 ms | max ms "
-        "| mean batch | overhead p50 / p99 ms | errors | trust |",
+        (
+            "| offered /s | achieved /s | goodput /s | attainment | shed | p50 ms | p90 ms | p99 ms | max ms "
+            "| mean batch | overhead p50 / p99 ms | errors | trust |"
+        ),
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for point in points:
@@ -196,6 +199,10 @@ def _label(sample: Sample) -> str:
 
 def _told(samples: Sequence[Sample], read: Callable[[Sample], float | None]) -> list[float]:
     return [value for sample in samples if (value := read(sample)) is not None]
+
+
+def _timing(name: str, sample: Sample) -> float | None:
+    return (sample.timings or {}).get(name)
 
 
 def _overhead(sample: Sample) -> float | None:
@@ -247,4 +254,4 @@ def _dig(tree: Mapping[str, Any], path: Sequence[str]) -> float | None:
     value: Any = tree
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
-    return value
+    return None if value is None else float(value)
