@@ -1,4 +1,4 @@
-"""From teacher to verified bundle: pairs -> (regression ->) adp -> adm -> evaluate -> export, each stage hashed and restartable.
+"""From teacher to verified bundle: pairs -> (regression ->) adp -> adm -> evaluate -> export, hashed and restartable.
 
     <out>/recipe.json           the resolved recipe
     <out>/pairs/                index.jsonl, shards
