@@ -62,6 +62,19 @@ async def test_right_pixels_are_goodput_and_429_is_shed() -> None:
     assert (told["goodput_rps"], told["shed"], told["attainment"]) == (2, 0.5, 0.5)
 
 
+async def test_a_server_that_can_compress_is_asked_not_to() -> None:
+    """LitServe compresses whatever it may; its answers were read as no pictures."""
+
+    async def compress(request: web.Request) -> web.Response:
+        response = web.Response(body=answer(7) + b" " * 5000)
+        response.enable_compression()
+        return response
+
+    async with serving(compress) as url:
+        told = summary(await load(url, [0.0]), slo_ms=1e6, seconds=1)
+    assert (told["valid"], told["errors"]) == (1, {})
+
+
 async def test_a_stalled_server_is_charged_for_everyone_who_waited() -> None:
     """One stall of 0.4 s: a closed loop would see one slow request, the plan says that twenty were."""
     free = asyncio.Lock()
