@@ -327,6 +327,7 @@ def _add_plugin(entry: EntryPoint) -> None:
     )(forward)
 
 
+_add_plugin(EntryPoint("bench", "flashbulb_service.bench.cli:app", COMMAND_GROUP))
 for _entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
     _add_plugin(_entry)
 

@@ -104,7 +104,7 @@ async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Eve
         app = create_app(settings, queue=queue, results=results, presence=presence, catalog=catalog)
         server = _http_server(settings, app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        async with _upkeep(app.state.context):
+        async with upkeep(app.state.context):
             await _until(stop, serving)
             await _stop_serving(settings, app.state.context, server, serving)
 
@@ -140,7 +140,7 @@ async def run_all(
             server = _http_server(settings, app)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             ready = asyncio.create_task(_when_ready(app.state.context))
-            async with _upkeep(app.state.context):
+            async with upkeep(app.state.context):
                 await _until(stop, serving, ready, *workers)
                 if ready.done():
                     started.set()
@@ -158,7 +158,7 @@ async def run_all(
 
 
 @asynccontextmanager
-async def _upkeep(context: Context) -> AsyncIterator[None]:
+async def upkeep(context: Context) -> AsyncIterator[None]:
     """Follow the model repository, and deliver webhooks if there is a secret to sign them with."""
     tasks = [asyncio.create_task(_follow_models(context))]
     if context.settings.webhook_secret is not None:
