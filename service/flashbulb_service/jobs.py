@@ -98,7 +98,8 @@ class Job:
     """A claimed job, as a worker holds it.
 
     attempt is the fencing token: it grows with every claim, and only the holder of the newest one may
-    finish the job. enqueued_at is in seconds since the epoch, by the server's clock.
+    finish the job. burnt counts the attempts that failed or were lost; one that was handed back is none of them.
+    enqueued_at is in seconds since the epoch, by the server's clock.
     """
 
     id: str
@@ -107,6 +108,7 @@ class Job:
     tenant: str
     payload: bytes
     attempt: int
+    burnt: int
     enqueued_at: float
 
 

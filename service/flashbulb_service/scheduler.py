@@ -35,10 +35,11 @@ def batch_cap(max_batch: int, limit: int, calibration: Mapping[int, float] | Non
 def split_suspects(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
     """Choose what of a claim to run now, and what to hand back.
 
-    A job that was started before may have killed its worker. It runs alone, with nobody beside it whose
-    attempt would be lost with it: the first such job is run, all others are handed back.
+    A job with a burnt attempt may have killed its worker. It runs alone, with nobody beside it whose
+    attempt would be lost with it: the first such job is run, all others are handed back. Being
+    handed back burns nothing, so an innocent job stays one.
     """
-    suspect = next((job for job in jobs if job.attempt > 1), None)
+    suspect = next((job for job in jobs if job.burnt > 0), None)
     if suspect is None:
         return list(jobs), []
     return [suspect], [job for job in jobs if job is not suspect]

@@ -73,11 +73,21 @@ def address_of(listener: socket.socket) -> str:
 
 @contextmanager
 def queue_server(settings: Settings) -> Iterator[Settings]:
-    """Yield settings with a Redis URL: the given one, or that of an embedded Valkey while this is open."""
+    """Yield settings with a Redis URL: the given one, or that of an embedded Valkey while this is open.
+
+    Raises:
+        ServerStartError: another process runs the Valkey of the data folder. A guest of it could never work
+            again after its host ends, since the next server has another password.
+    """
     if settings.redis is not None:
         yield settings
         return
-    with EmbeddedServer(settings.data.expanduser() / "queue") as server:
+    data = settings.data.expanduser()
+    with EmbeddedServer(data / "queue") as server:
+        if not server.owned:
+            raise ServerStartError(
+                f"{data} is in use by another flashbulb serve (pid {server.owner_pid}): stop it, or pass --data"
+            )
         yield settings.model_copy(update={"redis": server.url})
 
 

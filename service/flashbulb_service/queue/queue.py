@@ -271,9 +271,10 @@ class Queue:
                 tenant=tenant.decode(),
                 payload=payload,
                 attempt=attempt,
+                burnt=burnt,
                 enqueued_at=enqueued_ms / 1000,
             )
-            for job_id, model, bucket, tenant, payload, attempt, enqueued_ms in rows
+            for job_id, model, bucket, tenant, payload, attempt, burnt, enqueued_ms in rows
         ]
 
     async def wait_for_work(self, models: Sequence[str], timeout_s: float) -> bool:

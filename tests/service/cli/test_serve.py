@@ -115,6 +115,19 @@ def test_a_damaged_bundle_is_not_served(models_dir: Path, tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
+def test_a_data_folder_in_use_is_told_in_one_line(models_dir: Path, tmp_path: Path) -> None:
+    """A second server joined the first one's Valkey, and answered 503 for ever when the first had ended."""
+    data = tmp_path / "data"
+    with Serving(models_dir, data) as serving:
+        done = run_flashbulb("serve", "--models", models_dir, "--data", data, "--port", "0")
+        assert done.returncode == 1
+        assert last_line(done.stderr) == (
+            f"flashbulb: {data} is in use by another flashbulb serve (pid {serving.process.pid}): "
+            "stop it, or pass --data"
+        )
+        assert httpx2.get(f"{serving.url}/readyz").status_code == 200
+
+
 def test_a_taken_port_is_told_in_one_line(models_dir: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -108,6 +108,20 @@ async def test_jobs_of_a_lost_worker_run_alone(
     assert sorted(watched.batches) == [["apple"], ["dog"], ["rocket"]]
 
 
+async def test_a_few_lost_jobs_do_not_turn_batching_off_for_the_backlog(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
+) -> None:
+    """Innocent jobs were handed back beside a suspect, taken for suspects themselves, and ran alone."""
+    ids = (await queue.enqueue([picture_job(seed=seed) for seed in range(64)])).ids
+    assert len(await queue.claim("lost-worker", ["tiny@1"], 8, lease_s=0.001)) == 8
+    while not await queue.reap():
+        pass
+    start_worker(cap=8)
+    views = await queue.wait(ids, 30)
+    assert [view.state for view in views] == [JobState.DONE] * 64
+    assert len(watched.batches) <= 8 + 56 // 8
+
+
 async def test_a_backend_that_loses_a_picture_fails_and_does_not_mix_them_up(
     queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
 ) -> None:

@@ -1,6 +1,6 @@
 -- Lease up to max_batch jobs of one bucket of one model to a worker.
 -- ARGV: now, worker, max_batch, lease, result_ttl, models...
--- Returns {{id, model, bucket, tenant, payload, attempt, enqueued}, ...}.
+-- Returns {{id, model, bucket, tenant, payload, attempt, burnt, enqueued}, ...}.
 
 local now = now_ms(ARGV[1])
 local worker, max_batch, lease, result_ttl = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -22,7 +22,7 @@ local function lease_to_worker(id, job)
   call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now)
   call('ZADD', key('leases'), now + lease, id)
   call('ZREM', key('deadlines'), id)
-  return { id, job[1], job[2], job[3], job[4], attempt, tonumber(job[5]) }
+  return { id, job[1], job[2], job[3], job[4], attempt, tonumber(job[7]), tonumber(job[5]) }
 end
 
 local batch, dropped = {}, 0
@@ -40,7 +40,7 @@ while #batch == 0 and dropped < MAX_DROPPED do
       break
     end
     call('ZREM', key('waiting', model), id)
-    local job = call('HMGET', key('job', id), 'model', 'bucket', 'tenant', 'payload', 'enqueued', 'deadline')
+    local job = call('HMGET', key('job', id), 'model', 'bucket', 'tenant', 'payload', 'enqueued', 'deadline', 'burnt')
     if job[6] and tonumber(job[6]) <= now then
       fail_overdue(id, now, result_ttl)
       dropped = dropped + 1
