@@ -1,7 +1,7 @@
 """Regression on the teacher's ODE pairs: the student learns the endpoint of each pair by its squared error.
 
 Source: rectified flow (Liu et al. 2022, arXiv 2209.03003) on the pairs of ADP: ablation A1 of arXiv 2507.18569. A cheap
-start for ADP, since one step of it costs a tenth of one of ADP's.
+start for ADP, since one step of it costs a quarter of one of ADP's.
 """
 
 from collections.abc import Mapping
