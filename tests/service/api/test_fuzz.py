@@ -15,6 +15,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_fuzzed_requests_get_documented_answers_only(server_url: str, tmp_path: Path) -> None:
     examples = os.environ.get("FLASHBULB_FUZZ_EXAMPLES", "5")
     command = [
