@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 READY_CHECK_S = 0.03
 CATALOG_INTERVAL_S = 2.0
+# Longer than clients (5 s) and load balancers (60 s) keep an idle connection: the side that closes it must be theirs,
+# or the request that they send just then is lost.
+KEEP_ALIVE_S = 65
 
 
 def check_host(host: str, *, allow_public: bool) -> None:
@@ -205,6 +208,7 @@ def _http_server(settings: Settings, app: object) -> _Server:
         access_log=False,
         lifespan="off",
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, int(settings.drain_s)),
     )
     return _Server(config)
