@@ -345,8 +345,9 @@ class Scheduler:
         return BucketFacts(self._learned(model, bucket).rows, self.times(model, bucket).tau)
 
     def plan(self, window: Window) -> Plan | None:
-        """Decide what to do next."""
-        return plan_batch(window, self.facts)
+        """Decide what to do next; a model that was forgotten since the window was read is left alone."""
+        known = tuple(bucket for bucket in window.buckets if bucket.model in self._models)
+        return plan_batch(replace(window, buckets=known), self.facts)
 
     def times(self, model: str, bucket: str) -> TimeModel:
         """Return the time model of a bucket."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from flashbulb_service.scheduler import (
     BucketFacts,
     BucketWindow,
+    Scheduler,
     Waiting,
     Window,
     bucket_name,
@@ -160,6 +161,18 @@ def test_long_lane_never_holds_all_of_several_workers() -> None:
     assert open_lane(window(long, num_workers=2, num_long=1)) == "short"
     assert open_lane(window(long, num_workers=8, num_long=1)) is None
     assert plan_batch(window(long, num_workers=2, num_long=1), lambda _m, _b: BucketFacts(8)) is None
+
+
+def test_a_model_that_left_between_look_and_decision_is_left_alone() -> None:
+    seen = Window(0.0, (BucketWindow("m", "m:64x64:1", (row("a", 100.0),), 1),))
+    scheduler = Scheduler()
+    scheduler.add("m", 4, {1: 10.0, 4: 20.0})
+    plan = scheduler.plan(seen)
+    assert plan is not None and plan.take == ("a",)
+    scheduler.forget("m")
+    assert scheduler.plan(seen) is None
+    scheduler.out_of_memory("m", "m:64x64:1", 4)
+    assert scheduler.observe("m", "m:64x64:1", 1, 10.0) is None
 
 
 rows_of_tenants = st.lists(
