@@ -218,7 +218,9 @@ class Worker:
             stages_ms=stages_ms,
             bundle_sha256=loaded.model.bundle.sha256,
         )
-        if not await self._queue.complete(self.id, job, outcome.to_bytes()):
+        if not await self._queue.complete(
+            self.id, job, outcome.to_bytes(), device_ms=outcome.batch_ms / outcome.batch_size
+        ):
             log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
 
     async def _fail(self, job: Job, code: str, error: Exception, *, retry: bool) -> None:

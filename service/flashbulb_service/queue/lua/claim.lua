@@ -10,7 +10,7 @@ local function model_that_waited_longest()
   local best, since
   for i = 6, #ARGV do
     local oldest = call('ZRANGE', key('waiting', ARGV[i]), 0, 0, 'WITHSCORES')
-    if oldest[1] and (not since or tonumber(oldest[2]) < since) then
+    if oldest[1] and gate_of(ARGV[i]) ~= 'paused' and (not since or tonumber(oldest[2]) < since) then
       best, since = ARGV[i], tonumber(oldest[2])
     end
   end
