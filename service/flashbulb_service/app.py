@@ -7,9 +7,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from flashbulb_service.api import edits, health, images, jobs, models, playground
+from flashbulb_service.api import admin, edits, health, images, jobs, models, playground
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import describe
+from flashbulb_service.api.gate import Gate
 from flashbulb_service.api.middleware import RequestFrame
 from flashbulb_service.catalog import Catalog
 from flashbulb_service.errors import ServiceError
@@ -18,6 +19,8 @@ from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
 from flashbulb_service.settings import Settings
+from flashbulb_service.tenants.access import Access
+from flashbulb_service.tenants.store import KeyStore
 
 ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorBody"}
 
@@ -26,7 +29,8 @@ def create_app(
     settings: Settings, *, queue: Queue, results: ResultStore, presence: Presence, catalog: Catalog
 ) -> FastAPI:
     """Make an API over open parts; whoever opened them closes them."""
-    context = Context(settings, queue, results, presence, catalog, Metrics())
+    keys = KeyStore(queue)
+    context = Context(settings, queue, results, presence, catalog, Metrics(), keys)
     app = FastAPI(
         title="Flashbulb",
         summary="Pictures from distilled one-step students, in OpenAI's shape",
@@ -36,6 +40,7 @@ def create_app(
     app.state.context = context
     app.add_middleware(
         RequestFrame,
+        admit=Gate(keys, Access.of(settings.auth, settings.host)),
         metrics=context.metrics,
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
@@ -47,6 +52,7 @@ def create_app(
         jobs.router,
         models.router,
         health.router,
+        admin.router,
         playground.create_router(),
     ):
         app.include_router(router)

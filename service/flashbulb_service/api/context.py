@@ -11,6 +11,7 @@ from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
 from flashbulb_service.settings import Settings
+from flashbulb_service.tenants.store import KeyStore
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Context:
     presence: Presence
     catalog: Catalog
     metrics: Metrics
+    keys: KeyStore
 
 
 def context_of(request: Request) -> Context:

@@ -133,7 +133,7 @@ def _jobs(body: ImagesRequest, model: Model, record: RequestRecord, caller: Call
                 quality=body.output_compression,
             ).to_bytes(),
             tenant=caller.tenant,
-            cost=record.width * record.height / smallest,
+            cost=record.width * record.height / smallest / caller.weight,
             priority_ms=body.priority * PRIORITY_MS,
             deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
         )
