@@ -1,32 +1,65 @@
-"""Run the benchmarks, after the tests of what they measure: no number is printed on red.
+"""Run a benchmark, after the tests of what it measures: no number is printed on red.
 
-python -m benchmarks [--out FOLDER]
+    python -m benchmarks NAME [options]          NAME --help tells its options
+
+student     model time of one picture, student beside teacher (the default)
+saturate    pictures/s of the whole server beside a bare onnxruntime loop
+overhead    what the server adds to a picture at light load
+soak        random cancels and disconnects: memory, queue and keys at the end
+peers       Flashbulb beside FastAPI, LitServe and Ray Serve around the same student
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-TESTS = ("tests/distill/export", "tests/distill/core", "tests/service/worker/test_onnx_backend.py")
+HERE = Path(__file__).resolve().parent
+SERVICE_TESTS = (
+    "tests/service/bench/test_load.py",
+    "tests/service/worker",
+    "tests/service/cli/test_serve.py",
+)
+BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "student": (
+        "student_vs_teacher.py",
+        ("tests/distill/export", "tests/distill/core", "tests/service/worker/test_onnx_backend.py"),
+    ),
+    "saturate": ("saturate.py", SERVICE_TESTS),
+    "overhead": ("overhead.py", SERVICE_TESTS),
+    "soak": ("soak.py", SERVICE_TESTS),
+    "peers": ("peers.py", SERVICE_TESTS),
+}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "local")
-    args = parser.parse_args()
-    tested = subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=HERE.parent, check=False)
-    if tested.returncode:
-        print("the tests of what is measured fail: nothing was measured", file=sys.stderr)
-        return 1
-    args.out.mkdir(parents=True, exist_ok=True)
-    script = HERE / "student_vs_teacher.py"
-    command = [sys.executable, str(script), "--out", str(args.out.resolve() / f"{script.stem}.json")]
-    return subprocess.run(command, cwd=HERE.parent, check=False).returncode
+def main(argv: list[str]) -> int:
+    name, options = (argv[0], argv[1:]) if argv and argv[0] in BENCHMARKS else ("student", argv)
+    if argv and argv[0] not in BENCHMARKS and (not argv[0].startswith("-") or argv[0] in ("-h", "--help")):
+        print(__doc__)
+        return 0 if argv[0].startswith("-") else 2
+    script, tests = BENCHMARKS[name]
+    if "--help" not in options and "-h" not in options:
+        tested = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=HERE.parent, check=False)
+        if tested.returncode:
+            print("the tests of what is measured fail: nothing was measured", file=sys.stderr)
+            return 1
+    if name == "student":
+        options = _student_options(options)
+    return subprocess.run(
+        [sys.executable, str(HERE / script), *options], cwd=HERE.parent, check=False
+    ).returncode
+
+
+def _student_options(options: list[str]) -> list[str]:
+    """Keep `--out FOLDER` of this command: the script itself takes a file."""
+    if "--out" in options and options.index("--out") + 1 < len(options):
+        at = options.index("--out")
+        folder = Path(options[at + 1]).resolve()
+        options = [*options[:at], *options[at + 2 :]]
+    else:
+        folder = HERE / "results" / "local"
+    folder.mkdir(parents=True, exist_ok=True)
+    return [*options, "--out", str(folder / "student_vs_teacher.json")]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -74,6 +74,7 @@ def test_code_folder_is_no_import_package(folder: str) -> None:
     assert found == "False"
 
 
+@pytest.mark.timeout(180)
 def test_transformers_does_not_take_our_folder_for_the_hub_package() -> None:
     """With the root on the path, a wrong answer here breaks the import of transformers' models."""
     pytest.importorskip("transformers", reason="the extra `distill` is not installed")

@@ -30,7 +30,7 @@ def distill() -> None:
     "flashbulb distill run my.yaml --set adm.steps=100 --out runs/try --resume"
 )
 def run(recipe: RecipePath, set_: Overrides = None, out: Out = None, resume: Resume = False) -> None:
-    """Run all stages: pairs, adp, adm, evaluate, export with its parity gate."""
+    """Run all stages: pairs, regression (where asked for), adp, adm, evaluate, export with its parity gate."""
     from .run import start_run
     from .train.recipe import load_recipe
 
@@ -48,7 +48,7 @@ def run(recipe: RecipePath, set_: Overrides = None, out: Out = None, resume: Res
     )
 
 
-def _stage(name: str) -> None:
+def _stage(name: str, text: str) -> None:
     def command(recipe: RecipePath, set_: Overrides = None, out: Out = None) -> None:
         from .run import start_run
         from .train.recipe import load_recipe
@@ -58,9 +58,10 @@ def _stage(name: str) -> None:
         getattr(started, name)()
         print(f"{name}: done, in {started.out}")
 
-    command.__doc__ = f"Run the stages up to {name}; those that are done are not repeated."
-    app.command(name)(command)
+    command.__doc__ = text
+    app.command(name.replace("_", "-"))(command)
 
 
-for _name in ("pairs", "adp", "adm", "evaluate", "export"):
-    _stage(_name)
+for _name in ("pairs", "regression", "adp", "adm", "evaluate", "export"):
+    _stage(_name, f"Run the stages up to {_name}; those that are done are not repeated.")
+_stage("evaluate_teacher", "Measure the teacher alone, as `evaluate` would: it may run beside the training.")

@@ -1,9 +1,10 @@
-"""From teacher to verified bundle: pairs -> (regression ->) adp -> adm -> evaluate -> export, each stage hashed and restartable.
+"""From teacher to verified bundle: pairs -> (regression ->) adp -> adm -> evaluate -> export, hashed and restartable.
 
     <out>/recipe.json           the resolved recipe
     <out>/pairs/                index.jsonl, shards
     <out>/regression/           as adp/, where the recipe asks for it
     <out>/adp/, <out>/adm/      metrics.jsonl, checkpoint.safetensors, student.safetensors
+    <out>/teacher/              evaluation.json: the teacher's own figures
     <out>/evaluation/           teacher.json, student.json, table.md, grid.png
     <out>/bundle/<name>/<version>/
 
@@ -12,6 +13,7 @@ A stage that is done leaves stage.json with the hash of all that it was made fro
 
 import json
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -39,7 +41,7 @@ from .pairs.store import read_pairs
 from .teachers.denoiser import Condition
 from .teachers.emoji import EmojiDenoiser, EmojiTeacher, load_emoji_teacher
 from .train.build import build_adm, build_adp, build_regression, student_of
-from .train.recipe import Recipe, RecipeError, digest
+from .train.recipe import EvaluateRecipe, Recipe, RecipeError, digest
 from .train.trainer import Method, train
 
 STUDENT = "student.safetensors"
@@ -185,17 +187,39 @@ class Run:
         if recipe is None:
             return parent, None
         reference = load_reference(recipe.reference)
+        teacher = self.evaluate_teacher()
         identity = digest(
             {"adm": parent, "recipe": recipe.model_dump(mode="json"), "reference": reference.sha256}
         )
         folder = self.out / "evaluation"
         if not self._done(folder, identity):
             self._claim(folder, identity)
-            self._evaluate(folder, reference)
+            by_student = student_images(self.teacher, self.student, self.recipe.time_steps)
+            made_by = {"recipe": self.recipe.sha256()}
+            student = self._measure("student", by_student, reference, folder / "student.json", made_by)
+            (folder / "teacher.json").write_text(teacher.model_dump_json(indent=1) + "\n")
+            (folder / "table.md").write_text(markdown_table({"student": student, "teacher": teacher}))
+            self._grid(folder / "grid.png", reference_prompts(reference), by_student, recipe)
             self._finish(folder, identity)
         student = EvaluationResult.model_validate_json((folder / "student.json").read_text())
-        teacher = EvaluationResult.model_validate_json((folder / "teacher.json").read_text())
         return identity, compare(student, teacher)
+
+    def evaluate_teacher(self) -> EvaluationResult:
+        """Measure the teacher. It depends on no student, so it may run beside the training."""
+        recipe = self.recipe.evaluate
+        if recipe is None:
+            raise RecipeError("evaluate: expected a section that says what to measure, got null")
+        reference = load_reference(recipe.reference)
+        inputs = {"teacher": self.teacher_sha256, "recipe": recipe.model_dump(mode="json")}
+        identity = digest(inputs | {"reference": reference.sha256})
+        folder = self.out / "teacher"
+        path = folder / "evaluation.json"
+        if not self._done(folder, identity):
+            self._claim(folder, identity)
+            by_teacher = teacher_images(self.teacher, recipe.teacher_steps, recipe.teacher_guidance)
+            self._measure("teacher", by_teacher, reference, path, {})
+            self._finish(folder, identity)
+        return EvaluationResult.model_validate_json(path.read_text())
 
     def export(self) -> list[Parity]:
         """Export the student as a verified bundle; the parity gate must pass."""
@@ -273,36 +297,33 @@ class Run:
         save_file({name: value.contiguous() for name, value in averages.items()}, folder / STUDENT)
         return self._finish(folder, identity)
 
-    def _evaluate(self, folder: Path, reference: Reference) -> None:
+    def _measure(
+        self, name: str, generate: Generate, reference: Reference, path: Path, made_by: dict[str, str]
+    ) -> EvaluationResult:
         recipe = self.recipe.evaluate
         assert recipe is not None
-        prompts = reference_prompts(reference)
-        seeds = range(recipe.first_seed, recipe.first_seed + recipe.num_seeds)
-        by_student = student_images(self.teacher, self.student, self.recipe.time_steps)
-        by_teacher = teacher_images(self.teacher, recipe.teacher_steps, recipe.teacher_guidance)
-        results = {}
-        for name, generate in (("student", by_student), ("teacher", by_teacher)):
-            results[name] = evaluate(
-                generate,
-                reference,
-                prompts,
-                seeds,
-                num_components=recipe.num_components,
-                provenance={"teacher": self.teacher_sha256, "recipe": self.recipe.sha256()},
-                progress=lambda done, total, name=name: self.progress(f"evaluate {name}", done, total),  # type: ignore[misc]
-            )
-            (folder / f"{name}.json").write_text(results[name].model_dump_json(indent=1) + "\n")
-        (folder / "table.md").write_text(markdown_table(results))
-        self._grid(folder / "grid.png", prompts, by_student, by_teacher)
+        result = evaluate(
+            generate,
+            reference,
+            reference_prompts(reference),
+            range(recipe.first_seed, recipe.first_seed + recipe.num_seeds),
+            num_components=recipe.num_components,
+            provenance={
+                "teacher": self.teacher_sha256,
+                **made_by,
+                "command": " ".join(["flashbulb", *sys.argv[1:]]),
+                "commit": code_version(),
+            },
+            progress=lambda done, total: self.progress(f"evaluate {name}", done, total),
+        )
+        path.write_text(result.model_dump_json(indent=1) + "\n")
+        return result
 
     def _grid(
-        self,
-        path: Path,
-        prompts: tuple[Prompt, ...],
-        by_student: Generate,
-        by_teacher: Generate,
+        self, path: Path, prompts: tuple[Prompt, ...], by_student: Generate, recipe: EvaluateRecipe
     ) -> None:
         """Forty prompts evenly through the list, unpicked seeds 0, 1, 2, ...: teacher beside student."""
+        by_teacher = teacher_images(self.teacher, recipe.teacher_steps, recipe.teacher_guidance)
         spread = np.linspace(0, len(prompts) - 1, min(40, len(prompts))).astype(int)
         texts = [prompts[i].text for i in spread]
         seeds = list(range(len(texts)))
@@ -340,6 +361,15 @@ class Run:
         temporary.replace(folder / "stage.json")
 
 
+def code_version() -> str:
+    """Return the commit that this code was run from, "-dirty" if it was changed; "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def start_run(recipe: Recipe, out: Path, *, resume: bool) -> Run:
     """Prepare a run's folder and write what is needed to repeat the run.
 
@@ -355,6 +385,7 @@ def start_run(recipe: Recipe, out: Path, *, resume: bool) -> Run:
     record = {
         "recipe": recipe.model_dump(mode="json"),
         "sha256": recipe.sha256(),
+        "commit": code_version(),
         "python": platform.python_version(),
         "versions": versions,
     }

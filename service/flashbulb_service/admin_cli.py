@@ -282,16 +282,18 @@ def _on_store(
 ) -> None:
     """Do something on the queue's store and the keys in it."""
     import asyncio
+    from contextlib import ExitStack
 
-    from flashbulb_service.parts import queue_server
+    from flashbulb_service.embedded import EmbeddedServer
     from flashbulb_service.queue import Queue
     from flashbulb_service.settings import read_settings
     from flashbulb_service.tenants.store import KeyStore
 
-    async def run(settings: "Settings") -> None:
-        assert settings.redis is not None
-        async with Queue.connect(settings.redis, namespace=settings.namespace) as queue:
+    async def run(url: str) -> None:
+        async with Queue.connect(url, namespace=settings.namespace) as queue:
             await work(queue, KeyStore(queue))
 
-    with queue_server(read_settings(data=data, redis=redis)) as complete:
-        asyncio.run(run(complete))
+    settings = read_settings(data=data, redis=redis)
+    with ExitStack() as opened:
+        url = settings.redis or opened.enter_context(EmbeddedServer(settings.data.expanduser() / "queue")).url
+        asyncio.run(run(url))

@@ -13,11 +13,12 @@ from flashbulb_service.api.errors import describe
 from flashbulb_service.api.gate import Gate
 from flashbulb_service.api.middleware import RequestFrame
 from flashbulb_service.catalog import Catalog
-from flashbulb_service.errors import ServiceError
+from flashbulb_service.errors import QueueFull, ServiceError
 from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import word_list_of
 from flashbulb_service.settings import Settings
 from flashbulb_service.tenants.access import Access
 from flashbulb_service.tenants.store import KeyStore
@@ -30,7 +31,7 @@ def create_app(
 ) -> FastAPI:
     """Make an API over open parts; whoever opened them closes them."""
     keys = KeyStore(queue)
-    context = Context(settings, queue, results, presence, catalog, Metrics(), keys)
+    context = Context(settings, queue, results, presence, catalog, Metrics(), keys, word_list_of(settings))
     app = FastAPI(
         title="Flashbulb",
         summary="Pictures from distilled one-step students, in OpenAI's shape",
@@ -81,5 +82,7 @@ def _declare_own_errors(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, QueueFull):
+        request.app.state.context.metrics.shed(error.scope)
     return describe(error).response()

@@ -1,6 +1,7 @@
 """The models that can be asked for, read from the manifests of the model repository. Opens no model file."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +79,7 @@ class Catalog:
         self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))
         self._aliases = dict(aliases or {})
         self._default = default
-        taken = {model.name for model in self.models} | set(self._aliases)
-        self._openai = frozenset(OPENAI_NAMES if openai_aliases else ()) - taken
+        self._openai_aliases = openai_aliases
         for target in (*self._aliases.values(), *([default] if default else [])):
             self._resolve(target)
 
@@ -110,6 +110,22 @@ class Catalog:
         models = [open_model(path, name, version, verify=verify) for name, version, path in found]
         return cls(models, default=default, aliases=aliases, openai_aliases=openai_aliases)
 
+    def refresh(self, models_dir: Path, is_served: Callable[[str], bool]) -> None:
+        """Follow the repository: drop what is gone, and add what is new as soon as a worker has it ready.
+
+        A bundle that cannot be read is left out; the workers, which verify it, say why in their log.
+        """
+        known = {model.id: model for model in self.models}
+        models = []
+        for name, version, path in list_models(models_dir):
+            model = known.get(f"{name}@{version}")
+            if model is None and is_served(f"{name}@{version}"):
+                with contextlib.suppress(BundleRejected):
+                    model = open_model(path, name, version, verify=False)
+            if model is not None:
+                models.append(model)
+        self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))
+
     @property
     def names(self) -> tuple[str, ...]:
         """Return what may be written as 'model': names, and names with a version."""
@@ -121,7 +137,9 @@ class Catalog:
         Raises:
             UnknownModel: there is none of that name.
         """
-        if wanted is None or wanted in self._openai:
+        if wanted is None or wanted in self._openai_names():
+            if self._default is None and not self.models:
+                raise UnknownModel("default")
             return self._resolve(self._default) if self._default else self.newest()[0]
         return self._resolve(self._aliases.get(wanted, wanted))
 
@@ -131,8 +149,18 @@ class Catalog:
 
     def aliases_of(self, model: Model) -> tuple[str, ...]:
         """Return the other names that lead to a model."""
-        names = (*self._aliases, *self._openai)
-        return tuple(sorted(name for name in names if self.find(name).id == model.id))
+        names = (*self._aliases, *self._openai_names())
+        return tuple(sorted(name for name in names if self._leads_to(name, model)))
+
+    def _leads_to(self, name: str, model: Model) -> bool:
+        try:
+            return self.find(name).id == model.id
+        except UnknownModel:  # its target has left the repository
+            return False
+
+    def _openai_names(self) -> frozenset[str]:
+        taken = {model.name for model in self.models} | set(self._aliases)
+        return frozenset(OPENAI_NAMES if self._openai_aliases else ()) - taken
 
     def _resolve(self, wanted: str) -> Model:
         matching = [model for model in self.models if wanted in (model.name, model.id)]

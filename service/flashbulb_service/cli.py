@@ -28,7 +28,7 @@ Redis = Annotated[str | None, typer.Option("--redis", metavar="URL", help="redis
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on [127.0.0.1]")]
 Port = Annotated[int | None, typer.Option("--port", help="Port to listen on, 0 for any free one [8000]")]
 BackendOption = Annotated[
-    str | None, typer.Option("--backend", metavar="NAME", help="What runs models [onnx]")
+    str | None, typer.Option("--backend", metavar="NAME", help="What runs models: onnx or synthetic [onnx]")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads of one worker [one per core]")]
 Public = Annotated[
@@ -62,9 +62,8 @@ def serve(
     allow_public: Public = False,
 ) -> None:
     """Serve API, playground and workers, with a queue server of its own unless --redis names one."""
-    from flashbulb_service.parts import queue_server
     from flashbulb_service.processes import stop_on_signals
-    from flashbulb_service.serve import bind, check_host, run_all
+    from flashbulb_service.serve import bind, check_host, queue_server, run_all
 
     settings = _settings(
         models=models, data=data, redis=redis, host=host, port=port, backend=backend, threads=threads
@@ -111,6 +110,9 @@ def worker(
     redis: Redis = None,
     backend: BackendOption = None,
     threads: Threads = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="Serve metrics on this port [off]")
+    ] = None,
     parent_pid: Annotated[int | None, typer.Option("--parent-pid", hidden=True)] = None,
 ) -> None:
     """Run batches from the queue until SIGTERM; then finish the batch in hand."""
@@ -120,7 +122,9 @@ def worker(
         die_with_parent(parent_pid)
     from flashbulb_service.worker import run_worker
 
-    settings = _settings(models=models, data=data, redis=redis, backend=backend, threads=threads)
+    settings = _settings(
+        models=models, data=data, redis=redis, backend=backend, threads=threads, metrics_port=metrics_port
+    )
     _configure_logging(settings)
 
     async def run() -> bool:
@@ -149,10 +153,11 @@ def generate(
     """Draw pictures into files, with no server. Equal seeds give equal bytes."""
     import secrets
 
-    from flashbulb_service.backends import create_backend
+    from flashbulb_service.calibration import load_student
     from flashbulb_service.catalog import Model, choose_size
     from flashbulb_service.errors import InvalidRequest
     from flashbulb_service.generate import choose_format, resolve_bundle, write_pictures
+    from flashbulb_service.provenance import Marker
 
     settings = _settings(models=models, backend=backend, threads=threads)
     if not prompt.strip():
@@ -161,13 +166,15 @@ def generate(
     bundle = resolve_bundle(settings.models, model or _default_model(settings), verify=True)
     chosen = Model(bundle.manifest.name, bundle.manifest.version, bundle)
     width, height = choose_size(chosen, size)
+    marker = Marker.from_settings(settings)
     seed = secrets.randbits(63) if seed is None else seed
-    engine = create_backend(settings.backend, threads=settings.threads)
-    engine.load(bundle)
+    student = load_student(bundle, settings).student  # as a worker does: the same bytes for the same seed
     try:
-        report = write_pictures(engine, bundle, prompt, out, seed=seed, size=(width, height), count=count)
+        report = write_pictures(
+            student, bundle, prompt, out, seed=seed, size=(width, height), count=count, marker=marker
+        )
     finally:
-        engine.close()
+        student.backend.close()
     for file in report.files:
         typer.echo(str(file))
     typer.echo(
@@ -216,6 +223,37 @@ def verify_models(
         typer.echo(
             f"{bundle.manifest.name}@{bundle.manifest.version}\tok\t{len(bundle.manifest.files)} files"
         )
+
+
+@models_app.command("calibrate")
+def calibrate_models(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="[all]")] = None,
+    models: Models = None,
+    data: Data = None,
+    backend: BackendOption = None,
+    threads: Threads = None,
+) -> None:
+    """Measure time by batch size, and check that batches do not change pixels; workers here then use both."""
+    from flashbulb_service.backends import create_backend
+    from flashbulb_service.calibration import calibrate, place, write_calibration
+    from flashbulb_service.catalog import Catalog
+
+    settings = _settings(models=models, data=data, backend=backend, threads=threads)
+    for name in names or [model.id for model in Catalog.load(settings.models, verify=False).models]:
+        bundle = _open(settings, name, verify=True)
+        engine = create_backend(settings.backend, threads=settings.threads, synthetic=settings.synthetic)
+        try:
+            engine.load(bundle)
+            where = place(bundle, settings.backend, settings.threads)
+            found = calibrate(engine, bundle, where, max_batch=settings.max_batch)
+        finally:
+            engine.close()
+        file = write_calibration(settings.data.expanduser(), found)
+        typer.echo(f"{bundle.manifest.name}@{bundle.manifest.version}\n  batch        ms  ms/picture")
+        for size, ms in found.times_ms.items():
+            typer.echo(f"  {size:5d}  {ms:8.2f}  {ms / size:10.2f}")
+        verdict = "yes" if found.batch_invariant else f"no: strict pads every batch to {found.canonical}"
+        typer.echo(f"  equal bytes in any batch ({found.num_mixes} random mixes): {verdict}\n  {file}")
 
 
 def _open(settings: "Settings", reference: str, *, verify: bool) -> "Bundle":
@@ -285,6 +323,7 @@ def _add_plugin(entry: EntryPoint) -> None:
     )(forward)
 
 
+_add_plugin(EntryPoint("bench", "flashbulb_service.bench.cli:app", COMMAND_GROUP))
 for _entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
     _add_plugin(_entry)
 

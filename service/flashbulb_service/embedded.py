@@ -2,10 +2,12 @@
 
 * One server per data folder. `lock` is held by the process that runs the server and inherited by the
   server, so nobody starts another one on its files while it is still shutting down; `owner` is held by the
-  process alone, so nobody joins a server that is about to die with it. A second start joins.
+  process alone, so nobody joins a server that is about to die with it. A second start joins; whether a guest
+  may go on without its host is the caller's business (`flashbulb serve` refuses).
 * It dies with us, also by `kill -9`: Linux sends it SIGTERM when the thread that started it ends (that
   thread lives as long as the process), and SIGTERM makes Valkey write its log to disk and stop.
-  macOS has no such signal: there, a server whose parent was killed lives on and the next start joins it.
+  macOS has no such signal: there, a server whose parent was killed lives on until the next start, which
+  shuts it down and runs its own.
 * It listens on a unix socket in a private folder and on a random loopback port, both behind a random
   password, so that other users of the machine cannot reach it.
 * Durability: append-only file, fsync every second; a killed server loses nothing that was acknowledged.
@@ -124,6 +126,7 @@ class EmbeddedServer:
     def __init__(self, data_dir: Path, *, binary: Path | None = None) -> None:
         self.data_dir = data_dir.absolute()
         self.owned = False
+        self.owner_pid: int | None = None  # of the process that runs the server
         self.url = ""
         self.tcp_url = ""
         self._binary = binary
@@ -171,7 +174,7 @@ class EmbeddedServer:
                     "stop that process, or use another data folder"
                 )
             time.sleep(0.05)
-        self.owned = True
+        self.owned, self.owner_pid = True, os.getpid()
         fcntl.flock(self._owner, fcntl.LOCK_EX)  # others hold it for an instant only
         try:
             self._run(find_server(self._binary), deadline)
@@ -212,16 +215,17 @@ class EmbeddedServer:
 
     def _join(self) -> bool:
         assert self._owner is not None
-        if sys.platform == "linux" and _try_lock(self._owner, fcntl.LOCK_SH):
-            fcntl.flock(self._owner, fcntl.LOCK_UN)
-            return False  # its owner is gone, and it is going too
         try:
             address = json.loads((self.data_dir / "server.json").read_text())
         except (OSError, ValueError):
             return False  # not written yet
+        if _try_lock(self._owner, fcntl.LOCK_SH):  # its owner is gone, and it goes too
+            fcntl.flock(self._owner, fcntl.LOCK_UN)
+            _shut_down(address["url"])
+            return False
         if not _answers(address["url"]):
             return False
-        self.url, self.tcp_url = address["url"], address["tcp_url"]
+        self.url, self.tcp_url, self.owner_pid = address["url"], address["tcp_url"], address["pid"]
         return True
 
     def _run(self, binary: Path, deadline: float) -> None:
@@ -241,7 +245,8 @@ class EmbeddedServer:
                 )
             time.sleep(0.005)
         ready.set()
-        _write_private(self.data_dir / "server.json", json.dumps({"url": self.url, "tcp_url": self.tcp_url}))
+        address = {"url": self.url, "tcp_url": self.tcp_url, "pid": os.getpid()}
+        _write_private(self.data_dir / "server.json", json.dumps(address))
 
     def _watch(self, binary: Path, ready: threading.Event) -> None:
         """Keep a server running until stopped; this thread is the parent that the server must not outlive."""
@@ -337,6 +342,17 @@ def _answers(url: str) -> bool:
         return bool(client.ping())
     except redis.RedisError:
         return False
+    finally:
+        client.close()
+
+
+def _shut_down(url: str) -> None:
+    """Ask a server to write its log to disk and stop, if it is still there."""
+    client = redis.Redis.from_url(url, socket_timeout=2.0)
+    try:
+        client.shutdown(nosave=True)  # no snapshot; the append-only file is synced all the same
+    except redis.RedisError as error:
+        log.debug("no server to shut down: %s", error)
     finally:
         client.close()
 

@@ -4,6 +4,7 @@ ServiceError                        has a stable `code` and a message for people
 ├── InvalidRequest                  the caller can fix it; `param` names the field
 ├── UnknownModel                    no such model; lists the ones there are
 ├── QueueFull                       admission refused; has `retry_after_s`
+│   ├── DeadlineUnreachable         it would be late: refused now rather than late
 │   └── ConcurrencyExceeded         an API key has as many live jobs as it may
 ├── ModelDraining                   an operator lets a model run empty; nothing new is taken
 ├── InvalidApiKey                   no key, or none that is good
@@ -75,6 +76,15 @@ class QueueFull(ServiceError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.scope = scope
+
+
+class DeadlineUnreachable(QueueFull):
+    """The jobs would miss their deadline, as far as can be predicted; nothing was stored."""
+
+    code = "deadline_unreachable"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, scope="deadline")
 
 
 class ConcurrencyExceeded(QueueFull):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashbulb_distill.bundle import Bundle, BundleError, find_model, open_bundle
-from flashbulb_service.backends import Backend, ImageRequest
+from flashbulb_service.backends import ImageRequest, Student
 from flashbulb_service.errors import BundleRejected, InvalidRequest
 from flashbulb_service.formats import ImageFormat
 from flashbulb_service.images import encode_image
+from flashbulb_service.provenance import Marker, Origin
 from flashbulb_service.scheduler import in_chunks
 
 _SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -60,11 +61,19 @@ def file_names(out: Path, count: int) -> tuple[Path, ...]:
 
 
 def write_pictures(
-    backend: Backend, bundle: Bundle, prompt: str, out: Path, *, seed: int, size: tuple[int, int], count: int
+    student: Student,
+    bundle: Bundle,
+    prompt: str,
+    out: Path,
+    *,
+    seed: int,
+    size: tuple[int, int],
+    count: int,
+    marker: Marker | None = None,
 ) -> Report:
     """Draw pictures and write them; each file appears whole or not at all.
 
-    Picture i is drawn from (seed, i), as the server does it.
+    Picture i is drawn from (seed, i) and marked as the server does it.
 
     Raises:
         OSError: the folder of `out` is missing or not writable.
@@ -77,11 +86,20 @@ def write_pictures(
     pictures = [
         picture
         for chunk in in_chunks(requests, bundle.manifest.max_batch)
-        for picture in backend.generate(chunk).images
+        for picture in student.generate(chunk).images
     ]
     model_ms = (time.perf_counter() - start) * 1000
     files = file_names(out, count)
-    _write_all(files, [encode_image(picture, image_format) for picture in pictures])
+    marker = marker or Marker()
+    name = f"{bundle.manifest.name}@{bundle.manifest.version}"
+    origins = [Origin(name, bundle.sha256, seed, index, prompt) for index in range(count)]
+    _write_all(
+        files,
+        [
+            marker.apply(encode_image(picture, image_format), image_format, origin)
+            for picture, origin in zip(pictures, origins, strict=True)
+        ],
+    )
     return Report(files, model_ms)
 
 

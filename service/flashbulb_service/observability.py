@@ -1,74 +1,89 @@
-"""Metrics of one API process, and how log lines look. No global registry: each app has its own."""
+"""Metrics of one API process, and how log lines look."""
 
 import logging
 import sys
+from contextlib import AbstractContextManager
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from flashbulb_service.jobs import Job
+from flashbulb_service.measures import Measures
 from flashbulb_service.queue import QueueStats
-from flashbulb_service.tasks import ImageOutcome
 
-PREFIX = "flashbulb"
-SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
-class Metrics:
-    """What /metrics shows."""
+class Metrics(Measures):
+    """What the API counts itself; /metrics shows it beside what the workers publish."""
 
     def __init__(self) -> None:
-        """Register every metric in a registry of its own."""
-        self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "HTTP requests by status.", "route", "method", "status")
-        self.request_seconds = self._histogram("request_seconds", "Wall time of HTTP requests.", "route")
-        self.images = self._counter("images", "Pictures delivered.", "model")
-        self.queue_wait = self._histogram("queue_wait_seconds", "From acceptance to the batch.", "model")
-        self.batch_seconds = self._histogram("batch_seconds", "Wall time of a picture's batch.", "model")
-        self.stage_seconds = self._histogram("stage_seconds", "Parts of a batch.", "model", "stage")
-        self.batch_size = self._histogram("batch_size", "Rows of a picture's batch.", "model", buckets=SIZES)
+        """Declare the metrics; see docs/observability.md for what they mean."""
+        super().__init__()
+        self._requests = self._counter("requests", "HTTP requests by status.", "route", "method", "status")
+        self._request_seconds = self._histogram("request_seconds", "Wall time of HTTP requests.", "route")
+        self._overhead = self._histogram(
+            "overhead_seconds", "Time of an answered request, less queue, batch and encoding.", "model"
+        )
+        self._shed = self._counter("shed", "Requests that were refused to keep the queue short.", "reason")
+        self._webhooks = self._counter("webhook_deliveries", "Webhook calls by how they ended.", "result")
         self.abandoned = self._counter("jobs_abandoned", "Jobs cancelled since their client left.")
-        self.queued = self._gauge("queue_depth", "Jobs waiting for a worker.", "model")
-        self.running = self._gauge("jobs_running", "Jobs in a batch.")
-        self.delayed = self._gauge("jobs_delayed", "Jobs waiting for a retry.")
-        self.dead = self._gauge("jobs_dead", "Jobs that failed for good.")
-        self.oldest = self._gauge("queue_oldest_age_seconds", "Age of the job that waits longest.")
-        self.workers = self._gauge("workers", "Live workers.")
+        self._queued = self._gauge("queue_depth", "Jobs waiting for a worker.", "model")
+        self._running = self._gauge("jobs_running", "Jobs in a batch.")
+        self._delayed = self._gauge("jobs_delayed", "Jobs waiting for a retry.")
+        self._dead = self._gauge("jobs_dead", "Jobs that failed for good.")
+        self._oldest = self._gauge("queue_oldest_age_seconds", "Age of the job that waits longest.")
+        self._workers = self._gauge("workers", "Live workers.")
+        self._ready = self._gauge("ready", "1 when a request would be answered, else 0.")
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count one HTTP request; `route` is one of ours, the method may be anything."""
+        self._requests.labels(route, known_method(method), str(status)).inc()
+        self._request_seconds.labels(route).observe(seconds)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, namespace=PREFIX, registry=self.registry)
+    def answered(self, model: str, overhead_s: float) -> None:
+        """Count what we added to one request whose pictures were waited for."""
+        self._overhead.labels(model).observe(max(0.0, overhead_s))
 
-    def _histogram(
-        self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = SECONDS
-    ) -> Histogram:
-        return Histogram(name, text, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
+    def shed(self, reason: str) -> None:
+        """Count a refused request; `reason` is the limit that was hit."""
+        self._shed.labels(reason).inc()
 
-    def picture(self, model: str, outcome: ImageOutcome, queue_s: float) -> None:
-        """Count one delivered picture."""
-        self.images.labels(model).inc()
-        self.queue_wait.labels(model).observe(queue_s)
-        self.batch_seconds.labels(model).observe(outcome.batch_ms / 1000)
-        self.batch_size.labels(model).observe(outcome.batch_size)
-        for stage, ms in (*outcome.stages_ms.items(), ("encode", outcome.encode_ms)):
-            self.stage_seconds.labels(model, stage).observe(ms / 1000)
+    def webhook_delivery(self, result: str) -> None:
+        """Count one webhook call: "delivered", "retried" or "given_up"."""
+        self._webhooks.labels(result).inc()
 
-    def queue(self, stats: QueueStats, num_workers: int) -> None:
+    def queue(self, stats: QueueStats, num_workers: int, *, ready: bool) -> None:
         """Set the gauges to what the queue says now."""
-        self.queued.clear()
+        self._queued.clear()
         for model, depth in stats.queued.items():
-            self.queued.labels(model).set(depth)
-        self.running.set(stats.running)
-        self.delayed.set(stats.delayed)
-        self.dead.set(stats.dead)
-        self.oldest.set(stats.oldest_age_s)
-        self.workers.set(num_workers)
+            self._queued.labels(model).set(depth)
+        self._running.set(stats.running)
+        self._delayed.set(stats.delayed)
+        self._dead.set(stats.dead)
+        self._oldest.set(stats.oldest_age_s)
+        self._workers.set(num_workers)
+        self._ready.set(ready)
 
-    def exposition(self) -> bytes:
-        """Return everything in the Prometheus text format."""
-        return generate_latest(self.registry)
+    def queue_lost(self) -> None:
+        """Say that the queue does not answer; its other gauges keep their last values."""
+        self._workers.set(0)
+        self._ready.set(0)
+
+
+def known_method(method: str) -> str:
+    """Return an HTTP method of the usual ones, else "other": clients may send any word."""
+    return method if method in METHODS else "other"
+
+
+def current_request_id() -> str:
+    """Return the id of the HTTP request that is being served, or "" outside of one."""
+    return str(structlog.contextvars.get_contextvars().get("request_id", ""))
+
+
+def job_context(job: Job, request_id: str = "") -> AbstractContextManager[None]:
+    """Put a job's names into every log line that is written inside."""
+    names = {"job_id": job.id, "tenant": job.tenant, "request_id": request_id}
+    return structlog.contextvars.bound_contextvars(**{name: value for name, value in names.items() if value})
 
 
 def configure_logging(log_format: str, *, level: int = logging.INFO) -> None:

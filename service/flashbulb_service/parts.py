@@ -1,10 +1,9 @@
 """What API and worker both open from settings: catalog, queue, result store, presence list."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from flashbulb_service.catalog import Catalog
-from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Limits, Queue
@@ -47,13 +46,3 @@ async def open_parts(settings: Settings) -> AsyncIterator[tuple[Queue, ResultSto
             yield queue, results, presence
     finally:
         await presence.aclose()
-
-
-@contextmanager
-def queue_server(settings: Settings) -> Iterator[Settings]:
-    """Yield settings with a Redis URL: the given one, or that of an embedded Valkey while this is open."""
-    if settings.redis is not None:
-        yield settings
-        return
-    with EmbeddedServer(settings.data.expanduser() / "queue") as server:
-        yield settings.model_copy(update={"redis": server.url})

@@ -3,8 +3,11 @@
 All times are the Redis server's, so that machines with different clocks agree.
 """
 
+import asyncio
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -15,6 +18,10 @@ from flashbulb_service.errors import QueueUnavailable
 
 TTL_S = 6.0
 INTERVAL_S = 1.5
+CALL_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
+MAX_METRICS_BYTES = 256 * 1024
+MAX_METRICS_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -32,28 +39,33 @@ class Presence:
     def __init__(self, client: Redis, *, namespace: str) -> None:
         """Use an open client; see `connect`."""
         self._client = client
-        self._key = f"{{{namespace}}}:workers"
+        self._prefix = f"{{{namespace}}}"
+        self._key = f"{self._prefix}:workers"
+        self.clock_offset_s = 0.0  # the server's clock less ours, as the last announcement found it
 
     @classmethod
     def connect(cls, url: str, *, namespace: str) -> Self:
         """Make the list on `redis://host:port/db` or `unix:///path`; connects lazily."""
-        return cls(Redis.from_url(url), namespace=namespace)
+        # Bounded by asyncio.timeout, not by redis-py's socket timeout: see Queue.connect.
+        client = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=CONNECT_TIMEOUT_S)
+        return cls(client, namespace=namespace)
 
-    async def announce(self, worker: LiveWorker, ttl_s: float = TTL_S) -> None:
-        """Say that a worker is alive for the next `ttl_s` seconds.
+    async def announce(self, worker: LiveWorker, ttl_s: float = TTL_S, *, metrics: bytes = b"") -> None:
+        """Say that a worker is alive for the next `ttl_s` seconds, and what it has counted.
 
         Raises:
             QueueUnavailable: the server does not answer.
         """
-        try:
+        async with _answering():
             now = await self._now()
+            self.clock_offset_s = now - time.time()
             async with self._client.pipeline() as pipe:
+                if 0 < len(metrics) <= MAX_METRICS_BYTES:
+                    pipe.set(self._metrics_key(worker), metrics, px=max(1, round(ttl_s * 1000)))
                 pipe.zadd(self._key, {_to_member(worker): now + ttl_s})
                 pipe.zremrangebyscore(self._key, "-inf", now)
                 pipe.expire(self._key, 3600)
                 await pipe.execute()
-        except RedisError as error:
-            raise _unavailable(error) from error
 
     async def withdraw(self, worker: LiveWorker) -> None:
         """Take a worker off the list.
@@ -61,10 +73,8 @@ class Presence:
         Raises:
             QueueUnavailable: the server does not answer.
         """
-        try:
+        async with _answering():
             await self._client.zrem(self._key, _to_member(worker))
-        except RedisError as error:
-            raise _unavailable(error) from error
 
     async def workers(self) -> list[LiveWorker]:
         """List the live workers.
@@ -72,15 +82,30 @@ class Presence:
         Raises:
             QueueUnavailable: the server does not answer.
         """
-        try:
+        async with _answering():
             members = await self._client.zrangebyscore(self._key, await self._now(), "+inf")
-        except RedisError as error:
-            raise _unavailable(error) from error
         return [_from_member(cast(bytes, member)) for member in members]
+
+    async def metrics(self, workers: Sequence[LiveWorker]) -> dict[str, bytes]:
+        """Return what workers have counted, by worker id; at most `MAX_METRICS_WORKERS` of them are asked.
+
+        Raises:
+            QueueUnavailable: the server does not answer.
+        """
+        asked = workers[:MAX_METRICS_WORKERS]
+        if not asked:
+            return {}
+        async with _answering():
+            found = await self._client.mget([self._metrics_key(worker) for worker in asked])
+        pairs = zip(asked, found, strict=True)
+        return {worker.id: cast(bytes, data) for worker, data in pairs if data is not None}
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+    def _metrics_key(self, worker: LiveWorker) -> str:
+        return f"{self._prefix}:metrics:{worker.id}"
 
     async def _now(self) -> float:
         seconds, micros = await self._client.time()
@@ -103,5 +128,13 @@ def _from_member(member: bytes) -> LiveWorker:
     return LiveWorker(id=fields["id"], models=tuple(fields["models"]), backend=fields["backend"])
 
 
-def _unavailable(error: RedisError) -> QueueUnavailable:
-    return QueueUnavailable(f"expected an answer from Redis, got {type(error).__name__}: {error}")
+@asynccontextmanager
+async def _answering() -> AsyncIterator[None]:
+    """Bound a call, and say in our words that the server does not answer."""
+    try:
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            yield
+    except (RedisError, TimeoutError) as error:
+        raise QueueUnavailable(
+            f"expected an answer from Redis, got {type(error).__name__}: {error}"
+        ) from error

@@ -18,8 +18,10 @@ from flashbulb_service.api.health import check_ready
 from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.app import create_app
 from flashbulb_service.connections import PromptHeads
+from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import ServerStartError, ServiceError
 from flashbulb_service.parts import load_catalog, open_parts
+from flashbulb_service.presence import serves
 from flashbulb_service.processes import keep_running
 from flashbulb_service.settings import Settings
 from flashbulb_service.tenants.access import is_loopback, settle_auth
@@ -29,6 +31,7 @@ from flashbulb_service.webhooks import keep_delivering
 log = logging.getLogger(__name__)
 
 READY_CHECK_S = 0.03
+CATALOG_INTERVAL_S = 2.0
 
 
 async def check_host(settings: Settings, *, allow_public: bool) -> Settings:
@@ -76,6 +79,26 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+@contextmanager
+def queue_server(settings: Settings) -> Iterator[Settings]:
+    """Yield settings with a Redis URL: the given one, or that of an embedded Valkey while this is open.
+
+    Raises:
+        ServerStartError: another process runs the Valkey of the data folder. A guest of it could never work
+            again after its host ends, since the next server has another password.
+    """
+    if settings.redis is not None:
+        yield settings
+        return
+    data = settings.data.expanduser()
+    with EmbeddedServer(data / "queue") as server:
+        if not server.owned:
+            raise ServerStartError(
+                f"{data} is in use by another flashbulb serve (pid {server.owner_pid}): stop it, or pass --data"
+            )
+        yield settings.model_copy(update={"redis": server.url})
+
+
 async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Event) -> None:
     """Serve the API alone until `stop`."""
     catalog = load_catalog(settings, verify=False)
@@ -83,10 +106,9 @@ async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Eve
         app = create_app(settings, queue=queue, results=results, presence=presence, catalog=catalog)
         server = _http_server(settings, app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        async with webhooks(app.state.context):
+        async with upkeep(app.state.context):
             await _until(stop, serving)
-            server.should_exit = True
-            await serving
+            await _stop_serving(settings, app.state.context, server, serving)
 
 
 async def run_all(
@@ -120,15 +142,14 @@ async def run_all(
             server = _http_server(settings, app)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             ready = asyncio.create_task(_when_ready(app.state.context))
-            async with webhooks(app.state.context):
+            async with upkeep(app.state.context):
                 await _until(stop, serving, ready, *workers)
                 if ready.done():
                     started.set()
                     on_ready(address_of(listener))
                     await _until(stop, serving, *workers)
                 ready.cancel()
-                server.should_exit = True
-                await serving
+                await _stop_serving(settings, app.state.context, server, serving)
     finally:
         for task in workers:
             task.cancel()
@@ -139,29 +160,30 @@ async def run_all(
 
 
 @asynccontextmanager
-async def webhooks(context: Context) -> AsyncIterator[None]:
-    """Deliver webhooks while this is open, if there is a secret to sign them with."""
-    if context.settings.webhook_secret is None:
-        yield
-        return
-    delivering = asyncio.create_task(
-        keep_delivering(
+async def upkeep(context: Context) -> AsyncIterator[None]:
+    """Follow the model repository, and deliver webhooks if there is a secret to sign them with."""
+    tasks = [asyncio.create_task(_follow_models(context))]
+    if context.settings.webhook_secret is not None:
+        delivering = keep_delivering(
             context.queue,
             partial(webhook_message, context),
             context.settings.webhook_secret,
             allow_private=context.settings.webhook_allow_private,
+            on_attempt=context.metrics.webhook_delivery,
         )
-    )
+        tasks.append(asyncio.create_task(delivering))
     try:
         yield
     finally:
-        delivering.cancel()
-        await asyncio.wait([delivering])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 def child_env(settings: Settings) -> dict[str, str]:
     """Return the environment that gives a child these settings; secrets stay out of the process list."""
-    values = settings.model_dump(mode="json", exclude_none=True)
+    # The port of metrics is one worker's: several children could not share it, and the API shows theirs.
+    values = settings.model_dump(mode="json", exclude_none=True, exclude={"metrics_port"})
     env = {name: value for name, value in os.environ.items() if not name.upper().startswith("FLASHBULB_")}
     for name, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -190,6 +212,17 @@ def _http_server(settings: Settings, app: object) -> _Server:
     return _Server(config)
 
 
+async def _stop_serving(
+    settings: Settings, context: Context, server: _Server, serving: "asyncio.Task[None]"
+) -> None:
+    """Say that we stop, give load balancers the time to hear it, then finish what clients wait for."""
+    context.draining.set()
+    if not serving.done():
+        await asyncio.wait({serving}, timeout=settings.drain_notice_s)
+    server.should_exit = True
+    await serving
+
+
 async def _when_ready(context: Context) -> None:
     """Return when a request would be answered; asked at start only, when nobody can tell us."""
     while True:
@@ -197,6 +230,17 @@ async def _when_ready(context: Context) -> None:
             await check_ready(context)
             return
         await asyncio.sleep(READY_CHECK_S)
+
+
+async def _follow_models(context: Context) -> None:
+    """Keep the catalog at what the repository holds and workers have ready, until this task is cancelled."""
+    while True:
+        await asyncio.sleep(CATALOG_INTERVAL_S)
+        try:
+            workers = await context.presence.workers()
+            context.catalog.refresh(context.settings.models, partial(serves, workers))
+        except (ServiceError, OSError) as error:
+            log.warning("the list of models was not refreshed: %s", error)
 
 
 async def _until(stop: asyncio.Event, *tasks: "asyncio.Task[None]") -> None:

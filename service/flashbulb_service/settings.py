@@ -15,7 +15,7 @@ from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.tenants.access import AuthMode
 from flashbulb_service.webhooks import secret_key
 
-BackendName = Literal["onnx"]
+BackendName = Literal["onnx", "synthetic"]
 
 
 def state_folder() -> Path:
@@ -64,21 +64,57 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=32 << 20, gt=0, description="body of a request with pictures")
     max_prompt_chars: int = Field(default=2000, gt=0)
     request_timeout_s: float = Field(default=600.0, gt=0)
+    slo_s: float = Field(default=60.0, gt=0, description="deadline of requests that name none")
+    slo_long_s: float = Field(default=3600.0, gt=0, description="the same for long work, such as videos")
 
     # the worker
     backend: BackendName = "onnx"
+    synthetic: str = Field(
+        default="", description="JSON options of the synthetic backend: see backends/synthetic.py"
+    )
     threads: int = Field(default=0, ge=0, description="threads of one worker's operators; 0: one per core")
     max_batch: int = Field(default=64, ge=1, description="upper limit on top of what each bundle allows")
+    determinism: Literal["strict", "fast"] = Field(
+        default="strict", description="strict: equal bytes in any batch; fast: any batch size as it comes"
+    )
+    embedding_cache_mb: int = Field(default=64, ge=0, description="memory for embeddings of repeated prompts")
     lease_s: float = Field(
         default=10.0, gt=0, description="a batch whose worker is silent this long is retried"
     )
     drain_s: float = Field(default=30.0, ge=0, description="time a stopping worker has for the batch in hand")
+    drain_notice_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="a stopping API says 503 on /readyz this long before it takes no more connections",
+    )
+
+    # what a picture says about itself (docs/safety.md)
+    mark_pictures: bool = Field(
+        default=True, description="AI-generated mark and receipt as XMP in every file"
+    )
+    mark_prompts: bool = Field(default=False, description="the mark also tells the prompt")
+    c2pa_certificate: Path | None = Field(default=None, description="PEM chain; with c2pa_key: sign files")
+    c2pa_key: Path | None = Field(default=None, description="PEM private key of the certificate")
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+
+    # what may be asked for and shown (docs/safety.md)
+    blocked_words: Path | None = Field(default=None, description="file: prompts with one of them are refused")
+    image_checker: str | None = Field(
+        default=None, description="module:factory, such as flashbulb_service.nsfw:NsfwChecker"
+    )
+    image_threshold: float = Field(
+        default=0.5, ge=0, le=1, description="score from which NsfwChecker holds pictures back"
+    )
 
     # results
     results_ttl_s: float = Field(
         default=24 * 3600.0, gt=0, description="pictures in file:// stores live this long"
     )
 
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(
+        default=None, ge=0, le=65535, description="a worker's own /metrics; absent: only through the API's"
+    )
     log_format: Literal["console", "json"] = "console"
 
     @field_validator("webhook_secret")

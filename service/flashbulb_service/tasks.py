@@ -15,7 +15,8 @@ MAX_SEED = 2**63 - 1
 class ImageTask(BaseModel):
     """One picture to make: one row of a batch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # An error of validation goes into the log and to clients: it must not quote somebody's prompt.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     prompt: str
     seed: int = Field(ge=0, le=MAX_SEED)
@@ -24,6 +25,7 @@ class ImageTask(BaseModel):
     height: int = Field(gt=0)
     image_format: ImageFormat = "png"
     quality: int = Field(default=DEFAULT_QUALITY, ge=0, le=100)
+    request_id: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_-]*$")  # for the log only
 
     def to_bytes(self) -> bytes:
         """Write the task as JSON."""
@@ -42,7 +44,7 @@ class ImageTask(BaseModel):
 class ImageOutcome(BaseModel):
     """Where a finished picture lies and what it cost."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     file: str  # result id in the result store
     batch_size: int = Field(ge=1)
@@ -50,6 +52,7 @@ class ImageOutcome(BaseModel):
     encode_ms: float
     stages_ms: dict[str, float] = Field(default_factory=dict)  # parts of batch_ms
     bundle_sha256: str  # of the manifest: traces the picture to the student and its parents
+    backend: str = "unknown"  # what drew it
 
     def to_bytes(self) -> bytes:
         """Write the outcome as JSON."""

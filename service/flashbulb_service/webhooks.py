@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flashbulb_service.errors import InvalidRequest, QueueUnavailable
+from flashbulb_service.outages import OutageLog
 from flashbulb_service.queue import Queue
 
 log = logging.getLogger(__name__)
@@ -221,37 +222,57 @@ MessageOf = Callable[
 ]  # request id -> what to say; None: nothing, or it is gone
 
 
-async def keep_delivering(queue: Queue, message_of: MessageOf, secret: str, *, allow_private: bool) -> None:
-    """Deliver due hooks for ever, until the task is cancelled; outages are logged and survived."""
+async def keep_delivering(
+    queue: Queue,
+    message_of: MessageOf,
+    secret: str,
+    *,
+    allow_private: bool,
+    on_attempt: Callable[[str], None] = lambda result: None,
+) -> None:
+    """Deliver due hooks for ever, until the task is cancelled; outages are logged and survived.
+
+    Args:
+        on_attempt: told of every call how it ended: "delivered", "retried" or "given_up".
+    """
     key = secret_key(secret)
+    outage = OutageLog(log, "webhooks interrupted")
     while True:
         try:
             due, next_s = await queue.due_hooks(LEASE_S)
-            await asyncio.gather(
+            outage.worked()
+            results = await asyncio.gather(
                 *(_attempt(queue, message_of, key, lead, number, allow_private) for lead, number in due)
             )
+            for result in results:
+                if result is not None:
+                    on_attempt(result)
             if not due:
                 await queue.wait_for_hooks(IDLE_S if next_s is None else min(max(next_s, 0.01), IDLE_S))
         except QueueUnavailable as error:
-            log.warning("webhooks interrupted: %s", error)
+            outage.failed(error)
             await asyncio.sleep(0.5)
 
 
 async def _attempt(
     queue: Queue, message_of: MessageOf, key: bytes, lead: str, number: int, allow_private: bool
-) -> None:
+) -> str | None:
+    """Try once; return how it ended, None when there was nothing to say."""
     message = await message_of(lead)
     again_in_s: float | None = None
+    result: str | None = None
     if message is not None:
         try:
             status = await deliver(message, key, allow_private=allow_private, now=int(time.time()))
             outcome = f"status {status}"
-            failed = not 200 <= status < 300 and status != 410  # gone: the receiver wants no more
+            result = "delivered" if 200 <= status < 300 else "given_up" if status == 410 else "retried"
         except InvalidRequest as error:
-            outcome, failed = error.message, False  # it will not become better
+            outcome, result = error.message, "given_up"  # it will not become better
         except DeliveryError as error:
-            outcome, failed = str(error), True
-        if failed:
+            outcome, result = str(error), "retried"
+        if result == "retried":
             again_in_s = retry_delay_s(number, random.random())
+            result = "given_up" if again_in_s is None else result
         log.info("webhook %s, attempt %d: %s", message.id, number, outcome)
     await queue.hook_done(lead, number, again_in_s=again_in_s)
+    return result

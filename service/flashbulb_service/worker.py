@@ -1,6 +1,4 @@
-"""The worker: claims batches, runs them on a backend, stores the pictures, commits the results.
-
-    claim ─► heartbeat beside: backend in a thread ─► encode ─► result store ─► complete (fenced)
+"""The worker: claims batches and gives them to its pipeline, which draws, stores and commits them.
 
 A lost worker's batch is run again elsewhere; equal requests give equal bytes, so it does not matter who
 stores them last, and the fenced commit lets exactly one result stand.
@@ -13,49 +11,41 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
-import numpy as np
-
-from flashbulb_service.backends import Backend, Generated, ImageRequest, create_backend
+from flashbulb_service.backends.embeddings import EmbeddingCache
+from flashbulb_service.calibration import batch_sizes, load_student
 from flashbulb_service.catalog import Model
-from flashbulb_service.errors import BackendError, QueueUnavailable
-from flashbulb_service.images import encode_image
-from flashbulb_service.jobs import Job, JobError
+from flashbulb_service.errors import QueueUnavailable
+from flashbulb_service.outages import OutageLog
 from flashbulb_service.parts import load_catalog, open_parts
-from flashbulb_service.presence import INTERVAL_S, LiveWorker, Presence
+from flashbulb_service.pipeline import LoadedModel, OnPreview, Pipeline
+from flashbulb_service.presence import INTERVAL_S, TTL_S, LiveWorker, Presence
+from flashbulb_service.provenance import Marker
 from flashbulb_service.queue import Queue
-from flashbulb_service.results import ResultStore, result_id
-from flashbulb_service.scheduler import batch_cap, in_chunks, split_suspects
+from flashbulb_service.repository import Repository
+from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import ImageChecker, image_checker_of
+from flashbulb_service.scheduler import Plan, Scheduler, Window, bucket_name, choose_lane
 from flashbulb_service.settings import Settings
-from flashbulb_service.tasks import ImageOutcome, ImageTask
+from flashbulb_service.timing import Tau
+from flashbulb_service.worker_metrics import WorkerMetrics, serve_metrics
 
 log = logging.getLogger(__name__)
 
 IDLE_S = 5.0  # longest single wait for work; a wake-up ends it at once
 CLEAN_INTERVAL_S = 600.0
 OUTAGE_BACKOFF_S = 0.5
+SCAN_INTERVAL_S = 2.0
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with the backend that holds it, and the largest batch worth forming."""
-
-    model: Model
-    backend: Backend
-    cap: int
-
-
-def load_model(model: Model, backend: Backend, *, backend_name: str, max_batch: int) -> LoadedModel:
-    """Load a bundle into a backend and choose its batch cap."""
-    backend.load(model.bundle)
-    manifest = model.bundle.manifest
-    return LoadedModel(
-        model, backend, batch_cap(manifest.max_batch, max_batch, manifest.calibration.get(backend_name))
-    )
+def load_model(model: Model, settings: Settings, cache: EmbeddingCache) -> LoadedModel:
+    """Load a verified bundle, and warm up every batch size that will be used."""
+    known = load_student(model.bundle, settings, cache)
+    canonical = known.student.canonical
+    known.student.warm_up(*model.sizes[0], [canonical] if canonical else batch_sizes(known.cap))
+    return LoadedModel(model, known.student, known.cap, known.times_ms)
 
 
 def new_worker_id() -> str:
@@ -75,17 +65,41 @@ class Worker:
         *,
         backend_name: str,
         lease_s: float,
+        marker: Marker | None = None,
+        checker: ImageChecker | None = None,
+        metrics: WorkerMetrics | None = None,
+        cache: EmbeddingCache | None = None,
         worker_id: str | None = None,
+        on_preview: OnPreview | None = None,
+        repository: Repository | None = None,
     ) -> None:
         """Keep the parts; nothing runs before `run`."""
         self._queue = queue
         self._results = results
         self._presence = presence
-        self._models: Mapping[str, LoadedModel] = {loaded.model.id: loaded for loaded in models}
+        self._repository = repository
+        self._models: dict[str, LoadedModel] = {}
         self._lease_s = lease_s
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._scheduler = Scheduler()
         self.id = worker_id or new_worker_id()
-        self._me = LiveWorker(self.id, tuple(self._models), backend_name)
+        self._metrics = metrics or WorkerMetrics()
+        self._pipeline = Pipeline(
+            queue,
+            results,
+            self._scheduler,
+            self.id,
+            backend_name=backend_name,
+            lease_s=lease_s,
+            marker=marker or Marker(),
+            checker=checker,
+            metrics=self._metrics,
+            cache=cache,
+            server_time=lambda: time.time() + presence.clock_offset_s,
+            on_preview=on_preview,
+        )
+        self._backend_name = backend_name
+        for loaded in models:
+            self._serve_model(loaded)
 
     async def run(self, stop: asyncio.Event, *, drain_s: float) -> bool:
         """Serve until `stop` is set, then finish the batch in hand, or hand it back after `drain_s`.
@@ -93,166 +107,112 @@ class Worker:
         Returns:
             True when the last batch was finished, False when it was handed back.
         """
-        upkeep = [
-            asyncio.create_task(self._queue.keep_reaping()),
-            asyncio.create_task(self._keep_present()),
-            asyncio.create_task(self._keep_clean()),
-        ]
+        announcing = [asyncio.create_task(self._keep_present()), asyncio.create_task(self._keep_models())]
+        upkeep = [asyncio.create_task(self._queue.keep_reaping()), asyncio.create_task(self._keep_clean())]
         serving = asyncio.create_task(self._serve(stop))
         stopping = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._withdraw(announcing)  # first of all: nobody shall count on us any more
             drained, _ = await asyncio.wait({serving}, timeout=drain_s)
             if drained:
                 serving.result()
             return bool(drained)
         finally:
-            await _cancel([serving, stopping, *upkeep])
-            with contextlib.suppress(QueueUnavailable):
-                await self._presence.withdraw(self._me)
-            self._device.shutdown(wait=False)
+            await _cancel([serving, stopping])
+            await self._pipeline.close()
+            await _cancel(upkeep)
+            await self._withdraw(announcing)
+
+    async def _withdraw(self, announcing: "Sequence[asyncio.Task[None]]") -> None:
+        await _cancel(announcing)
+        with contextlib.suppress(QueueUnavailable):
+            await self._presence.withdraw(self._me)
 
     async def _serve(self, stop: asyncio.Event) -> None:
-        names = list(self._models)
-        most = max(loaded.cap for loaded in self._models.values())
+        outage = OutageLog(log, "queue out of reach, trying again")
         while not stop.is_set():
             try:
-                jobs = await self._queue.claim(self.id, names, most, self._lease_s)
+                await _unless(stop, self._pipeline.room())
+                if stop.is_set():
+                    break
+                models = dict(self._models)  # the scan may change it while we wait
+                names = list(models)
+                if not names:  # all of them were removed
+                    await _unless(stop, asyncio.sleep(SCAN_INTERVAL_S))
+                    continue
+                most = max(loaded.cap for loaded in models.values())
+                jobs = await self._queue.claim(self.id, names, most, self._lease_s, plan=self._plan)
+                outage.worked()
                 if jobs:
-                    await self._run_claimed(jobs)
+                    self._pipeline.submit(models[jobs[0].model], jobs)
                 else:
                     await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
             except QueueUnavailable as error:
-                log.warning("queue out of reach, trying again: %s", error.message)
+                outage.failed(error)
                 await _unless(stop, asyncio.sleep(OUTAGE_BACKOFF_S))
+        await self._pipeline.drain()
 
-    async def _run_claimed(self, jobs: list[Job]) -> None:
-        """Run jobs of one bucket; whatever happens, none of them stays leased when this ends."""
-        loaded = self._models[jobs[0].model]
-        try:
-            now, later = split_suspects(jobs)
-            if later:
-                await self._queue.release(self.id, later)
-            async with self._heartbeats(now) as lost:
-                for chunk in in_chunks(now, loaded.cap):
-                    await self._run_batch(loaded, chunk, lost)
-        except BaseException:  # finished jobs are no longer ours, so this hands back only the rest
-            with contextlib.suppress(QueueUnavailable):
-                await self._queue.release(self.id, jobs)
-            raise
-
-    async def _run_batch(self, loaded: LoadedModel, jobs: list[Job], lost: set[str]) -> None:
-        tasks: dict[str, ImageTask] = {}
-        for job in jobs:
-            if job.id in lost:
-                continue
-            try:
-                tasks[job.id] = ImageTask.from_bytes(job.payload)
-            except ValueError as error:
-                await self._fail(job, "invalid_task", error, retry=False)
-        rows = [job for job in jobs if job.id in tasks]
-        if not rows:
-            return
-        start = time.perf_counter()
-        try:
-            generated = await self._generate(loaded, [tasks[job.id] for job in rows])
-        except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
-            await self._after_failure(loaded, rows, error, lost)
-            return
-        batch_ms = (time.perf_counter() - start) * 1000
-        log.info("batch of %d of %s in %.1f ms", len(rows), loaded.model.id, batch_ms)
-        batch = (len(rows), batch_ms, generated.stages_ms)
-        deliveries = [
-            self._deliver(loaded, job, tasks[job.id], pixels, batch)
-            for job, pixels in zip(rows, generated.images, strict=True)
-            if job.id not in lost
-        ]
-        for ended in await asyncio.gather(*deliveries, return_exceptions=True):
-            if isinstance(ended, BaseException):
-                raise ended
-
-    async def _generate(self, loaded: LoadedModel, tasks: Sequence[ImageTask]) -> Generated:
-        requests = [ImageRequest(t.prompt, t.seed, t.index, t.width, t.height) for t in tasks]
-        loop = asyncio.get_running_loop()
-        generated = await loop.run_in_executor(self._device, loaded.backend.generate, requests)
-        if len(generated.images) != len(requests):
-            raise BackendError(
-                f"expected {len(requests)} pictures of the backend, got {len(generated.images)}"
-            )
-        return generated
-
-    async def _after_failure(
-        self, loaded: LoadedModel, rows: list[Job], error: Exception, lost: set[str]
-    ) -> None:
-        """Find the row that spoils the batch: run each alone, so that innocent rows burn no attempt."""
-        if len(rows) == 1:
-            await self._fail(rows[0], "backend_error", error, retry=True)
-            return
-        log.warning("batch of %d failed, running its rows one by one: %s", len(rows), _one_line(error))
-        for job in rows:
-            await self._run_batch(loaded, [job], lost)
-
-    async def _deliver(
-        self,
-        loaded: LoadedModel,
-        job: Job,
-        task: ImageTask,
-        pixels: np.ndarray,
-        batch: tuple[int, float, dict[str, float]],
-    ) -> None:
-        """Encode, store, then commit: a result that is announced can be read."""
-        start = time.perf_counter()
-        try:
-            data = await asyncio.to_thread(encode_image, pixels, task.image_format, task.quality)
-            file = result_id(job.id, task.image_format)
-            await self._results.put(file, data)
-        except Exception as error:  # noqa: BLE001  so does what a store raises
-            await self._fail(job, "store_failed", error, retry=True)
-            return
-        size, batch_ms, stages_ms = batch
-        outcome = ImageOutcome(
-            file=file,
-            batch_size=size,
-            batch_ms=batch_ms,
-            encode_ms=(time.perf_counter() - start) * 1000,
-            stages_ms=stages_ms,
-            bundle_sha256=loaded.model.bundle.sha256,
-        )
-        if not await self._queue.complete(
-            self.id, job, outcome.to_bytes(), device_ms=outcome.batch_ms / outcome.batch_size
-        ):
-            log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
-
-    async def _fail(self, job: Job, code: str, error: Exception, *, retry: bool) -> None:
-        log.error("job %s, attempt %d: %s: %s", job.id, job.attempt, code, _one_line(error))
-        await self._queue.fail(self.id, job, JobError(code, _one_line(error)), retry=retry)
-
-    @contextlib.asynccontextmanager
-    async def _heartbeats(self, jobs: Sequence[Job]) -> AsyncIterator[set[str]]:
-        """Keep the leases alive; the yielded set fills with the ids that are no longer ours."""
-        lost: set[str] = set()
-
-        async def beat() -> None:
-            while True:
-                await asyncio.sleep(self._lease_s / 3)
-                try:
-                    lost.update(await self._queue.heartbeat(self.id, jobs, self._lease_s))
-                except QueueUnavailable as error:
-                    log.warning("heartbeat missed: %s", error.message)
-
-        beating = asyncio.create_task(beat())
-        try:
-            yield lost
-        finally:
-            await _cancel([beating])
+    def _plan(self, window: Window) -> Plan | None:
+        plan = self._scheduler.plan(window)
+        if plan is not None and plan.drop:
+            self._metrics.deadline_missed(plan.model, len(plan.drop))
+        return plan
 
     async def _keep_present(self) -> None:
+        outage = OutageLog(log, "cannot say that this worker lives")
         while True:
             try:
-                await self._presence.announce(self._me)
+                await self._presence.announce(self._me, metrics=self._metrics.exposition())
+                await self._queue.publish_times(self.id, self._known_times(), TTL_S)
+                outage.worked()
             except QueueUnavailable as error:
-                log.warning("cannot say that this worker lives: %s", error.message)
+                outage.failed(error)
             await asyncio.sleep(INTERVAL_S)
+
+    def _known_times(self) -> dict[tuple[str, str], tuple[Tau, int]]:
+        """Return (model, bucket) -> time model and cap, of every bucket whose time is known."""
+        known = {}
+        for model_id, loaded in self._models.items():
+            manifest = loaded.model.bundle.manifest
+            lane = choose_lane(manifest.task, manifest.calibration.get(self._backend_name))
+            for shape in manifest.shapes:
+                bucket = bucket_name(model_id, shape.width, shape.height, len(manifest.time_steps), lane)
+                facts = self._scheduler.facts(model_id, bucket)
+                if facts.tau is not None:
+                    known[model_id, bucket] = (facts.tau, facts.cap)
+        return known
+
+    def _serve_model(self, loaded: LoadedModel) -> None:
+        self._scheduler.add(loaded.model.id, loaded.cap, loaded.times_ms)
+        self._models[loaded.model.id] = loaded
+
+    async def _keep_models(self) -> None:
+        """Serve what appears in the repository, and nothing that is gone; batches in hand keep their model."""
+        while self._repository is not None:
+            await asyncio.sleep(SCAN_INTERVAL_S)
+            try:
+                ready, gone = await asyncio.to_thread(self._repository.scan)
+            except OSError as error:
+                log.warning("cannot look through the model repository: %s", error)
+                continue
+            if not ready and not gone:
+                continue
+            with contextlib.suppress(QueueUnavailable):
+                await self._presence.withdraw(self._me)  # the entry of the old set of models
+            for model_id in gone:
+                if self._models.pop(model_id, None):
+                    self._scheduler.forget(model_id)
+                    log.info("model %s is gone from the repository and served no longer", model_id)
+            for loaded in ready:
+                self._serve_model(loaded)
+                log.info("model %s is ready (batches of %d)", loaded.model.id, loaded.cap)
+            with contextlib.suppress(QueueUnavailable):
+                await self._presence.announce(self._me)
+
+    @property
+    def _me(self) -> LiveWorker:
+        return LiveWorker(self.id, tuple(self._models), self._backend_name)
 
     async def _keep_clean(self) -> None:
         while True:
@@ -276,26 +236,38 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
     """
     async with open_parts(settings) as (queue, results, presence):  # first, since it refuses settings at once
         start = time.perf_counter()
-        loaded = [
-            load_model(
-                model,
-                create_backend(settings.backend, threads=settings.threads),
-                backend_name=settings.backend,
-                max_batch=settings.max_batch,
-            )
-            for model in load_catalog(settings, verify=True).models
-        ]
+        cache = EmbeddingCache(settings.embedding_cache_mb << 20)
+        metrics, checker = WorkerMetrics(), image_checker_of(settings)
+
+        def load(model: Model) -> LoadedModel:
+            begin = time.perf_counter()
+            ready = load_model(model, settings, cache)
+            metrics.model_loaded(model.id, time.perf_counter() - begin)
+            return ready
+
+        loaded = [load(model) for model in load_catalog(settings, verify=True).models]
         names = ", ".join(f"{one.model.id} (batches of {one.cap})" for one in loaded)
         log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
         worker = Worker(
-            queue, results, presence, loaded, backend_name=settings.backend, lease_s=settings.lease_s
+            queue,
+            results,
+            presence,
+            loaded,
+            backend_name=settings.backend,
+            lease_s=settings.lease_s,
+            marker=Marker.from_settings(settings),
+            checker=checker,
+            metrics=metrics,
+            cache=cache,
+            repository=Repository(settings.models, load, [one.model for one in loaded]),
         )
         log.info("worker %s serves", worker.id)
         try:
-            return await worker.run(stop, drain_s=settings.drain_s)
+            with serve_metrics(metrics, settings.metrics_host, settings.metrics_port):
+                return await worker.run(stop, drain_s=settings.drain_s)
         finally:
             for one in loaded:
-                one.backend.close()
+                one.student.backend.close()
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
@@ -307,11 +279,6 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> Non
             working.result()
     finally:
         await _cancel([working, stopping])
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

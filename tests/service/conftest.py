@@ -125,21 +125,24 @@ async def assert_invariants(queue: Queue) -> None:
         assert waiting == {job_id: float(jobs[job_id]["enqueued"]) for job_id in of_model}
         ready = {}
         for bucket in {jobs[job_id]["bucket"] for job_id in of_model}:
-            key = f"{tag}:b:{model}:{bucket}"
-            content = await scores(key)
-            assert content == {
-                job_id: float(jobs[job_id]["score"])
-                for job_id in of_model
-                if jobs[job_id]["bucket"] == bucket
-            }
-            ready[bucket] = min(content.values())
-            expected.add(key)
+            due = {j: float(jobs[j]["due"]) for j in of_model if jobs[j]["bucket"] == bucket}
+            assert await scores(f"{tag}:due:{model}:{bucket}") == due
+            ready[bucket] = min(due.values())
+            tenants = {jobs[job_id]["tenant"] for job_id in due}
+            assert set(await scores(f"{tag}:t:{model}:{bucket}")) == tenants
+            for tenant in tenants:
+                key = f"{tag}:b:{model}:{bucket}:{tenant}"
+                assert await scores(key) == {j: at for j, at in due.items() if jobs[j]["tenant"] == tenant}
+                expected.add(key)
+            expected |= {f"{tag}:due:{model}:{bucket}", f"{tag}:t:{model}:{bucket}"}
         assert await scores(f"{tag}:ready:{model}") == ready
         assert await db.llen(f"{tag}:wake:{model}") <= 1
-        expected |= {f"{tag}:{name}:{model}" for name in ("waiting", "ready", "wake", "tags")}
+        expected |= {f"{tag}:{name}:{model}" for name in ("waiting", "ready", "wake")}
     assert {model.decode() for model in await db.smembers(f"{tag}:models")} == backlog
     assert {model.decode() for model in await db.hkeys(f"{tag}:clock")} <= backlog
     expected |= {f"{tag}:models", f"{tag}:clock"}
+    if backlog:  # the accounts last as long as anybody waits
+        expected |= {f"{tag}:used", f"{tag}:lanes"}
     for lead in await scores(f"{tag}:hooks"):
         assert jobs[lead]["open"] == "0"
     assert await db.llen(f"{tag}:hooks:wake") <= 1

@@ -101,8 +101,26 @@ def test_second_start_in_the_same_folder_joins_the_first(server, folder):
         assert (server.owned, second.owned) == (True, False)
         assert second.url == server.url
         assert second.pid is None
+        assert second.owner_pid == os.getpid()
     with connect(server.url) as client:  # the end of the guest is not the end of the server
         assert client.ping()
+
+
+def test_a_server_that_outlived_its_owner_is_replaced(folder, server_binary):
+    """As on macOS, where the kernel sends no signal: joining it would leave it without a supervisor."""
+    binary = find_server(server_binary)
+    orphaning = 'from flashbulb_service import embedded\nembedded._TRAMPOLINE = "import os, sys;'
+    orphaning += ' os.execv(sys.argv[2], sys.argv[2:])"\n'
+    command = [sys.executable, "-c", orphaning + PARENT, str(folder), str(binary)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        orphan = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+    assert is_running(orphan)
+    with EmbeddedServer(folder, binary=server_binary) as server, connect(server.url) as client:
+        assert server.owned
+        assert not is_running(orphan)
+        assert client.get("kept") == "yes"
 
 
 def test_simultaneous_starts_make_one_server(folder, server_binary):

@@ -43,6 +43,7 @@ def test_a_teacher_becomes_a_student_that_is_served(tmp_path):
     overrides = [
         f"teacher={teacher}", f"prompts={tmp_path / 'prompts.txt'}", f"evaluate.reference={reference}",
         "precision=float32", "pairs.count=8", "pairs.num_steps=2", "pairs.batch_size=4",
+        "regression.steps=3", "regression.batch_size=4",
         "adp.steps=3", "adp.batch_size=4", "adp.pixel_batch=2", "adp.warmup_steps=1", "adp.taps=[-1,0,1]",
         "adm.steps=3", "adm.batch_size=4", "adm.warmup_steps=1", "adm.taps=[-1,0,1]",
         "evaluate.num_seeds=2", "evaluate.teacher_steps=2", "evaluate.num_components=4", "export.max_batch=4",

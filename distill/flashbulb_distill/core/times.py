@@ -6,12 +6,19 @@ from numpy.typing import NDArray
 Times = NDArray[np.float64]
 
 
-def cubic_times(u: Times) -> Times:
-    """Return 1 - u^3: ADP's schedule, biased to high noise (mean 3/4, median 7/8).
+def biased_times(u: Times, power: float = 3.0) -> Times:
+    """Return 1 - u^power: biased to high noise, the more the higher the power.
+
+    Power 3 is ADP's own "cubic" schedule (mean 3/4, median 7/8). A higher one spends a one-step student's training
+    where it will be used, at t = 1: with power 10, 63 % of the times lie above 0.99.
 
     Source: arXiv 2507.18569, section on adversarial distillation pre-training.
+    Raises:
+        ValueError: power < 1.
     """
-    return 1 - u**3
+    if power < 1:
+        raise ValueError(f"expected a power of at least 1, got {power}")
+    return 1 - u**power
 
 
 def adm_times(u: Times, *, low: float, high: float) -> Times:

@@ -15,6 +15,19 @@ def time_features(t: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def timed_layers(channels: int, width: int, out: int) -> nn.Sequential:
+    """Make three hidden layers that read a vector [b, channels] beside its time features, into [b, out]."""
+    return nn.Sequential(
+        nn.Linear(channels + TIME_FEATURES, width),
+        nn.SiLU(),
+        nn.Linear(width, width),
+        nn.SiLU(),
+        nn.Linear(width, width),
+        nn.SiLU(),
+        nn.Linear(width, out),
+    )
+
+
 class Head(nn.Module):
     """Read one feature map [b, channels, h, w] at times [b] into logits [b, places].
 
@@ -49,15 +62,7 @@ class VectorHead(nn.Module):
 
     def __init__(self, channels: int, width: int = 128) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(channels + TIME_FEATURES, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 1),
-        )
+        self.body = timed_layers(channels, width, 1)
 
     def forward(self, features: Tensor, t: Tensor) -> Tensor:
         """Return the logit [b, 1]."""

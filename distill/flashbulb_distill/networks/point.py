@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.schedule import Schedule
 from ..teachers.denoiser import Condition, Denoiser
-from .heads import TIME_FEATURES, time_features
+from .heads import time_features, timed_layers
 
 
 class PointDenoiser(Denoiser):
@@ -18,15 +18,7 @@ class PointDenoiser(Denoiser):
 
     def __init__(self, channels: int, width: int = 64) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(channels + TIME_FEATURES, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, channels),
-        )
+        self.body = timed_layers(channels, width, channels)
 
     def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Return the estimate, the shape of xt."""

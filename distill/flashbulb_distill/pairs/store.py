@@ -47,6 +47,7 @@ def start_store(folder: Path, prompts: tuple[str, ...]) -> int:
             )
     else:
         path.write_text(json.dumps(prompts))
+    _drop_torn_line(folder / INDEX)
     return sum(entry["count"] for entry in _entries(folder))
 
 
@@ -85,5 +86,14 @@ def read_pairs(folder: Path) -> Pairs:
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
+    """Read the index; a last line without its end was torn by an interruption, and its shard does not count."""
     path = folder / INDEX
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line without its end, so that the next one does not continue it."""
+    data = path.read_bytes() if path.exists() else b""
+    if data and not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..core.draws import Draws
 from ..core.schedule import add_noise
-from ..core.times import cubic_times
+from ..core.times import biased_times
 from ..losses import discriminator_hinge, generator_hinge
 from ..pairs.store import Pairs
 from ..teachers.denoiser import Condition, Denoiser, spread
@@ -53,7 +53,7 @@ class Adp:
         picks = torch.from_numpy(draws.integers("adp/pair", step, rows, len(self.pairs)))
         x_0, x_T = self.pairs.x_0[picks], self.pairs.x_T[picks]
         cond = self.cond.take(self.pairs.prompt[picks])
-        t = torch.from_numpy(cubic_times(draws.uniform("adp/time", step, rows))).float()
+        t = torch.from_numpy(biased_times(draws.uniform("adp/time", step, rows), recipe.time_power)).float()
         xt = add_noise("rectified-flow", x_0, x_T, spread(t, x_0))
         with torch.set_grad_enabled(moves):
             fake = self.student.x0(xt, t, cond)

@@ -48,6 +48,9 @@ class RegressionRecipe(StageRecipe):
 
     rate: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
+    time_power: float = Field(
+        default=3.0, ge=1, description="t = 1 - u^power; 3 is the paper's cubic schedule"
+    )
 
 
 class AdversarialRecipe(StageRecipe):
@@ -61,6 +64,9 @@ class AdversarialRecipe(StageRecipe):
 class AdpRecipe(AdversarialRecipe):
     """Adversarial distillation pre-training (arXiv 2507.18569)."""
 
+    time_power: float = Field(
+        default=3.0, ge=1, description="t = 1 - u^power; 3 is the paper's cubic schedule"
+    )
     lambda_latent: float = Field(default=0.85, ge=0)
     lambda_pixel: float = Field(default=0.15, ge=0)
     pixel_taps: tuple[int, ...] = ()
@@ -120,8 +126,8 @@ class Recipe(Strict):
     export: ExportRecipe
 
     def sha256(self) -> str:
-        """Return the hash of the resolved recipe."""
-        return digest(self.model_dump(mode="json"))
+        """Return the hash of the resolved recipe; a part that is left out has no say in it."""
+        return digest(self.model_dump(mode="json", exclude_none=True))
 
 
 class RecipeError(ValueError):

@@ -8,8 +8,9 @@ from typing import Any
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import ResultNotFound
 from flashbulb_service.api.usage import count_usage
-from flashbulb_service.errors import JobCancelled, JobFailed
+from flashbulb_service.errors import JobCancelled, JobFailed, UnknownModel
 from flashbulb_service.jobs import JobState, JobView
+from flashbulb_service.receipts import Receipt, make_receipt
 from flashbulb_service.tasks import ImageOutcome, RequestRecord
 
 AddressOf = Callable[[str], str]  # result id -> URL
@@ -53,12 +54,18 @@ def summarise(pictures: Sequence[Picture]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in timings.items()}
 
 
+def overhead_ms(pictures: Sequence[Picture], total_ms: float) -> float:
+    """Return what of a request's time was neither waiting, drawing nor encoding of its slowest picture."""
+    return total_ms - max(p.queue_ms + p.outcome.batch_ms + p.outcome.encode_ms for p in pictures)
+
+
 async def images_answer(
     context: Context, record: RequestRecord, views: Sequence[JobView], address_of: AddressOf
-) -> dict[str, Any]:
-    """Build the answer of the images route."""
+) -> tuple[dict[str, Any], Receipt]:
+    """Build the answer of the images route, and its receipt."""
     pictures = [finished(view) for view in views]
-    return {
+    receipt = make_receipt(record.model, [picture.outcome for picture in pictures], summarise(pictures))
+    answer = {
         "created": int(views[0].enqueued_at),
         "data": [
             {**await _content(context, record, picture, address_of), "seed": record.seed, "index": index}
@@ -70,9 +77,11 @@ async def images_answer(
         "size": record.size,
         "usage": usage(context, record, record.n),
         "model": record.model,
-        "timings": summarise(pictures),
-        "batch_size": max(picture.outcome.batch_size for picture in pictures),
+        "timings": dict(receipt.timings),
+        "batch_size": receipt.batch_size,
+        "receipt": receipt.body(),
     }
+    return answer, receipt
 
 
 async def stream_events(
@@ -100,9 +109,13 @@ async def stream_events(
     return events
 
 
-def usage(context: Context, record: RequestRecord, n: int) -> dict[str, Any]:
-    """Count what a request, or one picture of it, used."""
-    return count_usage(context.catalog.find(record.model), record.prompt, record.width, record.height, n)
+def usage(context: Context, record: RequestRecord, n: int) -> dict[str, Any] | None:
+    """Count what a request, or one picture of it, used; None when its model has left the repository since."""
+    try:
+        model = context.catalog.find(record.model)
+    except UnknownModel:
+        return None
+    return count_usage(model, record.prompt, record.width, record.height, n)
 
 
 async def _content(

@@ -1,6 +1,7 @@
 """What the routes of one app share, handed over by `create_app`."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
@@ -10,6 +11,7 @@ from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import WordList
 from flashbulb_service.settings import Settings
 from flashbulb_service.tenants.store import KeyStore
 
@@ -25,6 +27,8 @@ class Context:
     catalog: Catalog
     metrics: Metrics
     keys: KeyStore
+    words: WordList = field(default_factory=lambda: WordList([]))  # that no prompt may have
+    draining: asyncio.Event = field(default_factory=asyncio.Event)  # set: this process stops soon
 
 
 def context_of(request: Request) -> Context:

@@ -167,6 +167,8 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(499, error.code, error.message)
         case JobFailed(error_code="deadline_exceeded"):
             return ErrorAnswer(504, error.error_code, error.message, headers=NO_RETRY)
+        case JobFailed(error_code="content_policy_violation"):
+            return ErrorAnswer(400, error.error_code, error.message, "prompt", NO_RETRY)
         case JobFailed():
             return ErrorAnswer(500, error.error_code, error.message)
         case QueueUnavailable() | NotReady():

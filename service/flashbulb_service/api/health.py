@@ -1,5 +1,7 @@
 """/livez, /readyz, /metrics: for those who run the service."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,7 +12,8 @@ from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import NotReady
 from flashbulb_service.api.schemas import ERRORS
 from flashbulb_service.errors import QueueUnavailable
-from flashbulb_service.presence import serves
+from flashbulb_service.measures import merge_expositions, write_families
+from flashbulb_service.presence import LiveWorker, serves
 
 router = APIRouter(responses=ERRORS)
 
@@ -34,27 +37,48 @@ async def readyz(context: Shared) -> dict[str, Any]:
     responses={200: {"description": "The metrics", "content": {"text/plain": {}}}},
 )
 async def metrics(context: Shared) -> Response:
-    """Answer with this process's metrics; without the queue, its gauges keep their last values."""
+    """Answer with this process's metrics and those of the live workers; without the queue, with the former."""
+    counted: dict[str, bytes] = {}
     try:
-        context.metrics.queue(await context.queue.stats(), len(await context.presence.workers()))
+        workers = await context.presence.workers()
+        context.metrics.queue(await context.queue.stats(), len(workers), ready=is_ready(context, workers))
+        counted = await context.presence.metrics(workers)
     except QueueUnavailable:
-        context.metrics.workers.set(0)
-    return Response(context.metrics.exposition(), headers={"content-type": CONTENT_TYPE_LATEST})
+        context.metrics.queue_lost()
+    body = context.metrics.exposition()
+    if counted:
+        body += write_families(await asyncio.to_thread(merge_expositions, counted, label="worker"))
+    return Response(body, headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def served_models(context: Context, workers: Sequence[LiveWorker]) -> list[str]:
+    """Return the models of the catalog that a live worker serves."""
+    return [model.id for model in context.catalog.models if serves(workers, model.id)]
+
+
+def is_ready(context: Context, workers: Sequence[LiveWorker]) -> bool:
+    """Tell whether /readyz would answer 200, given an answering queue."""
+    return not context.draining.is_set() and bool(served_models(context, workers))
 
 
 async def check_ready(context: Context) -> dict[str, Any]:
     """Tell which models are served by how many workers.
 
     Raises:
-        NotReady: no worker serves any model.
+        NotReady: this process stops, or no worker serves any model.
         QueueUnavailable: the queue does not answer.
     """
+    if context.draining.is_set():
+        raise NotReady("this server is stopping and finishes what it has: ask another one")
     await context.queue.ping()
     workers = await context.presence.workers()
-    served = [model.id for model in context.catalog.models if serves(workers, model.id)]
+    served = served_models(context, workers)
     if not served:
         raise NotReady(
             f"expected a live worker for one of {', '.join(m.id for m in context.catalog.models)}, "
             f"found {len(workers)} workers: start one with 'flashbulb worker'"
         )
-    return {"status": "ready", "models": served, "workers": len(workers)}
+    backends = {
+        model: sorted({worker.backend for worker in workers if model in worker.models}) for model in served
+    }
+    return {"status": "ready", "models": served, "workers": len(workers), "backends": backends}

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import format_sse_event
 
-from flashbulb_service.api.answers import finished, images_answer, stream_events
+from flashbulb_service.api.answers import finished, images_answer, overhead_ms, stream_events
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import ClientGone, RequestTimeout, ResultNotFound, describe
 from flashbulb_service.api.identity import Caller, caller_of
@@ -24,6 +25,7 @@ from flashbulb_service.errors import InvalidRequest, JobNotFound, QueueUnavailab
 from flashbulb_service.jobs import JobView
 from flashbulb_service.queue.queue import KeyMode
 from flashbulb_service.results import media_type
+from flashbulb_service.safety import check_prompt
 from flashbulb_service.tasks import RequestRecord
 
 log = logging.getLogger(__name__)
@@ -70,21 +72,21 @@ async def generate_images(
     retry_count: RetryHeader = None,
 ) -> Response:
     """Queue one job per picture, wait for all of them, and answer as OpenAI does."""
+    start = time.monotonic()
     caller = caller_of(request, body)
-    plan = make_plan(body, context.catalog, caller, max_prompt_chars=context.settings.max_prompt_chars)
+    plan = make_plan(body, context.catalog, caller, context.settings)
     key = choose_key(body, idempotency_key, retry_count)
     queued = await enqueue(context, plan, body, caller, key)
     headers = answer_headers(plan, replayed=queued.replayed)
     if body.stream:
-        events = _stream(context, queued, keep=key.keeps)
+        events = _stream(context, queued, start, keep=key.keeps)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
     views = await _wait(context, request, queued.ids, keep=key.keeps)
-    _count(context, queued, views)
-    answer = await images_answer(context, queued.record, views, _address_of(request))
-    parts = ", ".join(f"{name.removesuffix('_ms')};dur={value}" for name, value in answer["timings"].items())
-    return JSONResponse(answer, headers={**headers, "server-timing": parts})
+    answer, receipt = await images_answer(context, queued.record, views, _address_of(request))
+    _count(context, queued, views, start)
+    return JSONResponse(answer, headers={**headers, **receipt.headers()})
 
 
 @router.get(
@@ -159,6 +161,7 @@ async def enqueue(
     events: bool = False,
 ) -> Queued:
     """Queue a planned request, or find the earlier one that it repeats."""
+    check_prompt(context.words, body.prompt)
     check_webhook(body, context.settings)
     kept = key.text is not None or listed or events or body.webhook_url is not None
     enqueued = await context.queue.enqueue(
@@ -183,7 +186,7 @@ def answer_headers(plan: Plan, *, replayed: bool) -> dict[str, str]:
     return {**headers, "idempotent-replayed": "true"} if replayed else headers
 
 
-async def _stream(context: Context, queued: Queued, *, keep: bool) -> AsyncIterator[bytes]:
+async def _stream(context: Context, queued: Queued, start: float, *, keep: bool) -> AsyncIterator[bytes]:
     """Send a ping now and then, the pictures when they are there, an error in the client library's form."""
     waiting = asyncio.create_task(context.queue.wait(queued.ids, context.settings.request_timeout_s))
     answered = False
@@ -195,9 +198,9 @@ async def _stream(context: Context, queued: Queued, *, keep: bool) -> AsyncItera
         try:
             views = waiting.result()
             answered = True
-            _count(context, queued, views)
             for event in await stream_events(context, queued.record, views):
                 yield _sse(event["type"], event)
+            _count(context, queued, views, start)
         except TimeoutError:
             yield _sse_error(RequestTimeout("the pictures did not come in time: try again later"))
         except ServiceError as error:
@@ -221,12 +224,10 @@ def _sse_error(error: Exception) -> bytes:
     return format_sse_event(event="error", data_str=json.dumps(describe(error).body()))
 
 
-def _count(context: Context, queued: Queued, views: Sequence[JobView]) -> None:
-    if queued.replayed:
-        return
-    for view in views:
-        picture = finished(view)
-        context.metrics.picture(queued.record.model, picture.outcome, picture.queue_ms / 1000)
+def _count(context: Context, queued: Queued, views: Sequence[JobView], start: float) -> None:
+    if not queued.replayed:
+        added_ms = overhead_ms([finished(view) for view in views], (time.monotonic() - start) * 1000)
+        context.metrics.answered(queued.record.model, added_ms / 1000)
 
 
 def _address_of(request: Request) -> Any:

@@ -17,7 +17,7 @@ from flashbulb_service.api.images import Key, answer_headers, choose_key, enqueu
 from flashbulb_service.api.media import expect_json
 from flashbulb_service.api.plan import make_plan
 from flashbulb_service.api.schemas import ERRORS, JobRequest
-from flashbulb_service.errors import InvalidRequest, JobNotFound
+from flashbulb_service.errors import InvalidRequest, JobNotFound, UnknownModel
 from flashbulb_service.jobs import JobState, JobView
 from flashbulb_service.queue import Event, RequestView
 from flashbulb_service.tasks import RequestRecord
@@ -57,7 +57,7 @@ async def create_job(
             code="unsupported_value",
         )
     caller = caller_of(request, body)
-    plan = make_plan(body, context.catalog, caller, max_prompt_chars=context.settings.max_prompt_chars)
+    plan = make_plan(body, context.catalog, caller, context.settings)
     key: Key = choose_key(body, idempotency_key, retry_count)
     queued = await enqueue(context, plan, body, caller, key, listed=True, events=True)
     described = await _describe(context, request, await _owned(context, request, f"job_{queued.ids[0]}"))
@@ -251,7 +251,10 @@ def eta_ms(
     context: Context, record: RequestRecord, rows: Sequence[JobView], position: int | None
 ) -> int | None:
     """Tell in how many milliseconds a queued job should be done, by the bundle's calibration; None if unknown."""
-    manifest = context.catalog.find(record.model).bundle.manifest
+    try:
+        manifest = context.catalog.find(record.model).bundle.manifest
+    except UnknownModel:  # it has left the repository
+        return None
     measured = [ms / size for table in manifest.calibration.values() for size, ms in table.items()]
     if position is None or not measured:
         return None

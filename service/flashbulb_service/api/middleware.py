@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashbulb_service.api.errors import BodyTimeout, BodyTooLarge, describe
 from flashbulb_service.errors import ServiceError
-from flashbulb_service.observability import Metrics
+from flashbulb_service.observability import Metrics, known_method
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class RequestFrame:
             try:
                 await self._serve(scope, receive, send_with_id)
             except Exception as error:
-                log.exception("unforeseen error in %s %s", scope["method"], scope["path"])
+                log.exception("unforeseen error in %s", getattr(scope.get("route"), "path", "unmatched"))
                 if status:
                     raise  # the answer has begun: the connection must break, or it would look whole
                 await describe(error).response()(scope, receive, send_with_id)
@@ -129,10 +129,11 @@ class RequestFrame:
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        self._metrics.requests.labels(route, scope["method"], str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        self._metrics.request(route, scope["method"], status, seconds)
         level = logging.DEBUG if route in ("/livez", "/readyz", "/metrics") else logging.INFO
-        log.log(level, "%s %s %d in %.1f ms", scope["method"], scope["path"], status, seconds * 1000)
+        # The route and not the path: who knows the path of a picture may see it, and a path may hold anything.
+        method = known_method(scope["method"])
+        log.log(level, "%s %s %d in %.1f ms", method, route, status, seconds * 1000)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -10,8 +10,9 @@ from flashbulb_service.api.schemas import ImagesRequest
 from flashbulb_service.catalog import Catalog, Model, choose_size
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.jobs import NewJob
+from flashbulb_service.observability import current_request_id
 from flashbulb_service.queue import Kept
-from flashbulb_service.scheduler import bucket_name
+from flashbulb_service.scheduler import LONG, bucket_name, choose_lane
 from flashbulb_service.settings import Settings
 from flashbulb_service.tasks import ImageTask, RequestRecord
 from flashbulb_service.webhooks import parse_target
@@ -29,14 +30,14 @@ class Plan:
     warnings: tuple[str, ...] = field(default=())
 
 
-def make_plan(body: ImagesRequest, catalog: Catalog, caller: Caller, *, max_prompt_chars: int) -> Plan:
+def make_plan(body: ImagesRequest, catalog: Catalog, caller: Caller, settings: Settings) -> Plan:
     """Check what the schema alone cannot, and make one job per picture.
 
     Raises:
         InvalidRequest: with the field's name and a code.
         UnknownModel: there is none of that name.
     """
-    _check_prompt(body.prompt, max_prompt_chars)
+    _check_prompt(body.prompt, settings.max_prompt_chars)
     _check_values(body)
     model = catalog.find(body.model)
     _check_guidance(body, model)
@@ -58,7 +59,7 @@ def make_plan(body: ImagesRequest, catalog: Catalog, caller: Caller, *, max_prom
         webhook_url=body.webhook_url,
         webhook_events=body.webhook_events,
     )
-    return Plan(_jobs(body, model, record, caller), record, _warnings(body, model, width, height))
+    return Plan(_jobs(body, model, record, caller, settings), record, _warnings(body, model, width, height))
 
 
 def check_webhook(body: ImagesRequest, settings: Settings) -> None:
@@ -117,12 +118,17 @@ def choose_steps(body: ImagesRequest, offered: tuple[int, ...]) -> int:
     return reachable[-1] if reachable else offered[0]
 
 
-def _jobs(body: ImagesRequest, model: Model, record: RequestRecord, caller: Caller) -> tuple[NewJob, ...]:
+def _jobs(
+    body: ImagesRequest, model: Model, record: RequestRecord, caller: Caller, settings: Settings
+) -> tuple[NewJob, ...]:
+    manifest = model.bundle.manifest
+    lane = choose_lane(manifest.task, manifest.calibration.get(settings.backend))
+    slo_s = settings.slo_long_s if lane == LONG else settings.slo_s
     smallest = min(width * height for width, height in model.sizes)
     return tuple(
         NewJob(
             model=model.id,
-            bucket=bucket_name(model.id, record.width, record.height, record.steps),
+            bucket=bucket_name(model.id, record.width, record.height, record.steps, lane),
             payload=ImageTask(
                 prompt=body.prompt,
                 seed=record.seed,
@@ -131,11 +137,13 @@ def _jobs(body: ImagesRequest, model: Model, record: RequestRecord, caller: Call
                 height=record.height,
                 image_format=body.output_format,
                 quality=body.output_compression,
+                request_id=current_request_id(),
             ).to_bytes(),
             tenant=caller.tenant,
-            cost=record.width * record.height / smallest / caller.weight,
+            cost=record.width * record.height / smallest,
+            weight=caller.weight,
             priority_ms=body.priority * PRIORITY_MS,
-            deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
+            deadline_s=slo_s if body.deadline_ms is None else body.deadline_ms / 1000,
         )
         for index in range(body.n)
     )

@@ -1,12 +1,24 @@
-"""What runs a batch: chosen by name, never replaced silently by another one."""
+"""What runs a batch: chosen by name, never replaced silently by another one.
 
-from collections.abc import Sequence
+A backend has one method per stage, so that a worker can overlap them; `generate` runs them one after another.
+
+    prompts ──encode_prompts──► embeddings ──denoise (noise from seed and index)──► latents ──decode──► pictures
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from flashbulb_distill.bundle import Bundle
+from flashbulb_service.backends.embeddings import EmbeddingCache
+from flashbulb_service.errors import OutOfMemory
+
+OnStep = Callable[[int, int, np.ndarray], None]
+"""Called on the device's thread after each step with (step from 0, num_steps, x0 latents); may raise to stop."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +40,36 @@ class Generated:
     stages_ms: dict[str, float] = field(default_factory=dict)  # wall time by stage, for the whole batch
 
 
+@dataclass(frozen=True)
+class Embeddings:
+    """Encoded prompts, one row per prompt."""
+
+    tokens: np.ndarray  # [b, l, d]
+    pooled: np.ndarray  # [b, d]
+
+
 class Backend(Protocol):
-    """Runs one collated batch. Knows nothing of queues, HTTP or batching."""
+    """Runs the stages of one collated batch. Knows nothing of queues, HTTP or batching.
+
+    Different stages may be called from different threads at the same time, one stage never twice.
+    """
 
     def load(self, bundle: Bundle) -> None:
-        """Make a verified bundle ready to run."""
+        """Open a verified bundle; nothing is run yet."""
         ...
 
-    def generate(self, requests: Sequence[ImageRequest]) -> Generated:
-        """Make one picture per request, all of one size."""
+    def encode_prompts(self, prompts: Sequence[str], pad_to: int | None = None) -> Embeddings:
+        """Encode prompts, in their order; with `pad_to`, in text batches of exactly that size."""
+        ...
+
+    def denoise(
+        self, requests: Sequence[ImageRequest], embeddings: Embeddings, on_step: OnStep | None = None
+    ) -> np.ndarray:
+        """Draw the latents of requests of one size: -> [b, c, h, w]."""
+        ...
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Turn latents into pictures: [b, c, h, w] -> uint8 [b, h, w, 3]."""
         ...
 
     def close(self) -> None:
@@ -44,8 +77,94 @@ class Backend(Protocol):
         ...
 
 
-def create_backend(name: str, *, threads: int) -> Backend:
-    """Create the backend of that name; nothing is loaded yet.
+@dataclass(frozen=True)
+class Student:
+    """A loaded backend with the batch size that its batches are padded to; None pads nothing."""
+
+    backend: Backend
+    canonical: int | None = None
+
+    def encode_prompts(self, requests: Sequence[ImageRequest]) -> Embeddings:
+        """Encode the prompts of a batch."""
+        return self.backend.encode_prompts([request.prompt for request in requests], self.canonical)
+
+    def denoise(
+        self, requests: Sequence[ImageRequest], embeddings: Embeddings, on_step: OnStep | None = None
+    ) -> np.ndarray:
+        """Draw latents, padded to the canonical size: requests -> [b, c, h, w].
+
+        Raises:
+            ValueError: the batch is empty, mixes sizes, or is larger than the canonical size.
+        """
+        _check_sizes(requests)
+        count = len(requests)
+        rows = self._rows(count)
+        padded = Embeddings(embeddings.tokens[rows], embeddings.pooled[rows])
+        watch = on_step and (lambda step, num_steps, x0: on_step(step, num_steps, x0[:count]))
+        return self.backend.denoise([requests[row] for row in rows], padded, watch)[:count]
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Turn latents into pictures, padded to the canonical size: -> uint8 [b, h, w, 3]."""
+        return self.backend.decode(latents[self._rows(len(latents))])[: len(latents)]
+
+    def generate(self, requests: Sequence[ImageRequest]) -> Generated:
+        """Run all stages, one after another; more requests than the canonical size run as several batches."""
+        _check_sizes(requests)
+        step = self.canonical or len(requests)
+        watch = StageClock()
+        images: list[np.ndarray] = []
+        for start in range(0, len(requests), step):
+            batch = requests[start : start + step]
+            with watch("text"):
+                embeddings = self.encode_prompts(batch)
+            with watch("denoise"):
+                latents = self.denoise(batch, embeddings)
+            with watch("decode"):
+                images += list(self.decode(latents))
+        return Generated(images, watch.stages_ms)
+
+    def warm_up(self, width: int, height: int, sizes: Sequence[int]) -> None:
+        """Run a picture in every batch size that will be used: no request shall pay for a first time.
+
+        Sizes that do not fit into the memory are left to the scheduler, which learns from such failures.
+        """
+        for size in sizes:
+            try:
+                self.generate([ImageRequest("", 0, index, width, height) for index in range(size)])
+            except OutOfMemory:
+                break
+
+    def _rows(self, count: int) -> list[int]:
+        """Repeat the last row until the canonical size is reached."""
+        if self.canonical is not None and count > self.canonical:
+            raise ValueError(f"expected at most {self.canonical} rows in a canonical batch, got {count}")
+        return [min(row, count - 1) for row in range(self.canonical or count)]
+
+
+def _check_sizes(requests: Sequence[ImageRequest]) -> None:
+    if len({(request.width, request.height) for request in requests}) != 1:
+        raise ValueError("expected a batch of one size with at least one request")
+
+
+class StageClock:
+    """Adds up wall time by stage."""
+
+    def __init__(self) -> None:
+        """Start with no stage."""
+        self.stages_ms: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Measure what runs inside."""
+        start = time.perf_counter()
+        yield
+        self.stages_ms[stage] = self.stages_ms.get(stage, 0.0) + (time.perf_counter() - start) * 1000
+
+
+def create_backend(
+    name: str, *, threads: int, cache: EmbeddingCache | None = None, synthetic: str = ""
+) -> Backend:
+    """Create the backend of that name; nothing is loaded yet. Backends may share a cache of embeddings.
 
     Raises:
         ValueError: there is no such backend.
@@ -53,5 +172,9 @@ def create_backend(name: str, *, threads: int) -> Backend:
     if name == "onnx":
         from flashbulb_service.backends.onnx import OnnxBackend
 
-        return OnnxBackend(threads=threads)
-    raise ValueError(f"expected the backend 'onnx', got {name!r}")
+        return OnnxBackend(threads=threads, cache=cache)
+    if name == "synthetic":
+        from flashbulb_service.backends.synthetic import SyntheticBackend, SyntheticDevice
+
+        return SyntheticBackend(SyntheticDevice.model_validate_json(synthetic or "{}"))
+    raise ValueError(f"expected the backend 'onnx' or 'synthetic', got {name!r}")

@@ -5,9 +5,7 @@ Three graphs come from the bundle (text encoder, denoiser, decoder); the loop ov
 """
 
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -15,25 +13,26 @@ from tokenizers import Tokenizer
 
 from flashbulb_distill.bundle import Bundle
 from flashbulb_distill.core.noise import draw_noise
-from flashbulb_distill.core.sampler import sample
-from flashbulb_service.backends import Generated, ImageRequest
+from flashbulb_distill.core.sampler import sample_steps
+from flashbulb_service.backends import Embeddings, ImageRequest, OnStep
+from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.images import to_uint8
 
 
 class OnnxBackend:
     """One bundle in three onnxruntime sessions on the CPU."""
 
-    def __init__(self, *, threads: int = 0) -> None:
-        """Remember the number of operator threads; 0 means one per core."""
+    def __init__(self, *, threads: int = 0, cache: EmbeddingCache | None = None) -> None:
+        """Remember the number of operator threads; 0 means one per core. Backends may share a cache."""
         self._threads = threads or len(os.sched_getaffinity(0))
         self._bundle: Bundle | None = None
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._tokenizer: Tokenizer | None = None
+        self.cache = EmbeddingCache() if cache is None else cache
 
     def load(self, bundle: Bundle) -> None:
-        """Open the graphs and the tokenizer, and run one picture: the first request shall not pay for it."""
-        manifest = bundle.manifest
-        components = manifest.components
+        """Open the graphs and the tokenizer."""
+        components = bundle.manifest.components
         options = _session_options(self._threads)
         for part in ("text_encoder", "denoiser", "decoder"):
             path = bundle.file(getattr(components, part))
@@ -42,45 +41,41 @@ class OnnxBackend:
             )
         self._tokenizer = _plain_tokenizer(bundle)
         self._bundle = bundle
-        shape = manifest.shapes[0]
-        self.generate([ImageRequest("", seed=0, index=0, width=shape.width, height=shape.height)])
 
-    def generate(self, requests: Sequence[ImageRequest]) -> Generated:
-        """Make one picture per request.
-
-        Equal requests give equal bytes in any batch: noise belongs to the request, rows do not see each
-        other, and where the bundle's exporter has not shown that its graphs are batch-invariant here, every
-        row runs in a batch of one.
+    def encode_prompts(self, prompts: Sequence[str], pad_to: int | None = None) -> Embeddings:
+        """Encode prompts, each distinct one once, and none that the cache still knows.
 
         Args:
-            requests: 1..max_batch requests of one width and height.
+            pad_to: run the text encoder in batches of exactly this size, where its bytes depend on the size.
+        """
+        bundle = self._ready()
+        rows = {prompt: self.cache.get(bundle.sha256, prompt) for prompt in dict.fromkeys(prompts)}
+        missing = [prompt for prompt, row in rows.items() if row is None]
+        step = pad_to or max(1, len(missing))
+        for start in range(0, len(missing), step):
+            batch = missing[start : start + step]
+            filled = batch + batch[-1:] * ((pad_to or 0) - len(batch))
+            for prompt, tokens, pooled in zip(batch, *self._encode(bundle, filled), strict=False):
+                own = (tokens.copy(), pooled.copy())  # a view would keep the whole batch alive
+                rows[prompt] = own
+                self.cache.put(bundle.sha256, prompt, own)
+        found = [row for prompt in prompts if (row := rows[prompt]) is not None]
+        return Embeddings(
+            np.stack([tokens for tokens, _ in found]), np.stack([pooled for _, pooled in found])
+        )
+
+    def denoise(
+        self, requests: Sequence[ImageRequest], embeddings: Embeddings, on_step: OnStep | None = None
+    ) -> np.ndarray:
+        """Draw the latents of requests of one size: -> [b, c, h, w].
+
+        Args:
+            on_step: called after each step with (step, num_steps, x0 latents); what it raises ends the batch.
 
         Raises:
             RuntimeError: no bundle is loaded.
-            ValueError: the batch is empty or mixes sizes.
         """
-        if self._bundle is None:
-            raise RuntimeError("expected a loaded bundle: call load() before generate()")
-        if len({(request.width, request.height) for request in requests}) != 1:
-            raise ValueError("expected a batch of one size with at least one request")
-        watch = _StageClock()
-        if self._bundle.manifest.batch_invariant.get("onnx", False):
-            pictures = list(self._run(requests, watch))
-        else:
-            pictures = [picture for request in requests for picture in self._run([request], watch)]
-        return Generated(pictures, watch.stages_ms)
-
-    def close(self) -> None:
-        """Drop the sessions."""
-        self._sessions.clear()
-        self._bundle = None
-
-    def _run(self, requests: Sequence[ImageRequest], watch: "_StageClock") -> np.ndarray:
-        """Run one batch of the graphs: requests -> uint8 [b, h, w, 3]."""
-        assert self._bundle is not None
-        manifest = self._bundle.manifest
-        with watch("text"):
-            embeds, pooled = self._encode_prompts([request.prompt for request in requests])
+        manifest = self._ready().manifest
         latent = manifest.latent
         shape = (
             latent.channels,
@@ -91,60 +86,63 @@ class OnnxBackend:
         def noise(step: int) -> np.ndarray:
             return np.stack([draw_noise(r.seed, r.index, shape, step) for r in requests])
 
-        def denoise(xt: np.ndarray, t: float) -> np.ndarray:
+        def network(xt: np.ndarray, t: float) -> np.ndarray:
             inputs = {
                 "latents": np.ascontiguousarray(xt, dtype=np.float32),
                 "timestep": np.full(len(requests), t * manifest.timestep_scale, dtype=np.float32),
-                "prompt_embeds": embeds,
-                "pooled_prompt_embeds": pooled,
+                "prompt_embeds": embeddings.tokens,
+                "pooled_prompt_embeds": embeddings.pooled,
             }
             return _only(self._sessions["denoiser"].run(None, inputs))
 
-        with watch("denoise"):
-            latents = sample(
-                denoise,
-                noise(0),
-                manifest.time_steps,
-                prediction=manifest.prediction,
-                schedule=manifest.schedule,
-                renoise=noise,
-            )
-        with watch("decode"):
-            latents = np.asarray(latents, dtype=np.float32) / np.float32(latent.scaling) + np.float32(
-                latent.shift
-            )
-            pixels = _only(self._sessions["decoder"].run(None, {"latents": latents}))
-            return to_uint8(pixels)
+        steps = sample_steps(
+            network,
+            noise(0),
+            manifest.time_steps,
+            prediction=manifest.prediction,
+            schedule=manifest.schedule,
+            renoise=noise,
+        )
+        for step, estimate in enumerate(steps):
+            x0 = np.asarray(estimate, dtype=np.float32)
+            if on_step is not None:
+                on_step(step, len(manifest.time_steps), x0)
+        return x0
 
-    def _encode_prompts(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode each distinct prompt once: prompts -> [b, L, d], [b, d]."""
-        assert self._bundle is not None and self._tokenizer is not None
-        text = self._bundle.manifest.text
-        distinct = list(dict.fromkeys(prompts))
-        ids = np.full((len(distinct), text.max_length), text.pad_id, dtype=np.int64)
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Turn latents into pictures: [b, c, h, w] -> uint8 [b, h, w, 3].
+
+        Raises:
+            RuntimeError: no bundle is loaded.
+        """
+        latent = self._ready().manifest.latent
+        scaled = latents / np.float32(latent.scaling) + np.float32(latent.shift)
+        return to_uint8(_only(self._sessions["decoder"].run(None, {"latents": scaled})))
+
+    def close(self) -> None:
+        """Drop the sessions."""
+        self._sessions.clear()
+        self._bundle = None
+
+    def _ready(self) -> Bundle:
+        if self._bundle is None:
+            raise RuntimeError("expected a loaded bundle: call load() first")
+        return self._bundle
+
+    def _encode(self, bundle: Bundle, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Run tokenizer and text encoder: -> [b, l, d], [b, d]."""
+        assert self._tokenizer is not None
+        text = bundle.manifest.text
+        ids = np.full((len(prompts), text.max_length), text.pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
-        for row, encoding in enumerate(self._tokenizer.encode_batch(distinct)):
+        for row, encoding in enumerate(self._tokenizer.encode_batch(prompts)):
             tokens = encoding.ids[: text.max_length]
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         embeds, pooled = self._sessions["text_encoder"].run(
             ["prompt_embeds", "pooled_prompt_embeds"], {"input_ids": ids, "attention_mask": mask}
         )
-        rows = [distinct.index(prompt) for prompt in prompts]
-        return embeds[rows], pooled[rows]
-
-
-class _StageClock:
-    """Adds up wall time by stage."""
-
-    def __init__(self) -> None:
-        self.stages_ms: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.stages_ms[stage] = self.stages_ms.get(stage, 0.0) + (time.perf_counter() - start) * 1000
+        return embeds, pooled
 
 
 def _session_options(threads: int) -> ort.SessionOptions:

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from flashbulb_service.errors import QueueUnavailable
+from flashbulb_service.outages import OutageLog
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Completions:
 
     async def _read_for_ever(self) -> None:
         backoff_s = 0.05
+        outage = OutageLog(log, "completion events interrupted")
         while True:
             try:
                 async with self._client.pubsub() as subscription:
@@ -99,7 +101,8 @@ class Completions:
                         elif self._waiters:  # (re)subscribed, or silence
                             self._resolve(await self._read_ended(tuple(self._waiters)))
                         backoff_s = 0.05
+                        outage.worked()
             except (RedisError, OSError, QueueUnavailable) as error:
-                log.warning("completion events interrupted, trying again in %.2f s: %s", backoff_s, error)
+                outage.failed(error)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

@@ -5,18 +5,25 @@ In each template the first %s is that tag. Whatever has no TTL gives its reason:
 
 key                   type   holds                                    ends
 job:<id>              HASH   the job                                  TTL once ended; live, it is the work
-b:<model>:<bucket>    ZSET   queued id -> fair start tag              empty when its last job is claimed
-ready:<model>         ZSET   bucket -> lowest tag in it               empty with the model's backlog
+b:<model>:<bucket>:<tenant>  ZSET  queued id -> due time          empty when its last job is claimed
+due:<model>:<bucket>  ZSET   queued id -> due time, all tenants       empty when its last job is claimed
+t:<model>:<bucket>    ZSET   tenant -> device time used (order only)  empty when its last job is claimed
+ready:<model>         ZSET   bucket -> earliest due time in it        empty with the model's backlog
 waiting:<model>       ZSET   queued id -> enqueue time                empty with the model's backlog
 models                SET    models that have a backlog               empty with the last backlog
-tags:<model>          ZSET   tenant -> where its next job starts      deleted with the model's backlog
-clock                 HASH   model -> virtual time (fair queueing)    field deleted with the model's backlog
+used                  ZSET   tenant -> device ms charged over weight  deleted with the last backlog
+lanes                 HASH   lane -> recent device ms; "at" its time  deleted with the last backlog
+clock                 HASH   model -> least used of those that wait   field deleted with the model's backlog
 wake:<model>          LIST   at most one token for sleeping workers   deleted with the model's backlog
 leases                ZSET   running id -> lease expiry               empty when nothing runs
 delayed               ZSET   id -> retry time                         empty when nothing is delayed
 deadlines             ZSET   queued or delayed id -> deadline         empty with the jobs that have one
 inuse                 HASH   tenant -> live jobs; "" -> all of them   fields deleted at 0
 dead                  ZSET   failed id -> time of death               TTL; bounded in number
+busy                  ZSET   worker -> predicted end of its batch      TTL
+long                  ZSET   worker -> the same, long work only       TTL
+alive                 ZSET   worker -> end of what it last announced  TTL
+speed:<model>:<bucket> HASH  worker -> alive until, floor, base, row, cap  TTL
 idem:<tenant>:<hash>  STR    request hash and ids                     TTL
 gates                 HASH   model -> paused or draining              an operator's word: until the next one
 apikey:<id>           HASH   an API key: name, hash, scopes, limits   the access itself; revoked: TTL
@@ -41,11 +48,18 @@ from types import MappingProxyType
 TEMPLATES = MappingProxyType(
     {
         "job": "%s:job:%s",
-        "bucket": "%s:b:%s:%s",
+        "bucket": "%s:b:%s:%s:%s",
+        "due": "%s:due:%s:%s",
+        "tenants": "%s:t:%s:%s",
         "ready": "%s:ready:%s",
         "waiting": "%s:waiting:%s",
         "models": "%s:models",
-        "tags": "%s:tags:%s",
+        "used": "%s:used",
+        "lanes": "%s:lanes",
+        "busy": "%s:busy",
+        "long": "%s:long",
+        "alive": "%s:alive",
+        "speed": "%s:speed:%s:%s",
         "clock": "%s:clock",
         "wake": "%s:wake:%s",
         "leases": "%s:leases",
@@ -94,9 +108,9 @@ class Keys:
         """Hash of one job."""
         return TEMPLATES["job"] % (self.tag, job_id)
 
-    def bucket(self, model: str, bucket: str) -> str:
-        """Sorted set of a bucket's queued jobs."""
-        return TEMPLATES["bucket"] % (self.tag, model, bucket)
+    def due(self, model: str, bucket: str) -> str:
+        """Sorted set of a bucket's queued jobs of all tenants."""
+        return TEMPLATES["due"] % (self.tag, model, bucket)
 
     def wake(self, model: str) -> str:
         """List that sleeping workers of a model block on."""

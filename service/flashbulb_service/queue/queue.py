@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
@@ -33,6 +33,7 @@ from redis.exceptions import (
 
 from flashbulb_service.errors import (
     ConcurrencyExceeded,
+    DeadlineUnreachable,
     IdempotencyConflict,
     InvalidRequest,
     JobNotFound,
@@ -41,15 +42,19 @@ from flashbulb_service.errors import (
     QueueUnavailable,
 )
 from flashbulb_service.jobs import Job, JobError, JobState, JobView, NewJob
+from flashbulb_service.outages import OutageLog
 from flashbulb_service.queue import scripts
 from flashbulb_service.queue.completions import Completions
 from flashbulb_service.queue.events import Event, Events
 from flashbulb_service.queue.keys import Keys, digest
+from flashbulb_service.scheduler import BucketFacts, BucketWindow, Plan, Waiting, Window, lane_of, plan_batch
+from flashbulb_service.timing import Tau
 
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
+MAX_WINDOW_ROWS = 512  # of one bucket, that one look at the queue returns
 REAP_LIMIT = 200  # jobs moved per script call: the server serves nobody else meanwhile
 MAX_MESSAGE_CHARS = 2_000
 MAX_GATES = 1_000
@@ -66,6 +71,7 @@ class Limits:
     dead_ttl_s: float = 7 * 24 * 3600.0  # a failed job can be replayed for this long
     max_dead: int = 1_000
     max_priority_ms: int = 60_000  # |priority_ms| is clamped to this, so nothing starves
+    default_slo_s: float = 60.0  # orders jobs without a deadline, which are never dropped for being late
     backoff_s: float = 0.5  # first retry; doubles each time
     max_backoff_s: float = 60.0
     default_retry_after_s: float = 1.0  # told to refused callers while no finish rate is known
@@ -221,6 +227,7 @@ class Queue:
         well within the last window_s, and otherwise does as "record".
 
         Raises:
+            DeadlineUnreachable: the jobs would not be done by their deadline; a QueueFull.
             QueueFull: the total or the tenant's limit would be passed; has retry_after_s.
             IdempotencyConflict: the key was used for different jobs.
             ValueError: no jobs, or jobs of several tenants.
@@ -234,13 +241,15 @@ class Queue:
         for job in jobs:
             priority = max(-self.limits.max_priority_ms, min(job.priority_ms, self.limits.max_priority_ms))
             deadline = "" if job.deadline_s is None else _ms(job.deadline_s)
+            target_s = self.limits.default_slo_s if job.deadline_s is None else job.deadline_s
             rows += [
                 new_id(),
                 job.model,
                 job.bucket,
                 job.payload,
                 job.cost,
-                priority,
+                job.weight,
+                _ms(target_s) - priority,
                 deadline,
                 job.max_attempts,
             ]
@@ -271,6 +280,8 @@ class Queue:
             )
         if outcome == b"draining":
             raise ModelDraining(rest[0].decode())
+        if outcome == b"late":
+            self._raise_late(*rest)
         if outcome == b"full":
             self._raise_full(jobs[0].tenant, *rest)
         return Enqueued(ids=tuple(job_id.decode() for job_id in rest), created=outcome == b"created")
@@ -323,7 +334,7 @@ class Queue:
     async def position(self, view: JobView) -> int | None:
         """Tell how many jobs of its bucket are before a queued one; None when it is not queued."""
         async with _unavailable():
-            rank = await self._client.zrank(self.keys.bucket(view.model, view.bucket), view.id)
+            rank = await self._client.zrank(self.keys.due(view.model, view.bucket), view.id)
         return cast(int | None, rank)
 
     def watch(self, request_id: str, *, after: str, quiet_s: float) -> AsyncGenerator[Event | None, None]:
@@ -403,17 +414,68 @@ class Queue:
         max_batch: int,
         lease_s: float,
         *,
+        plan: Callable[[Window], Plan | None] | None = None,
         now: float | None = None,
     ) -> list[Job]:
         """Take up to max_batch jobs, all of one bucket of one of the models; [] when none waits.
 
-        Never waits. Of several models the one with the longest waiting job is served. Jobs whose deadline
-        has passed end as failed with code deadline_exceeded instead of being returned.
+        Never waits. `plan` decides what to take of what waits (default: `plan_batch` without knowledge of
+        times). Jobs whose deadline has passed, and those that the plan drops, end as failed with code
+        deadline_exceeded instead of being returned.
         """
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        decide = plan or (lambda window: plan_batch(window, lambda _model, _bucket: BucketFacts(max_batch)))
+        while models:
+            decision = decide(await self.window(worker_id, models, 2 * max_batch, now=now))
+            if decision is None:
+                return []
+            jobs = await self.take(worker_id, decision, lease_s, now=now)
+            if jobs:
+                return jobs
+        return []
+
+    async def window(
+        self, worker_id: str, models: Sequence[str], max_rows: int, *, now: float | None = None
+    ) -> Window:
+        """Read a bounded part of what waits for the models: of each bucket up to about max_rows jobs.
+
+        Tenants that are owed device time come first, each with an equal number of its most urgent jobs.
+        """
+        moment, workers, num_long, lanes, buckets = await self._run(
+            "window", _time(now), worker_id, min(max_rows, MAX_WINDOW_ROWS), *models
+        )
+        used: dict[str, float] = {}
+        for _model, _bucket, _count, accounts, _rows in buckets:
+            used |= {name.decode(): float(ms) for name, ms in _pairs(accounts)}
+        return Window(
+            now_ms=float(moment),
+            buckets=tuple(_bucket_window(bucket) for bucket in buckets),
+            used_ms=used,
+            lane_used_ms={name.decode(): float(ms) for name, ms in _pairs(lanes) if name != b"at"},
+            num_long=num_long,
+            num_workers=max(1, workers),
+        )
+
+    async def take(
+        self, worker_id: str, plan: Plan, lease_s: float, *, now: float | None = None
+    ) -> list[Job]:
+        """Lease the planned jobs that are still there, and fail those that the plan drops."""
+        charged = [part for row in zip(plan.take, map(repr, plan.charges_ms), strict=True) for part in row]
         rows = await self._run(
-            "claim", _time(now), worker_id, max_batch, _ms(lease_s), _ms(self.limits.result_ttl_s), *models
+            "take",
+            _time(now),
+            worker_id,
+            _ms(lease_s),
+            _ms(self.limits.result_ttl_s),
+            plan.model,
+            plan.bucket,
+            lane_of(plan.bucket),
+            round(plan.predicted_ms),
+            repr(plan.clock_ms),
+            len(plan.take),
+            *charged,
+            *plan.drop,
         )
         return [
             Job(
@@ -423,10 +485,30 @@ class Queue:
                 tenant=tenant.decode(),
                 payload=payload,
                 attempt=attempt,
+                burnt=burnt,
                 enqueued_at=enqueued_ms / 1000,
             )
-            for job_id, model, bucket, tenant, payload, attempt, enqueued_ms in rows
+            for job_id, model, bucket, tenant, payload, attempt, burnt, enqueued_ms in rows
         ]
+
+    async def publish_times(
+        self,
+        worker_id: str,
+        times: Mapping[tuple[str, str], tuple[Tau, int]],
+        alive_s: float,
+        *,
+        now: float | None = None,
+    ) -> None:
+        """Say that a worker lives for alive_s more, and (model, bucket) -> its time model and batch cap.
+
+        From then on, jobs with a deadline are admitted only if they are predicted to be in time.
+        """
+        rows = [
+            part
+            for (model, bucket), (tau, cap) in times.items()
+            for part in (model, bucket, repr(tau.floor_ms), repr(tau.base_ms), repr(tau.row_ms), cap)
+        ]
+        await self._run("publish", _time(now), worker_id, _ms(alive_s), *rows)
 
     async def wait_for_work(self, models: Sequence[str], timeout_s: float) -> bool:
         """Block until a model may have work; claim next in either case.
@@ -548,11 +630,13 @@ class Queue:
 
     async def keep_reaping(self, interval_s: float = 0.25) -> None:
         """Reap for ever, until the task is cancelled; outages are logged and survived."""
+        outage = OutageLog(log, "reaping interrupted")
         while True:
             try:
                 await self.reap()
+                outage.worked()
             except QueueUnavailable as error:
-                log.warning("reaping interrupted: %s", error)
+                outage.failed(error)
             await asyncio.sleep(interval_s)
 
     async def replay_dead(self, job_id: str, *, now: float | None = None) -> bool:
@@ -561,7 +645,7 @@ class Queue:
         Returns:
             False when the job is not among the dead letters.
         """
-        return bool(await self._run("replay", _time(now), job_id))
+        return bool(await self._run("replay", _time(now), job_id, _ms(self.limits.default_slo_s)))
 
     async def dead_letters(self, *, limit: int = 50, offset: int = 0) -> list[JobView]:
         """Return jobs that failed and can be replayed, the newest first."""
@@ -619,6 +703,16 @@ class Queue:
                 pipe.hmget(self.keys.job(job_id), _VIEW_FIELDS)
             rows = await pipe.execute()
         return [_view(job_id, row) for job_id, row in zip(ids, rows, strict=True)]
+
+    def _raise_late(self, predicted_ms: int, allowed_ms: int) -> NoReturn:
+        """Tell the caller when the queue will be short enough, if nothing else comes."""
+        wait_s = (predicted_ms - allowed_ms) / 1000
+        retry_after_s = min(max(wait_s, 0.1), self.limits.max_retry_after_s)
+        raise DeadlineUnreachable(
+            f"expected to finish within {allowed_ms} ms, but it would take about {predicted_ms} ms; "
+            f"try again in {retry_after_s:.1f} s, or allow more time",
+            retry_after_s=retry_after_s,
+        )
 
     def _raise_full(
         self, tenant: str, scope: bytes, live: int, missing: int, finished: int, window_ms: int, limit: int
@@ -702,6 +796,27 @@ def _held(jobs: Sequence[Job]) -> list[str | int]:
     return [part for job in jobs for part in (job.id, job.attempt)]
 
 
+def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _bucket_window(reply: Sequence[Any]) -> BucketWindow:
+    model, bucket, count, _accounts, flat = reply
+    rows = tuple(
+        Waiting(
+            id=job_id.decode(),
+            tenant=tenant.decode(),
+            due_ms=float(due),
+            deadline_ms=float(deadline) if deadline else None,
+            cost=float(cost),
+            weight=float(weight),
+            is_suspect=int(burnt) > 0,
+        )
+        for job_id, tenant, due, deadline, cost, weight, burnt in zip(*[iter(flat)] * 7, strict=True)
+    )
+    return BucketWindow(model.decode(), bucket.decode(), rows, count)
+
+
 def _hash(jobs: Sequence[NewJob]) -> str:
     """Hash all that a request asks for."""
     rows = [
@@ -710,6 +825,7 @@ def _hash(jobs: Sequence[NewJob]) -> str:
             job.bucket,
             hashlib.sha256(job.payload).hexdigest(),
             job.cost,
+            job.weight,
             job.priority_ms,
             job.deadline_s,
             job.max_attempts,

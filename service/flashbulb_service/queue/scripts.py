@@ -7,7 +7,9 @@ from flashbulb_service.queue.keys import TEMPLATES
 
 NAMES = (
     "enqueue",
-    "claim",
+    "window",
+    "take",
+    "publish",
     "heartbeat",
     "complete",
     "fail",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flashbulb_distill.core.sampler import sample, sample_ode
-from flashbulb_distill.core.times import adm_times, cubic_times
+from flashbulb_distill.core.times import adm_times, biased_times
 
 MEAN, STD = 1.5, 0.4
 
@@ -63,7 +63,7 @@ def test_numpy_and_torch_give_the_same_sample():
 
 def test_cubic_times_have_the_papers_mean_and_median():
     u = (np.arange(100_000) + 0.5) / 100_000
-    times = cubic_times(u)
+    times = biased_times(u)
     assert abs(times.mean() - 0.75) < 1e-4
     assert abs(np.median(times) - 0.875) < 1e-4
     assert abs((times > 0.9).mean() - 0.464) < 1e-3

@@ -38,6 +38,19 @@ def test_an_interrupted_store_goes_on_as_if_it_had_not_been(tmp_path):
     assert len(whole) == 12
 
 
+def test_a_torn_last_line_of_the_index_is_made_anew(tmp_path):
+    """An interruption within the write of the line stopped every resume with an error of the JSON reader."""
+    generate(tmp_path / "whole", 10)
+    generate(tmp_path / "torn", 10)
+    index = tmp_path / "torn" / "index.jsonl"
+    index.write_bytes(index.read_bytes()[:-20])
+    assert len(read_pairs(tmp_path / "torn")) == 5
+    generate(tmp_path / "torn", 10)
+    whole, torn = read_pairs(tmp_path / "whole"), read_pairs(tmp_path / "torn")
+    assert torch.equal(whole.x_0, torn.x_0)
+    assert index.read_bytes() == (tmp_path / "whole" / "index.jsonl").read_bytes()
+
+
 def test_every_pair_ends_near_a_mode_and_all_modes_are_reached(tmp_path):
     generate(tmp_path, 60)
     x_0 = read_pairs(tmp_path).x_0.flatten(1)

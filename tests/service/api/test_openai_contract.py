@@ -1,7 +1,10 @@
 """The unmodified OpenAI client against the real thing: uvicorn, Valkey, a worker, the tiny bundle."""
 
 import base64
+import hashlib
 import io
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -9,6 +12,9 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+WaitUntil = Callable[..., Awaitable[None]]
 
 
 def pixels(b64: str | None) -> np.ndarray:
@@ -96,6 +102,20 @@ def test_timings_are_told(http: httpx2.Client) -> None:
     assert f"total;dur={timings['total_ms']}" in answer.headers["server-timing"]
 
 
+def test_the_receipt_says_what_drew_the_pictures(http: httpx2.Client, models_dir: Path) -> None:
+    answer = http.post("/v1/images/generations", json={"model": "tiny@1", "prompt": "dog", "n": 3})
+    receipt = answer.json()["receipt"]
+    manifest = (models_dir / "tiny" / "1" / "manifest.json").read_bytes()
+    assert receipt["sha256"] == hashlib.sha256(manifest).hexdigest()
+    assert (receipt["model"], receipt["version"], receipt["backend"]) == ("tiny", 1, "onnx")
+    assert receipt["timings"] == answer.json()["timings"]
+    assert 0 < receipt["device_ms"] <= 3 * receipt["timings"]["batch_ms"]
+    assert answer.headers["x-flashbulb-model"] == "tiny@1"
+    assert answer.headers["x-flashbulb-sha256"] == receipt["sha256"]
+    assert answer.headers["x-flashbulb-batch-size"] == str(receipt["batch_size"])
+    assert answer.headers["x-flashbulb-device-ms"] == str(receipt["device_ms"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "code", "param"),
     [
@@ -172,19 +192,42 @@ def test_idempotency_key_replays_the_first_answer(openai_client: OpenAI) -> None
     assert caught.value.response.headers["x-should-retry"] == "false"
 
 
-def test_metrics_count_pictures_and_requests(http: httpx2.Client) -> None:
+async def test_metrics_count_pictures_and_requests(http: httpx2.Client, wait_until: WaitUntil) -> None:
     def value(name: str) -> float:
         lines = http.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
-    before = value('flashbulb_images_total{model="tiny@2"}')
+    def labelled(name: str, **labels: str) -> float:
+        families = text_string_to_metric_families(http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        return sum(s.value for s in samples if labels.items() <= s.labels.items())
+
+    async def images() -> float:
+        return labelled("flashbulb_images_total", model="tiny@2")
+
+    before = await images()
     http.post("/v1/images/generations", json={"prompt": "dog", "n": 3})
-    assert value('flashbulb_images_total{model="tiny@2"}') == before + 3
+
+    async def published() -> bool:  # with the worker's next heartbeat
+        return await images() >= before + 3
+
+    await wait_until(published)
+    assert await images() == before + 3
     assert value('flashbulb_requests_total{method="POST",route="/v1/images/generations",status="200"}') >= 1
     assert value("flashbulb_workers") == 1
-    assert value('flashbulb_stage_seconds_count{model="tiny@2",stage="denoise"}') >= 3
+    assert value('flashbulb_overhead_seconds_count{model="tiny@2"}') >= 1
+    drawn = labelled("flashbulb_batch_size_count", model="tiny@2")
+    assert labelled("flashbulb_stage_seconds_count", model="tiny@2", stage="denoise") == drawn >= 1
+    assert labelled("flashbulb_stage_seconds_count", model="tiny@2", stage="store") == await images()
+    assert labelled("flashbulb_queue_wait_seconds_count", model="tiny@2") == await images()
+    assert 0 < labelled("flashbulb_model_load_seconds", model="tiny@2") < 60
 
 
 def test_ready_names_the_models(http: httpx2.Client) -> None:
-    assert http.get("/readyz").json() == {"status": "ready", "models": ["tiny@1", "tiny@2"], "workers": 1}
+    assert http.get("/readyz").json() == {
+        "status": "ready",
+        "models": ["tiny@1", "tiny@2"],
+        "workers": 1,
+        "backends": {"tiny@1": ["onnx"], "tiny@2": ["onnx"]},
+    }
     assert http.get("/livez").status_code == 200

@@ -17,7 +17,7 @@ from flashbulb_service import webhooks
 from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.queue import Queue
-from flashbulb_service.serve import webhooks as delivering
+from flashbulb_service.serve import upkeep
 from flashbulb_service.settings import Settings
 from flashbulb_service.webhooks import DeliveryError, Message, deliver, is_public, parse_target, retry_delay_s
 
@@ -89,7 +89,7 @@ async def test_the_openai_client_verifies_our_signature(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     app = make_app(webhook_secret=SECRET, webhook_allow_private=True)
-    async with delivering(app.state.context):
+    async with upkeep(app.state.context):
         job_id = await cancelled_job(app, receiver.url)
         await receiver.wait(1)
         await wait_until(partial(nothing_due, app.state.context.queue))
@@ -107,7 +107,7 @@ async def test_a_refused_delivery_is_tried_again_under_the_same_id_and_redirects
     monkeypatch.setattr(webhooks, "retry_delay_s", lambda attempt, spread: 0.01 if attempt < 8 else None)
     app = make_app(webhook_secret=SECRET, webhook_allow_private=True)
     receiver.statuses = [500, 302]
-    async with delivering(app.state.context):
+    async with upkeep(app.state.context):
         await cancelled_job(app, receiver.url)
         await receiver.wait(3)
         await wait_until(partial(nothing_due, app.state.context.queue))
@@ -118,7 +118,7 @@ async def test_a_refused_delivery_is_tried_again_under_the_same_id_and_redirects
 async def test_a_due_delivery_outlives_its_process(make_app: MakeApp, receiver: Receiver) -> None:
     settings = {"webhook_secret": SECRET, "webhook_allow_private": True}
     await cancelled_job(make_app(**settings), receiver.url)  # nobody delivers here
-    async with delivering(make_app(**settings).state.context):
+    async with upkeep(make_app(**settings).state.context):
         await receiver.wait(1)
 
 
@@ -126,7 +126,7 @@ async def test_unwanted_events_are_not_sent(make_app: MakeApp, receiver: Receive
     app = make_app(webhook_secret=SECRET, webhook_allow_private=True)
     job_id = await cancelled_job(app, receiver.url, webhook_events=["job.completed"])
     assert await webhook_message(app.state.context, job_id.removeprefix("job_")) is None
-    async with delivering(app.state.context):
+    async with upkeep(app.state.context):
         await wait_until(partial(nothing_due, app.state.context.queue))
     assert receiver.bodies == []
 

@@ -152,6 +152,23 @@ def test_models_list_inspect_verify(models_dir: Path) -> None:
     assert (verified.returncode, verified.stdout) == (0, "tiny@1\tok\t4 files\n")
 
 
+def test_models_calibrate_writes_beside_the_bundle_and_never_into_it(
+    models_dir: Path, tmp_path: Path
+) -> None:
+    before = snapshot(models_dir)
+    data = tmp_path / "state"
+    done = run_flashbulb("models", "calibrate", "--models", models_dir, "--data", data, "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "tiny@1"
+    assert [line.split()[0] for line in lines[2:6]] == ["1", "2", "4", "8"]
+    assert "random mixes): yes" in lines[6]
+    (file,) = (data / "calibration").iterdir()
+    assert lines[7].strip() == str(file)
+    assert snapshot(models_dir) == before
+    check_refused(run_flashbulb("models", "calibrate", "cat", "--models", models_dir), 1, "cat", "tiny@1")
+
+
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:
     done = run_flashbulb("models", "list", "--debug", "--models", tmp_path)
     assert done.returncode == 1

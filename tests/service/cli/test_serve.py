@@ -14,6 +14,7 @@ from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.queue import Queue
 from flashbulb_service.tasks import ImageTask
 from support.serving import Serving, run_flashbulb
+from support.tiny_bundle import make_tiny_bundle
 
 WaitUntil = Callable[..., Awaitable[None]]
 
@@ -115,6 +116,19 @@ def test_a_damaged_bundle_is_not_served(models_dir: Path, tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
+def test_a_data_folder_in_use_is_told_in_one_line(models_dir: Path, tmp_path: Path) -> None:
+    """A second server joined the first one's Valkey, and answered 503 for ever when the first had ended."""
+    data = tmp_path / "data"
+    with Serving(models_dir, data) as serving:
+        done = run_flashbulb("serve", "--models", models_dir, "--data", data, "--port", "0")
+        assert done.returncode == 1
+        assert last_line(done.stderr) == (
+            f"flashbulb: {data} is in use by another flashbulb serve (pid {serving.process.pid}): "
+            "stop it, or pass --data"
+        )
+        assert httpx2.get(f"{serving.url}/readyz").status_code == 200
+
+
 def test_a_taken_port_is_told_in_one_line(models_dir: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -122,3 +136,19 @@ def test_a_taken_port_is_told_in_one_line(models_dir: Path, tmp_path: Path) -> N
     assert done.returncode == 1
     assert last_line(done.stderr).startswith(f"flashbulb: cannot listen on 127.0.0.1:{port}")
     assert not (tmp_path / "d").exists()
+
+
+async def test_a_new_version_is_served_without_a_restart(
+    models_dir: Path, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    with Serving(models_dir, tmp_path / "data") as serving:
+        make_tiny_bundle(tmp_path / "elsewhere", version=2)
+        (tmp_path / "elsewhere" / "tiny" / "2").rename(models_dir / "tiny" / "2")
+        async with httpx2.AsyncClient(base_url=serving.url) as client:
+
+            async def offered() -> bool:
+                return bool((await client.get("/v1/models")).json()["data"][0]["version"] == 2)
+
+            await wait_until(offered, 30)
+            answer = await client.post("/v1/images/generations", json={"prompt": "dog", "model": "tiny@2"})
+            assert answer.status_code == 200

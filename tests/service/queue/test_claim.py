@@ -7,6 +7,8 @@ import pytest
 from flashbulb_service.errors import JobNotFound
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.queue import Limits
+from flashbulb_service.scheduler import BucketFacts, plan_batch
+from flashbulb_service.timing import Tau
 
 
 def new(payload: bytes = b"p", **kwargs) -> NewJob:
@@ -92,9 +94,10 @@ async def test_tenants_that_were_served_leave_no_trace_in_a_busy_queue(queue, cl
     """Without pruning, a queue that is never empty would remember every tenant it ever saw."""
     for i in range(20):
         await queue.enqueue([new(tenant=f"t{i}")])
-    await queue.enqueue([new(tenant="busy")] * 5)
-    await queue.claim("w", ["emoji@1"], 23, 60)
-    assert await client.zrange(f"{queue.keys.tag}:tags:emoji@1", 0, -1) == [b"busy"]
+    await queue.enqueue([new(tenant="busy")] * 12)
+    for _ in range(25):
+        await queue.claim("w", ["emoji@1"], 1, 60)
+    assert await client.zrange(f"{queue.keys.tag}:used", 0, -1) == [b"busy"]
 
 
 async def test_using_idle_capacity_is_not_held_against_a_tenant(queue):
@@ -117,17 +120,59 @@ async def test_fairness_holds_across_buckets(queue):
     assert (await drain(queue, max_batch=4))[:16] == [b"A"] * 4 + [b"B"] * 4 + [b"A"] * 4 + [b"B"] * 4
 
 
-async def test_priority_moves_ahead_by_its_worth_of_work(queue):
-    await queue.enqueue([new(b"%d" % i) for i in range(6)])
-    await queue.enqueue([new(b"urgent", priority_ms=2500)])
-    assert await drain(queue) == [b"0", b"1", b"2", b"3", b"urgent", b"4", b"5"]
+async def test_jobs_are_served_by_deadline_and_those_without_one_by_their_target(make_queue):
+    queue = make_queue(Limits(default_slo_s=60.0))
+    for payload, deadline_s in ((b"none", None), (b"90", 90.0), (b"5", 5.0), (b"30", 30.0)):
+        await queue.enqueue([new(payload, deadline_s=deadline_s)], now=100.0)
+    served = []
+    while jobs := await queue.claim("w", ["emoji@1"], 1, 60, now=101.0):
+        served += [job.payload for job in jobs]
+    assert served == [b"5", b"30", b"none", b"90"]
 
 
-async def test_priority_is_bounded_so_that_nothing_starves(make_queue):
+async def test_priority_makes_a_job_due_earlier_by_a_bounded_time(make_queue):
     queue = make_queue(Limits(max_priority_ms=1500))
-    await queue.enqueue([new(b"%d" % i) for i in range(4)])
-    await queue.enqueue([new(b"urgent", priority_ms=10**9)])
-    assert await drain(queue) == [b"0", b"1", b"2", b"urgent", b"3"]
+    for i in range(4):
+        await queue.enqueue([new(b"%d" % i)], now=100.0 + i)
+    await queue.enqueue([new(b"urgent", priority_ms=10**9)], now=103.0)
+    assert await drain(queue) == [b"0", b"1", b"urgent", b"2", b"3"]
+
+
+async def test_a_tenant_of_twice_the_weight_gets_twice_the_share(queue):
+    await queue.enqueue([new(b"A", tenant="A", weight=2.0)] * 20)
+    await queue.enqueue([new(b"B", tenant="B")] * 20)
+    served = (await drain(queue))[:12]
+    assert served.count(b"A") == 8 and served.count(b"B") == 4
+
+
+async def test_flooder_cannot_fill_the_window(queue):
+    await queue.enqueue([new(tenant="flood")] * 200)
+    await queue.enqueue([new(tenant="polite")])
+    window = await queue.window("w", ["emoji@1"], 16)
+    assert "polite" in {row.tenant for row in window.buckets[0].rows}
+    assert len(window.buckets[0].rows) <= 17 and window.buckets[0].num_waiting == 201
+
+
+async def test_only_what_is_still_queued_is_taken(queue):
+    """Between the look and the take, another worker or a cancel may have come first."""
+    ids = (await queue.enqueue([new()] * 4)).ids
+    window = await queue.window("w", ["emoji@1"], 8)
+    plan = plan_batch(window, lambda _model, _bucket: BucketFacts(cap=4))
+    await queue.cancel(ids[0])
+    await queue.claim("other", ["emoji@1"], 1, 60)
+    assert [job.id for job in await queue.take("w", plan, 60)] == list(ids[2:])
+    assert await queue.take("w", plan, 60) == []
+
+
+async def test_planned_drop_ends_the_job_once(queue):
+    hopeless, fine = (await queue.enqueue([new(deadline_s=5.0), new(deadline_s=50.0)], now=100.0)).ids
+    tau = Tau(0.0, 0.0, 10_000.0, margin=1.2)
+    plan = plan_batch(
+        await queue.window("w", ["emoji@1"], 8, now=100.0), lambda _model, _bucket: BucketFacts(4, tau)
+    )
+    assert (plan.take, plan.drop) == ((fine,), (hopeless,))
+    assert [job.id for job in await queue.take("w", plan, 60, now=100.0)] == [fine]
+    assert (await queue.get(hopeless)).error.code == "deadline_exceeded"
 
 
 async def test_overdue_job_ends_failed_and_is_not_returned(queue):

@@ -4,9 +4,12 @@ import asyncio
 
 import pytest
 
-from flashbulb_service.errors import IdempotencyConflict, QueueFull
+from flashbulb_service.errors import DeadlineUnreachable, IdempotencyConflict, QueueFull
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.queue import Limits
+from flashbulb_service.scheduler import BucketFacts, plan_batch
+from flashbulb_service.simulate import admits
+from flashbulb_service.timing import Tau
 
 
 def new(payload: bytes = b"p", **kwargs) -> NewJob:
@@ -171,3 +174,89 @@ async def test_empty_and_mixed_requests_are_refused(queue):
         await queue.enqueue([])
     with pytest.raises(ValueError, match="one tenant"):
         await queue.enqueue([new(tenant="a"), new(tenant="b")])
+
+
+TAU = Tau(17.0, 4.3, 4.93)  # a batch of 8 takes 43.74 ms
+
+
+async def admit(queue, num, deadline_s, now=100.0, tenant="default"):
+    return await queue.enqueue([new(deadline_s=deadline_s, tenant=tenant)] * num, now=now)
+
+
+async def test_a_deadline_that_full_batches_cannot_keep_is_refused_and_nothing_is_stored(queue):
+    await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
+    await admit(queue, 8, 0.100)
+    await admit(queue, 8, 0.100)  # the second batch ends at 87.48 ms
+    with pytest.raises(DeadlineUnreachable) as refused:
+        await admit(queue, 1, 0.100)
+    assert (refused.value.code, refused.value.retry_after_s) == ("deadline_unreachable", 0.1)
+    await admit(queue, 1, 0.140)  # the third would end at 131.22
+    assert (await queue.stats(now=100.0)).queued == {"emoji@1": 17}
+
+
+async def test_admission_counts_every_live_worker_and_no_other(queue):
+    times = {("emoji@1", "64x64"): (TAU, 8)}
+    for worker in ("w1", "w2"):
+        await queue.publish_times(worker, times, 6.0, now=100.0)
+    await admit(queue, 32, 0.100)  # two batches each
+    with pytest.raises(DeadlineUnreachable):
+        await admit(queue, 1, 0.100)
+    await admit(queue, 50, 0.010, now=107.0)  # nobody lives, so nothing is known
+
+
+async def test_admission_counts_the_batch_that_runs(queue):
+    await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
+    await admit(queue, 8, 0.100)
+    await queue.claim(
+        "w",
+        ["emoji@1"],
+        8,
+        60,
+        plan=lambda window: plan_batch(window, lambda _model, _bucket: BucketFacts(8, TAU)),
+        now=100.0,
+    )
+    with pytest.raises(DeadlineUnreachable):
+        await admit(queue, 1, 0.080)  # 44 ms of the running one, 43.74 of the own
+    await admit(queue, 1, 0.090)
+
+
+async def test_an_idle_worker_takes_a_tight_deadline_that_a_full_batch_would_miss(queue):
+    await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
+    await admit(queue, 1, 0.020)
+    with pytest.raises(DeadlineUnreachable):
+        await admit(queue, 1, 0.020)
+
+
+async def test_anothers_backlog_does_not_refuse_a_polite_tenant(queue):
+    await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
+    await queue.enqueue([new(tenant="flood")] * 100, now=40.1)  # due at the polite one's time or before
+    await admit(queue, 1, 0.100, tenant="polite")
+
+
+async def test_jobs_without_a_deadline_are_admitted_by_count_alone(queue):
+    await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
+    await queue.enqueue([new()] * 500, now=100.0)
+
+
+@pytest.mark.parametrize("allowed_ms", [16, 18, 43, 44, 60, 87, 88, 130, 132, 176])
+@pytest.mark.parametrize(("waiting", "is_busy"), [(0, False), (0, True), (7, True), (8, True), (17, True)])
+async def test_the_simulation_admits_what_the_queue_admits(queue, waiting, is_busy, allowed_ms):
+    await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
+    if is_busy:
+        await queue.enqueue([new()], now=30.0)
+        await queue.claim(
+            "w",
+            ["emoji@1"],
+            8,
+            60,
+            plan=lambda window: plan_batch(window, lambda _model, _bucket: BucketFacts(8, TAU)),
+            now=100.0,
+        )
+    if waiting:
+        await queue.enqueue([new()] * waiting, now=40.0)
+    expected = admits([17.0 * is_busy], waiting, TAU, 8, allowed_ms)
+    if expected:
+        await admit(queue, 1, allowed_ms / 1000)
+    else:
+        with pytest.raises(DeadlineUnreachable):
+            await admit(queue, 1, allowed_ms / 1000)

@@ -101,7 +101,15 @@ class QueueMachine(RuleBasedStateMachine):
         priority_ms=st.sampled_from([0, 0, 1500, -1500]),
     )
     def enqueue(self, model, bucket, tenant, num, deadline_s, max_attempts, priority_ms) -> None:
-        new = NewJob(model, bucket, b"p", tenant, 1.0, priority_ms, deadline_s, max_attempts)
+        new = NewJob(
+            model,
+            bucket,
+            b"p",
+            tenant,
+            priority_ms=priority_ms,
+            deadline_s=deadline_s,
+            max_attempts=max_attempts,
+        )
         live = [known for known in self.known.values() if known.state not in TERMINAL]
         of_tenant = sum(known.new.tenant == tenant for known in live)
         if len(live) + num > LIMITS.max_queued or of_tenant + num > LIMITS.max_queued_per_tenant:
@@ -123,6 +131,7 @@ class QueueMachine(RuleBasedStateMachine):
             known = self.known[job.id]
             assert job.id in possible
             assert not self.is_overdue(job.id)
+            assert not known.burnt or len(jobs) == 1
             assert (job.model, job.bucket) == (known.new.model, known.new.bucket)
             assert job.attempt == known.attempt + 1
             self.move(job.id, JobState.RUNNING, worker=worker, attempt=job.attempt, due=self.now + LEASE_S)
@@ -133,8 +142,9 @@ class QueueMachine(RuleBasedStateMachine):
             self.move(job_id, JobState.FAILED)
         if not jobs:
             assert set(dropped) == set(possible)
-        elif len(jobs) < max_batch:  # then its bucket is empty
-            rest = [j for j in possible if self.known[j].state is JobState.QUEUED]
+        elif len(jobs) < max_batch and not any(self.known[job.id].burnt for job in jobs):
+            # then its bucket holds nothing more, but for jobs that must run alone
+            rest = [j for j in possible if self.known[j].state is JobState.QUEUED and not self.known[j].burnt]
             assert not [
                 j
                 for j in rest

@@ -261,7 +261,7 @@ async def test_weight_is_a_share_of_contended_time(
     for key in (light, heavy):
         async with client_of(app, key.secret) as client:
             for _ in range(4):
-                await client.post("/v1/jobs", json={"prompt": "dog", "n": 10})
+                assert (await client.post("/v1/jobs", json={"prompt": "dog", "n": 10})).status_code == 200
     first = [job.tenant for _ in range(24) for job in await queue.claim("w", ["tiny@1"], 1, 60)]
     assert 16 <= first.count(heavy.record.id) <= 20
 

@@ -10,15 +10,17 @@ import pytest
 import pytest_asyncio
 
 from flashbulb_distill.bundle import Bundle, open_bundle
-from flashbulb_service.backends import Backend, Generated, ImageRequest
+from flashbulb_service.backends import Backend, Embeddings, ImageRequest, OnStep, Student
 from flashbulb_service.backends.onnx import OnnxBackend
 from flashbulb_service.catalog import Model
 from flashbulb_service.jobs import NewJob
+from flashbulb_service.pipeline import LoadedModel
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import ImageChecker
 from flashbulb_service.tasks import ImageTask
-from flashbulb_service.worker import LoadedModel, Worker
+from flashbulb_service.worker import Worker
 from support.tiny_bundle import make_tiny_bundle
 
 
@@ -53,10 +55,18 @@ class Watched:
     def load(self, bundle: Bundle) -> None:
         self.inner.load(bundle)
 
-    def generate(self, requests: Sequence[ImageRequest]) -> Generated:
+    def encode_prompts(self, prompts: Sequence[str], pad_to: int | None = None) -> Embeddings:
+        return self.inner.encode_prompts(prompts, pad_to)
+
+    def denoise(
+        self, requests: Sequence[ImageRequest], embeddings: Embeddings, on_step: OnStep | None = None
+    ) -> np.ndarray:
         self.batches.append([request.prompt for request in requests])
         self.before(requests)
-        return self.inner.generate(requests)
+        return self.inner.denoise(requests, embeddings, on_step)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        return self.inner.decode(latents)
 
     def close(self) -> None:
         """Leave the shared backend open."""
@@ -91,9 +101,13 @@ async def start_worker(
     presence = Presence.connect(redis_url, namespace=namespace)
     running: list[Running] = []
 
-    def start(*, lease_s: float = 5.0, drain_s: float = 10.0, cap: int = 8) -> Running:
-        loaded = LoadedModel(Model("tiny", 1, bundle), watched, cap)
-        worker = Worker(make_queue(), results, presence, [loaded], backend_name="onnx", lease_s=lease_s)
+    def start(
+        *, lease_s: float = 5.0, drain_s: float = 10.0, cap: int = 8, checker: ImageChecker | None = None
+    ) -> Running:
+        loaded = LoadedModel(Model("tiny", 1, bundle), Student(watched), cap)
+        worker = Worker(
+            make_queue(), results, presence, [loaded], backend_name="onnx", lease_s=lease_s, checker=checker
+        )
         stop = asyncio.Event()
         running.append(Running(worker, stop, asyncio.create_task(worker.run(stop, drain_s=drain_s))))
         return running[-1]
@@ -125,4 +139,4 @@ def picture_job_fixture() -> Callable[..., NewJob]:
 @pytest.fixture
 def apple(onnx: OnnxBackend) -> np.ndarray:
     """The picture that `picture_job()` asks for."""
-    return onnx.generate([ImageRequest("red apple", 7, 0, 64, 64)]).images[0]
+    return Student(onnx).generate([ImageRequest("red apple", 7, 0, 64, 64)]).images[0]

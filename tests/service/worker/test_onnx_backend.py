@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from onnx.reference import ReferenceEvaluator
 
 from flashbulb_distill.bundle import Bundle, describe_files, open_bundle, write_manifest
 from flashbulb_distill.core.noise import draw_noise
-from flashbulb_service.backends import ImageRequest, create_backend
+from flashbulb_service.backends import ImageRequest, Student, create_backend
+from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.backends.onnx import OnnxBackend
 from flashbulb_service.images import to_uint8
 from support.tiny_bundle import WORDS, make_tiny_bundle
@@ -39,30 +42,93 @@ def test_picture_equals_the_reference_evaluator_s(bundle: Bundle, onnx: OnnxBack
     (x0,) = parts["denoiser"].run(None, inputs)
     (pixels,) = parts["decoder"].run(None, {"latents": x0})
     expected = np.rint((pixels[0].transpose(1, 2, 0) + 1) * 127.5)
-    got = onnx.generate([request(index=3)]).images[0].astype(np.int64)
+    got = Student(onnx).generate([request(index=3)]).images[0].astype(np.int64)
     assert np.abs(got - expected).max() <= 1  # float rounding may move a value across a half
     assert (got != expected).mean() < 1e-3
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-@pytest.mark.parametrize("invariant", [False, True], ids=["row-by-row", "batched"])
-def test_same_seed_gives_same_image_in_any_batch(
-    tmp_path: Path, onnx: OnnxBackend, size: int, invariant: bool
-) -> None:
-    backend = onnx
-    if invariant:
-        backend = OnnxBackend(threads=1)
-        backend.load(_with(tmp_path, batch_invariant={"onnx": True}))
-    alone = onnx.generate([request()]).images[0]
+@pytest.mark.parametrize("canonical", [None, 1, 8])
+def test_same_seed_gives_same_image_in_any_batch(onnx: OnnxBackend, size: int, canonical: int | None) -> None:
+    student = Student(onnx, canonical)
+    alone = Student(onnx).generate([request()]).images[0]
     for position in range(size):
         rows = [request("dog", seed=row) for row in range(size)]
         rows[position] = request()
-        np.testing.assert_array_equal(backend.generate(rows).images[position], alone)
+        np.testing.assert_array_equal(student.generate(rows).images[position], alone)
+
+
+def test_canonical_batches_have_one_size_in_every_stage(
+    onnx: OnnxBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx.cache = EmbeddingCache(0)
+    seen: set[tuple[str, int]] = set()
+    for name, session in list(onnx._sessions.items()):
+
+        def run(
+            names: Sequence[str] | None,
+            inputs: dict[str, np.ndarray],
+            name: str = name,
+            session: Any = session,
+        ) -> list[np.ndarray]:
+            seen.add((name, len(next(iter(inputs.values())))))
+            return session.run(names, inputs)  # type: ignore[no-any-return]
+
+        monkeypatch.setitem(onnx._sessions, name, SimpleNamespace(run=run))
+    for count in (1, 3, 4):
+        Student(onnx, 4).generate([request("dog", seed=row) for row in range(count)])
+    assert seen == {("text_encoder", 4), ("denoiser", 4), ("decoder", 4)}
+    with pytest.raises(ValueError, match="at most 4"):
+        Student(onnx, 4).decode(np.zeros((5, 64, 8, 8), dtype=np.float32))
+
+
+def test_cached_embeddings_have_the_bytes_of_fresh_ones(onnx: OnnxBackend) -> None:
+    onnx.cache = EmbeddingCache()
+    fresh = onnx.encode_prompts(["dog", "red apple"])
+    again = onnx.encode_prompts(["red apple", "dog"])
+    assert (onnx.cache.hits, onnx.cache.misses) == (2, 2)
+    assert again.tokens[::-1].tobytes() == fresh.tokens.tobytes()
+    assert again.pooled[::-1].tobytes() == fresh.pooled.tobytes()
+
+
+def test_the_cache_drops_what_was_not_used_for_longest_and_stays_within_its_bytes() -> None:
+    row = (np.zeros((14, 384), np.float32), np.zeros(384, np.float32))
+    cache = EmbeddingCache(3 * (row[0].nbytes + row[1].nbytes + 1024))
+    for prompt in ("a", "b", "c"):
+        cache.put("sha", prompt, row)
+    assert cache.get("sha", "a") is not None
+    assert cache.get("other bundle", "a") is None
+    cache.put("sha", "d", row)
+    assert [cache.get("sha", prompt) is not None for prompt in "abcd"] == [True, False, True, True]
+    for number in range(100):
+        cache.put("sha", str(number), row)
+    assert cache.bytes <= 3 * (row[0].nbytes + row[1].nbytes + 1024)
+
+
+def test_each_step_shows_its_estimate_and_may_stop_the_batch(tmp_path: Path) -> None:
+    backend = OnnxBackend(threads=1)
+    backend.load(_with(tmp_path, time_steps=(1.0, 0.5)))
+    seen: list[np.ndarray] = []
+    embeddings = backend.encode_prompts(["red apple"])
+
+    def on_step(step: int, num_steps: int, x0: np.ndarray) -> None:
+        assert (step, num_steps) == (len(seen), 2)
+        seen.append(x0)
+
+    latents = backend.denoise([request()], embeddings, on_step)
+    np.testing.assert_array_equal(seen[1], latents)
+    assert (seen[0] != seen[1]).mean() > 0.5
+
+    def stop(step: int, num_steps: int, x0: np.ndarray) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        backend.denoise([request()], embeddings, stop)
 
 
 def test_other_seed_index_or_prompt_gives_another_image(onnx: OnnxBackend) -> None:
     rows = [request(), request(seed=8), request(index=1), request("green apple")]
-    pictures = onnx.generate(rows).images
+    pictures = Student(onnx).generate(rows).images
     for first in range(4):
         for second in range(first):
             assert (pictures[first] != pictures[second]).mean() > 0.1
@@ -81,14 +147,16 @@ def test_equal_prompts_are_encoded_once(tmp_path: Path) -> None:
 
     backend._sessions["text_encoder"] = Counting()  # type: ignore[assignment]
     prompts = ["dog", "rocket", "dog", "dog"]
-    pictures = backend.generate([request(prompt, seed=row) for row, prompt in enumerate(prompts)]).images
+    pictures = (
+        Student(backend).generate([request(prompt, seed=row) for row, prompt in enumerate(prompts)]).images
+    )
     assert batches == [2]
-    np.testing.assert_array_equal(pictures[3], backend.generate([request("dog", seed=3)]).images[0])
+    np.testing.assert_array_equal(pictures[3], Student(backend).generate([request("dog", seed=3)]).images[0])
 
 
 def test_a_prompt_longer_than_the_model_reads_is_cut(onnx: OnnxBackend) -> None:
     long, longer = " ".join(["dog"] * 14), " ".join(["dog"] * 40)
-    pictures = onnx.generate([request(long), request(longer)]).images
+    pictures = Student(onnx).generate([request(long), request(longer)]).images
     np.testing.assert_array_equal(pictures[0], pictures[1])
 
 
@@ -97,9 +165,10 @@ def test_a_few_step_student_uses_fresh_noise_at_every_step(tmp_path: Path) -> No
     backend = OnnxBackend(threads=1)
     backend.load(_with(tmp_path, time_steps=(1.0, 0.5)))
     bundle = open_bundle(tmp_path / "tiny" / "1")
-    got = backend.generate([request()]).images[0].astype(np.int64)
+    got = Student(backend).generate([request()]).images[0].astype(np.int64)
     parts = {name: ReferenceEvaluator(str(bundle.path / f"{name}.onnx")) for name in ("denoiser", "decoder")}
-    embeds, pooled = backend._encode_prompts(["red apple"])
+    encoded = backend.encode_prompts(["red apple"])
+    embeds, pooled = encoded.tokens, encoded.pooled
 
     def denoise(latents: np.ndarray, t: float) -> np.ndarray:
         inputs = {"latents": latents, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
@@ -116,16 +185,16 @@ def test_a_few_step_student_uses_fresh_noise_at_every_step(tmp_path: Path) -> No
 def test_mixed_sizes_and_empty_batches_are_refused(onnx: OnnxBackend) -> None:
     for batch in ([], [request(), request(side=128)]):
         with pytest.raises(ValueError, match="batch of one size"):
-            onnx.generate(batch)
+            Student(onnx).generate(batch)
 
 
 def test_backend_without_a_bundle_says_so() -> None:
     with pytest.raises(RuntimeError, match="load"):
-        OnnxBackend(threads=1).generate([request()])
+        Student(OnnxBackend(threads=1)).generate([request()])
 
 
 def test_unknown_backend_is_never_replaced_by_another() -> None:
-    with pytest.raises(ValueError, match="'onnx', got 'cuda'"):
+    with pytest.raises(ValueError, match="'synthetic', got 'cuda'"):
         create_backend("cuda", threads=1)
 
 

@@ -35,10 +35,21 @@ async def test_names_that_lead_elsewhere_are_no_results(results: ResultStore, na
         await results.put(name, b"")
 
 
-@given(st.text(max_size=20))
-def test_a_result_id_is_always_one_plain_file_name(name: str) -> None:
-    if is_result_id(name):
-        assert name.isascii() and Path(name).name == name and name not in (".", "..")
+RESULT_IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(png|jpeg|webp)", fullmatch=True)
+
+
+@given(RESULT_IDS)
+def test_a_result_id_is_one_plain_file_name(name: str) -> None:
+    assert is_result_id(name)
+    assert name.isascii() and Path(name).name == name and name not in (".", "..")
+
+
+@given(
+    RESULT_IDS, st.integers(min_value=0), st.sampled_from(["/", "\\", "\0", "\n", "%", "..", "é", " ", ":"])
+)
+def test_a_result_id_with_anything_else_in_it_is_none(name: str, place: int, inserted: str) -> None:
+    place %= len(name) + 1
+    assert not is_result_id(name[:place] + inserted + name[place:])
 
 
 def test_result_id_refuses_odd_job_ids() -> None:

@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from flashbulb_service.backends import Generated, ImageRequest
+from flashbulb_service.backends import ImageRequest
 from flashbulb_service.jobs import JobState, NewJob
+from flashbulb_service.pipeline import MAX_DELIVERING, MAX_DRAWING
 from flashbulb_service.presence import Presence, serves
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
@@ -80,7 +82,11 @@ async def test_a_batch_never_exceeds_the_cap(
 
 
 async def test_a_poisoned_row_does_not_harm_its_batch(
-    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     watched.before = fail_on("poison")
     prompts = ["dog", "poison", "rocket"]
@@ -91,7 +97,8 @@ async def test_a_poisoned_row_does_not_harm_its_batch(
     assert [view.attempt for view in views] == [1, 1, 1]
     assert views[1].error is not None
     assert views[1].error.code == "backend_error"
-    assert views[1].error.message == "RuntimeError: cannot draw poison"
+    assert views[1].error.message == "RuntimeError: cannot draw poison"  # for its client
+    assert "cannot draw [prompt]" in caplog.text and "poison" not in caplog.text
 
 
 async def test_jobs_of_a_lost_worker_run_alone(
@@ -108,15 +115,29 @@ async def test_jobs_of_a_lost_worker_run_alone(
     assert sorted(watched.batches) == [["apple"], ["dog"], ["rocket"]]
 
 
-async def test_a_backend_that_loses_a_picture_fails_and_does_not_mix_them_up(
+async def test_a_few_lost_jobs_do_not_turn_batching_off_for_the_backlog(
     queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob
 ) -> None:
-    class Forgetful:
-        def generate(self, requests: Sequence[ImageRequest]) -> Generated:
-            return Generated([]) if len(requests) > 1 else inner.generate(requests)
+    """Innocent jobs were handed back beside a suspect, taken for suspects themselves, and ran alone."""
+    ids = (await queue.enqueue([picture_job(seed=seed) for seed in range(64)])).ids
+    assert len(await queue.claim("lost-worker", ["tiny@1"], 8, lease_s=0.001)) == 8
+    while not await queue.reap():
+        pass
+    start_worker(cap=8)
+    views = await queue.wait(ids, 30)
+    assert [view.state for view in views] == [JobState.DONE] * 64
+    assert len(watched.batches) <= 8 + 56 // 8
 
-    inner = watched.inner
-    watched.inner = Forgetful()
+
+async def test_a_backend_that_loses_a_picture_fails_and_does_not_mix_them_up(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decode = watched.inner.decode
+    monkeypatch.setattr(watched, "decode", lambda x0: decode(x0) if len(x0) == 1 else decode(x0)[:1])
     ids = (await queue.enqueue([picture_job(prompt) for prompt in ("dog", "rocket")])).ids
     start_worker()
     assert [view.state for view in await queue.wait(ids, 10)] == [JobState.DONE] * 2
@@ -148,22 +169,101 @@ async def test_a_payload_that_is_no_task_fails_at_once_and_alone(
     assert good.state is JobState.DONE
 
 
-async def test_stopping_finishes_the_batch_in_hand_and_claims_no_other(
-    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob, wait_until: WaitUntil
+async def test_a_stopping_worker_leaves_the_list_before_its_batch_is_finished(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    redis_url: str,
+    namespace: str,
 ) -> None:
+    presence = Presence.connect(redis_url, namespace=namespace)
     gate = threading.Event()
     watched.before = lambda requests: gate.wait(10)
-    first = (await queue.enqueue([picture_job()])).ids
+    ids = (await queue.enqueue([picture_job()])).ids
     running = start_worker()
+
+    async def listed() -> bool:
+        return serves(await presence.workers(), "tiny@1")
+
+    async def gone() -> bool:
+        return not await listed()
+
+    await wait_until(listed)
     await wait_until(lambda: _truth(watched.batches))
-    second = (await queue.enqueue([picture_job("dog")])).ids
+    running.stop.set()
+    await wait_until(gone)
+    assert not running.task.done()
+    gate.set()
+    assert await running.task is True
+    assert (await queue.wait(ids, 1))[0].state is JobState.DONE
+    await presence.aclose()
+
+
+async def test_stopping_finishes_what_was_claimed_and_claims_no_other(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob, wait_until: WaitUntil
+) -> None:
+    """One claim is on the device, one waits behind it, and nothing beyond that is taken."""
+    gate = threading.Event()
+    watched.before = lambda requests: gate.wait(10)
+    ids = (await queue.enqueue([picture_job(seed=seed) for seed in range(3)])).ids
+    running = start_worker(cap=1)
+
+    async def two_are_claimed() -> bool:
+        return (await queue.stats()).running == 2
+
+    await wait_until(two_are_claimed)
     running.stop.set()
     gate.set()
     assert await running.task is True
-    assert (await queue.wait(first, 1))[0].state is JobState.DONE
-    view = await queue.get(second[0])
-    assert view is not None
-    assert (view.state, view.attempt) == (JobState.QUEUED, 0)
+    views = [await queue.get(job_id) for job_id in ids]
+    assert [view.state for view in views if view] == [JobState.DONE, JobState.DONE, JobState.QUEUED]
+    assert views[2] is not None and views[2].attempt == 0
+    assert len(watched.batches) == 2
+
+
+async def test_the_next_batch_runs_while_the_last_one_is_stored(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    results: ResultStore,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store takes nothing yet; the device draws on, but only as far as the bound of the pipeline."""
+    gate, put = asyncio.Event(), results.put
+
+    async def slow_put(name: str, data: bytes) -> None:
+        await gate.wait()
+        await put(name, data)
+
+    monkeypatch.setattr(results, "put", slow_put)
+    ids = (await queue.enqueue([picture_job(seed=seed) for seed in range(9)])).ids
+    start_worker(cap=1)
+    await wait_until(lambda: _truth(len(watched.batches) >= MAX_DELIVERING))
+    stats = await queue.stats()
+    assert stats.running <= MAX_DELIVERING + MAX_DRAWING
+    gate.set()
+    assert [view.state for view in await queue.wait(ids, 10)] == [JobState.DONE] * 9
+
+
+async def test_a_batch_that_nobody_waits_for_stops_at_a_step(
+    queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob, wait_until: WaitUntil
+) -> None:
+    gate, decoded = threading.Event(), []
+    watched.before = lambda requests: gate.wait(10)
+    decode, watched.decode = watched.decode, lambda x0: (decoded.append(len(x0)), decode(x0))[1]
+    ids = (await queue.enqueue([picture_job()])).ids
+    running = start_worker(lease_s=0.03)
+    await wait_until(lambda: _truth(watched.batches))
+    await queue.cancel(ids[0])
+    (claim,) = running.worker._pipeline._claims.values()
+    await wait_until(lambda: _truth(claim.lost))
+    gate.set()
+    await running.worker._pipeline.drain()
+    assert decoded == []
 
 
 async def test_a_batch_that_outlasts_the_drain_time_is_handed_back(

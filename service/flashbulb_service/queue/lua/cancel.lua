@@ -2,12 +2,13 @@
 
 local now = now_ms(ARGV[1])
 local id, result_ttl = ARGV[2], tonumber(ARGV[3])
-local job = call('HMGET', key('job', id), 'state', 'model', 'bucket')
+local job = call('HMGET', key('job', id), 'state', 'model', 'bucket', 'tenant')
 local state = job[1]
 if not state then
   return -1
 elseif state == 'queued' then
-  leave(id, job[2], job[3])
+  leave(id, job[2], job[3], job[4])
+  settle(job[2])
 elseif state == 'delayed' then
   call('ZREM', key('delayed'), id)
 elseif state == 'running' then

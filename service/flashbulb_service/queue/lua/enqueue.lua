@@ -1,8 +1,9 @@
 -- Store all jobs of one request, or none.
 -- ARGV: now, tenant, instance, max_live, max_live_tenant, idempotency digest or '', request hash,
 --       idempotency ttl, mode of the key, window of 'attach', record or '', owner, listed, events, hook (1 or ''),
---       result ttl, then per job: id, model, bucket, payload, cost, priority, deadline or '', max_attempts
--- Returns {'created' | 'replayed', ids...}, {'conflict'}, {'draining', model}
+--       result ttl,
+--       then per job: id, model, bucket, payload, cost, weight, due in, deadline or '', max_attempts
+-- Returns {'created' | 'replayed', ids...}, {'conflict'}, {'draining', model}, {'late', predicted ms, allowed ms}
 -- or {'full', scope, live, places missing, finished, over ms, limit}.
 
 local now = now_ms(ARGV[1])
@@ -18,11 +19,11 @@ local record, owner, listed, events, hook = ARGV[11], ARGV[12], ARGV[13] ~= '', 
 local result_ttl = tonumber(ARGV[16])
 
 local jobs, ids = {}, {}
-for i = 17, #ARGV, 8 do
+for i = 17, #ARGV, 9 do
   local job = {
     id = ARGV[i], model = ARGV[i + 1], bucket = ARGV[i + 2], payload = ARGV[i + 3],
-    cost = tonumber(ARGV[i + 4]), priority = tonumber(ARGV[i + 5]),
-    deadline = ARGV[i + 6] ~= '' and now + tonumber(ARGV[i + 6]), max_attempts = tonumber(ARGV[i + 7]),
+    cost = ARGV[i + 4], weight = ARGV[i + 5], due = now + tonumber(ARGV[i + 6]),
+    deadline = ARGV[i + 7] ~= '' and now + tonumber(ARGV[i + 7]), max_attempts = tonumber(ARGV[i + 8]),
   }
   jobs[#jobs + 1] = job
   ids[#ids + 1] = job.id
@@ -84,15 +85,84 @@ if live_tenant + #jobs > (of_key or max_live_tenant) then
   return refuse(of_key and 'key' or 'tenant', live_tenant, of_key or max_live_tenant)
 end
 
+-- Full-batch admission: when would the last of a bucket's new rows finish, if every batch from now on were full?
+-- nil while no live worker has published its times. See docs/scheduling.md.
+local MAX_WORKERS, MAX_TENANTS = 64, 64
+
+local function live_workers(model, bucket)
+  local busy, found = {}, {}
+  local entries = call('HGETALL', key('speed', model, bucket))
+  for i = 1, math.min(#entries, 2 * MAX_WORKERS), 2 do
+    local alive, floor, base, row, cap = string.match(entries[i + 1], '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
+    if tonumber(alive) > now then
+      local b = tonumber(cap)
+      local single = math.max(tonumber(floor), tonumber(base) + tonumber(row))
+      found[#found + 1] = { cap = b, full = math.max(tonumber(floor), base + row * b), single = single, base = base + 0, row = row + 0, floor = floor + 0 }
+      busy[#busy + 1] = math.max(0, tonumber(call('ZSCORE', key('busy'), entries[i]) or 0) - now)
+    end
+  end
+  table.sort(busy)
+  return found, busy
+end
+
+-- Rows that are served before ours: those due earlier, but of each other tenant no more than its fair share.
+local function rows_ahead(model, bucket, due, num)
+  local total = call('ZCOUNT', key('due', model, bucket), '-inf', due)
+  local tenants = call('ZRANGE', key('tenants', model, bucket), 0, MAX_TENANTS)
+  if #tenants > MAX_TENANTS or (#tenants == 1 and tenants[1] == tenant) then
+    return total
+  end
+  local mine = call('ZCARD', key('bucket', model, bucket, tenant))
+  local fair = 0
+  for _, name in ipairs(tenants) do
+    fair = fair + math.min(call('ZCARD', key('bucket', model, bucket, name)), mine + num)
+  end
+  return math.min(total, fair)
+end
+
+local function predicted_ms(model, bucket, due, num)
+  local found, busy = live_workers(model, bucket)
+  if #found == 0 then
+    return nil
+  end
+  local cap, full, own = 0, 0, 0
+  for _, one in ipairs(found) do
+    cap, full = cap + one.cap / #found, full + one.full / #found
+    own = own + math.max(one.floor, one.base + one.row * math.min(num, one.cap)) / #found
+  end
+  local ahead = rows_ahead(model, bucket, due, num)
+  if ahead == 0 and num <= cap and busy[1] == 0 then
+    return own -- a worker takes them at once: the batch cannot grow
+  end
+  local batches = math.floor((ahead + num - 1) / cap)
+  return busy[batches % #found + 1] + math.floor(batches / #found) * full + full
+end
+
+local groups = {}
 for _, job in ipairs(jobs) do
-  local score = start_tag(job.model, tenant, job.cost) - job.priority
+  if job.deadline then
+    local name = job.model .. ' ' .. job.bucket
+    local group = groups[name] or { model = job.model, bucket = job.bucket, num = 0, due = job.due, deadline = job.deadline }
+    group.num, group.due = group.num + 1, math.max(group.due, job.due)
+    group.deadline = math.min(group.deadline, job.deadline)
+    groups[name] = group
+  end
+end
+for _, group in pairs(groups) do
+  local ms = predicted_ms(group.model, group.bucket, group.due, group.num)
+  if ms and now + ms > group.deadline then
+    return { 'late', math.ceil(ms), group.deadline - now }
+  end
+end
+
+for _, job in ipairs(jobs) do
   call('HSET', key('job', job.id), 'state', 'queued', 'model', job.model, 'bucket', job.bucket,
-    'tenant', tenant, 'payload', job.payload, 'enqueued', now, 'score', score, 'cost', job.cost,
-    'attempt', 0, 'burnt', 0, 'max_attempts', job.max_attempts, 'reply', instance)
+    'tenant', tenant, 'payload', job.payload, 'enqueued', now, 'due', job.due, 'cost', job.cost,
+    'weight', job.weight, 'attempt', 0, 'burnt', 0, 'max_attempts', job.max_attempts, 'reply', instance)
   if job.deadline then
     call('HSET', key('job', job.id), 'deadline', job.deadline)
   end
-  enter(job.id, job.model, job.bucket, score, now, job.deadline)
+  enter(job.id, job.model, job.bucket, tenant, job.due, now, job.deadline)
   settle(job.model)
 end
 call('HINCRBY', key('inuse'), '', #jobs)

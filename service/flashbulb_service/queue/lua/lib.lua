@@ -71,7 +71,7 @@ local function gate_of(model)
 end
 
 -- After a model's backlog changed. One token is enough to wake everybody: whoever claims and leaves work
--- behind puts the next one. With the backlog goes the fair-queueing state: a busy period has ended.
+-- behind puts the next one. With the last backlog go the accounts: nobody waits, so nobody is owed anything.
 local function settle(model)
   local wake = key('wake', model)
   if call('EXISTS', key('ready', model)) == 1 then
@@ -80,34 +80,43 @@ local function settle(model)
       call('RPUSH', wake, '1')
     end
   else
-    call('DEL', wake, key('tags', model))
+    call('DEL', wake)
     call('HDEL', key('clock'), model)
     call('SREM', key('models'), model)
+    if call('EXISTS', key('models')) == 0 then
+      call('DEL', key('used'), key('lanes'))
+    end
   end
 end
 
--- Start-time fair queueing (Goyal, Vin, Cheng 1996): a job starts where its tenant's last one ended, or at
--- the model's virtual time if that is later. One unit of cost is 1000.
-local function start_tag(model, tenant, cost)
+-- Device time that a tenant was charged for, over its weight. One that comes (back) to a model's backlog starts
+-- level with the least of those that wait there: neither with a claim on what it missed, nor behind the others.
+local function used_by(model, tenant)
   local clock = tonumber(call('HGET', key('clock'), model) or 0)
-  local start = math.max(clock, tonumber(call('ZSCORE', key('tags', model), tenant) or 0))
-  call('ZADD', key('tags', model), start + cost * 1000, tenant)
-  return start
+  return math.max(clock, tonumber(call('ZSCORE', key('used'), tenant) or 0))
 end
 
 -- Put a job whose hash is written into its bucket. The caller settles the model.
-local function enter(id, model, bucket, score, enqueued, deadline)
-  call('ZADD', key('bucket', model, bucket), score, id)
-  call('ZADD', key('ready', model), 'LT', score, bucket)
+local function enter(id, model, bucket, tenant, due, enqueued, deadline)
+  call('ZADD', key('bucket', model, bucket, tenant), due, id)
+  call('ZADD', key('due', model, bucket), due, id)
+  call('ZADD', key('tenants', model, bucket), used_by(model, tenant), tenant)
+  call('ZADD', key('ready', model), 'LT', due, bucket)
   call('ZADD', key('waiting', model), enqueued, id)
   if deadline then
     call('ZADD', key('deadlines'), deadline, id)
   end
 end
 
--- The lowest tag of a bucket may have changed, or the bucket may be empty.
-local function refresh(model, bucket)
-  local head = call('ZRANGE', key('bucket', model, bucket), 0, 0, 'WITHSCORES')
+-- Take a queued job out of its bucket, from anywhere in it. The caller settles the model.
+local function leave(id, model, bucket, tenant)
+  call('ZREM', key('bucket', model, bucket, tenant), id)
+  call('ZREM', key('due', model, bucket), id)
+  call('ZREM', key('waiting', model), id)
+  if call('EXISTS', key('bucket', model, bucket, tenant)) == 0 then
+    call('ZREM', key('tenants', model, bucket), tenant)
+  end
+  local head = call('ZRANGE', key('due', model, bucket), 0, 0, 'WITHSCORES')
   if head[1] then
     call('ZADD', key('ready', model), head[2], bucket)
   else
@@ -115,22 +124,12 @@ local function refresh(model, bucket)
   end
 end
 
--- Take a queued job out of its bucket, from anywhere in it.
-local function leave(id, model, bucket)
-  call('ZREM', key('bucket', model, bucket), id)
-  call('ZREM', key('waiting', model), id)
-  refresh(model, bucket)
-  settle(model)
-end
-
--- A job that ran, or was to run again, returns to the head: its turn had come already.
+-- A job that ran, or was to run again, keeps its place in the order: its due time.
 local function requeue(id)
-  local job = call('HMGET', key('job', id), 'model', 'bucket', 'score', 'enqueued', 'deadline')
-  local clock = tonumber(call('HGET', key('clock'), job[1]) or 0)
-  local score = math.min(tonumber(job[3]), clock)
-  call('HSET', key('job', id), 'state', 'queued', 'score', score)
+  local job = call('HMGET', key('job', id), 'model', 'bucket', 'tenant', 'due', 'enqueued', 'deadline')
+  call('HSET', key('job', id), 'state', 'queued')
   call('HDEL', key('job', id), 'worker', 'started')
-  enter(id, job[1], job[2], score, job[4], job[5])
+  enter(id, job[1], job[2], job[3], job[4], job[5], job[6])
   settle(job[1])
   note(id, 'queued', now_ms(''))
 end

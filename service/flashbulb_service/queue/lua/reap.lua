@@ -12,9 +12,10 @@ local function due(name)
 end
 
 for _, id in ipairs(due('deadlines')) do
-  local job = call('HMGET', key('job', id), 'state', 'model', 'bucket')
+  local job = call('HMGET', key('job', id), 'state', 'model', 'bucket', 'tenant')
   if job[1] == 'queued' then
-    leave(id, job[2], job[3])
+    leave(id, job[2], job[3], job[4])
+    settle(job[2])
   else
     call('ZREM', key('delayed'), id)
   end

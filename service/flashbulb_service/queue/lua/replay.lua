@@ -1,4 +1,4 @@
--- Queue a dead letter again with a fresh attempt budget. ARGV: now, id. Returns 1, or 0 when it is not one.
+-- Queue a dead letter again with a fresh attempt budget. ARGV: now, id, target. Returns 1, or 0 when it is not one.
 
 local now = now_ms(ARGV[1])
 local id = ARGV[2]
@@ -6,15 +6,15 @@ local job = key('job', id)
 if not call('ZSCORE', key('dead'), id) or call('HEXISTS', job, 'payload') == 0 then
   return 0
 end
-local fields = call('HMGET', job, 'model', 'bucket', 'tenant', 'cost')
+local fields = call('HMGET', job, 'model', 'bucket', 'tenant')
 call('ZREM', key('dead'), id)
 call('PERSIST', job)
-local score = start_tag(fields[1], fields[3], tonumber(fields[4]))
-call('HSET', job, 'state', 'queued', 'burnt', 0, 'enqueued', now, 'score', score)
+local due = now + tonumber(ARGV[3])
+call('HSET', job, 'state', 'queued', 'burnt', 0, 'enqueued', now, 'due', due)
 call('HDEL', job, 'worker', 'started', 'finished', 'code', 'message', 'deadline')
 call('HINCRBY', key('inuse'), '', 1)
 call('HINCRBY', key('inuse'), fields[3], 1)
-enter(id, fields[1], fields[2], score, now, false)
+enter(id, fields[1], fields[2], fields[3], due, now, false)
 settle(fields[1])
 note(id, 'queued', now)
 return 1

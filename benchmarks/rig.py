@@ -1,0 +1,153 @@
+"""What the benchmarks of the service share: the whole server as processes, their CPU time and memory, results."""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from flashbulb_service.bench.session import machine
+from flashbulb_service.bench.workload import COLOURS, SUBJECTS, Picture
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class Server:
+    """`flashbulb serve` in a folder of its own, with the process ids of its parts."""
+
+    def __init__(self, folder: Path, models: Path, *, threads: int, settings: Mapping[str, str]) -> None:
+        self.data = folder / "data"
+        self._log = (folder / "server.log").open("wb")
+        env = {name: value for name, value in os.environ.items() if not name.startswith("FLASHBULB_")}
+        env |= {"PYTHONPATH": python_path()}
+        env |= {f"FLASHBULB_{name.upper()}": value for name, value in settings.items()}
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "flashbulb_service.cli", "serve", "--models", models),
+                *("--data", self.data, "--port", "0", "--workers", "1", "--threads", str(threads)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=env,
+        )
+        assert self.process.stdout is not None
+        found = None
+        for line in self.process.stdout:
+            found = re.search(r"ready: (http://\S+)", line)
+            if found:
+                break
+        if found is None:
+            raise SystemExit(f"the server did not start: {(folder / 'server.log').read_text()[-2000:]}")
+        self.url = found[1]
+
+    def pids(self) -> dict[str, int]:
+        """Return the process ids by part."""
+        parts = {"api": self.process.pid}
+        for pid in children(self.process.pid):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            parts["worker" if b"flashbulb_service.cli" in command else "valkey"] = pid
+        return parts
+
+    def queue_url(self) -> str:
+        """Return the address of the embedded Valkey; it holds a password."""
+        return str(json.loads((self.data / "queue" / "server.json").read_text())["url"])
+
+    def stop(self) -> None:
+        """Stop the server and wait for it."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._log.close()
+
+
+@contextmanager
+def serving(bundle: Path, *, threads: int, **settings: str) -> Iterator[Server]:
+    """Serve one bundle while this is open."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = folder / "models" / bundle.parent.name
+        models.mkdir(parents=True)
+        (models / bundle.name).symlink_to(bundle.resolve(), target_is_directory=True)
+        server = Server(folder, folder / "models", threads=threads, settings=settings)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def python_path() -> str:
+    """Return where the packages of this repository lie."""
+    return os.pathsep.join(str(ROOT / folder) for folder in ("service", "distill", "kernels"))
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for listed in lists for child in listed.read_text().split()]
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds that a process has used, its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+
+def pss_mb(pid: int) -> float:
+    """Return a process's memory, shared pages by their share."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def different_pictures(count: int, *, first: int = 0) -> list[Picture]:
+    """Return requests of which no two share a prompt: no cache of prompts helps anybody."""
+    return [
+        Picture(f"{COLOURS[number % len(COLOURS)]} {SUBJECTS[number % len(SUBJECTS)]} {number}", number)
+        for number in range(first, first + count)
+    ]
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that all of these benchmarks have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, default=ROOT / "models" / "emoji" / "1")
+    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime, on both sides")
+    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/<name>.json")
+    return parser
+
+
+def run(work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """Run a coroutine on uvloop."""
+
+    async def main() -> dict[str, Any]:
+        return await work()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
+
+
+def finish(name: str, result: dict[str, Any], *, write: bool) -> None:
+    """Print a result with the machine and commit that gave it, and write it when asked to."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    text = json.dumps({**result, "machine": machine(), "commit": commit.stdout.strip()}, indent=2)
+    print(text)
+    if write:
+        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")

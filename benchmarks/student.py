@@ -1,0 +1,108 @@
+"""The three graphs of a bundle in onnxruntime sessions, and nothing of the service: what everything is compared with.
+
+The peers serve this very code; `saturate` and `overhead` time it. It needs numpy, onnxruntime, tokenizers, pydantic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+from flashbulb_distill.bundle import open_bundle
+from flashbulb_distill.core.noise import draw_noise
+from flashbulb_distill.core.sampler import sample
+from flashbulb_service.images import to_uint8
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One picture."""
+
+    prompt: str
+    seed: int
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch, ready to run."""
+
+    ids: np.ndarray  # [b, l]
+    mask: np.ndarray  # [b, l]
+    noise: tuple[np.ndarray, ...]  # per step [b, c, h, w]
+
+
+class BareStudent:
+    """A bundle in three sessions, with the session options of the service."""
+
+    def __init__(self, folder: Path, *, threads: int) -> None:
+        self.bundle = open_bundle(folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.use_deterministic_compute = True
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        components = self.bundle.manifest.components.model_dump()
+        self._sessions = {
+            part: onnxruntime.InferenceSession(
+                str(self.bundle.file(name)), options, providers=["CPUExecutionProvider"]
+            )
+            for part, name in components.items()
+        }
+        text = self.bundle.manifest.text
+        self._tokenizer = Tokenizer.from_file(str(self.bundle.file(text.tokenizer)))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(text.max_length)
+
+    def prepare(self, asks: Sequence[Ask]) -> Inputs:
+        """Tokenise, and draw the noise of every step."""
+        manifest = self.bundle.manifest
+        text, latent, size = manifest.text, manifest.latent, manifest.shapes[0]
+        ids = np.full((len(asks), text.max_length), text.pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, encoding in enumerate(self._tokenizer.encode_batch([ask.prompt for ask in asks])):
+            ids[row, : len(encoding.ids)] = encoding.ids
+            mask[row, : len(encoding.ids)] = 1
+        shape = (latent.channels, size.height // latent.downscale, size.width // latent.downscale)
+        noise = tuple(
+            np.stack([draw_noise(ask.seed, ask.index, shape, step) for ask in asks])
+            for step in range(len(manifest.time_steps))
+        )
+        return Inputs(ids, mask, noise)
+
+    def run(self, inputs: Inputs) -> np.ndarray:
+        """Run the graphs: -> float [b, 3, h, w]."""
+        manifest = self.bundle.manifest
+        embeds, pooled = self._sessions["text_encoder"].run(
+            ["prompt_embeds", "pooled_prompt_embeds"],
+            {"input_ids": inputs.ids, "attention_mask": inputs.mask},
+        )
+
+        def denoise(latents: np.ndarray, t: float) -> np.ndarray:
+            feed = {
+                "latents": np.ascontiguousarray(latents, dtype=np.float32),
+                "timestep": np.full(len(latents), t * manifest.timestep_scale, dtype=np.float32),
+                "prompt_embeds": embeds,
+                "pooled_prompt_embeds": pooled,
+            }
+            return self._sessions["denoiser"].run(None, feed)[0]
+
+        latents = sample(
+            denoise,
+            inputs.noise[0],
+            manifest.time_steps,
+            prediction=manifest.prediction,
+            schedule=manifest.schedule,
+            renoise=lambda step: inputs.noise[step],
+        )
+        latents = np.asarray(latents, dtype=np.float32) / np.float32(manifest.latent.scaling)
+        latents += np.float32(manifest.latent.shift)
+        return self._sessions["decoder"].run(None, {"latents": latents})[0]
+
+    def draw(self, asks: Sequence[Ask]) -> np.ndarray:
+        """Make pictures: -> uint8 [b, h, w, 3]."""
+        return to_uint8(self.run(self.prepare(asks)))

@@ -1,0 +1,206 @@
+"""What a student does on this machine: time by batch size, and whether its neighbours change a picture's bytes.
+
+A published bundle never changes, so this is kept beside it: a file in the state folder for each (bundle, backend,
+machine, threads), which workers prefer to what the bundle's exporter measured elsewhere.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flashbulb_distill.bundle import Bundle, Manifest
+from flashbulb_service.backends import Backend, ImageRequest, Student, create_backend
+from flashbulb_service.backends.embeddings import EmbeddingCache
+from flashbulb_service.scheduler import batch_cap
+from flashbulb_service.settings import Settings
+
+Determinism = Literal["strict", "fast"]
+
+_PROMPTS = ("", "red apple", "a dog", "blue heart on a rocket", "two green birds in the morning sun")
+
+
+class Calibration(BaseModel):
+    """One measurement; `where` says of what and on what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    where: dict[str, str | int]
+    times_ms: dict[int, float] = Field(min_length=1)  # batch size -> median of a whole batch
+    batch_invariant: bool  # equal bytes in every batch size
+    canonical: int = Field(ge=1)  # the size to pad to where it is not
+    num_mixes: int
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A loaded student with what is known of it here."""
+
+    student: Student
+    cap: int  # the largest batch worth forming
+    times_ms: Mapping[int, float]  # batch size -> milliseconds; empty = unknown
+
+
+def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | None = None) -> Calibrated:
+    """Load a verified bundle; choose its batch cap and padding by this machine's calibration, else the exporter's."""
+    manifest, name = bundle.manifest, settings.backend
+    found = read_calibration(settings.data.expanduser(), place(bundle, name, settings.threads))
+    times = found.times_ms if found else manifest.calibration.get(name, {})
+    cap = batch_cap(manifest.max_batch, settings.max_batch, times)
+    canonical = canonical_size(manifest, name, found, settings.determinism, cap)
+    backend = create_backend(name, threads=settings.threads, cache=cache, synthetic=settings.synthetic)
+    backend.load(bundle)
+    if canonical is None:
+        return Calibrated(Student(backend), cap, times)
+    padded = {size: ms for size, ms in times.items() if size == canonical}
+    return Calibrated(Student(backend, canonical), min(cap, canonical), padded)
+
+
+def place(bundle: Bundle, backend: str, threads: int) -> dict[str, str | int]:
+    """Say what a calibration depends on."""
+    return {
+        "bundle": bundle.sha256,
+        "backend": backend,
+        "runtime": _runtime(backend),
+        "threads": threads,
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def read_calibration(data: Path, where: Mapping[str, str | int]) -> Calibration | None:
+    """Return the calibration of a place; None when there is none that can be used."""
+    try:
+        found = Calibration.model_validate_json(_file(data, where).read_bytes())
+    except (FileNotFoundError, ValidationError):  # of another schema, or cut short: measured again
+        return None
+    return found if found.where == dict(where) else None
+
+
+def write_calibration(data: Path, calibration: Calibration) -> Path:
+    """Keep a calibration, atomically; return its file."""
+    file = _file(data, calibration.where)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    with os.fdopen(handle, "w") as stream:
+        stream.write(calibration.model_dump_json(indent=2) + "\n")
+    Path(draft).replace(file)
+    return file
+
+
+def canonical_size(
+    manifest: Manifest, backend: str, calibration: Calibration | None, determinism: Determinism, cap: int
+) -> int | None:
+    """Choose the batch size that every batch is padded to; None where any size gives equal bytes.
+
+    With no measurement at all it is 1: nothing shows that larger batches are worth their padding.
+    """
+    if determinism == "fast" or backend == "synthetic":  # which draws each row from its request alone
+        return None
+    if calibration:
+        return None if calibration.batch_invariant else min(calibration.canonical, cap)
+    if manifest.batch_invariant.get(backend, False):
+        return None
+    return cap if backend in manifest.calibration else 1
+
+
+def batch_sizes(largest: int) -> tuple[int, ...]:
+    """Return 1, 2, 4, … and the largest size."""
+    return tuple(sorted({*(2**power for power in range(largest.bit_length())), largest}))
+
+
+def calibrate(
+    backend: Backend,
+    bundle: Bundle,
+    where: Mapping[str, str | int],
+    *,
+    max_batch: int,
+    rounds: int = 7,
+    num_mixes: int = 24,
+) -> Calibration:
+    """Measure a loaded bundle through its backend, at its first size.
+
+    Args:
+        rounds: timed batches of each size, after one that warms up; the sizes take turns.
+        num_mixes: random batches (neighbours, positions, sizes) whose rows are compared with lone pictures.
+    """
+    manifest = bundle.manifest
+    largest = min(manifest.max_batch, max_batch)
+    sizes = batch_sizes(largest)
+    times = _times_ms(backend, manifest, sizes, rounds)
+    invariant = is_invariant(Student(backend), manifest, largest, num_mixes)
+    canonical = batch_cap(manifest.max_batch, max_batch, times)
+    if not invariant and not is_invariant(Student(backend, canonical), manifest, canonical, num_mixes):
+        canonical = 1  # even at a fixed size neighbours or positions matter
+    return Calibration(
+        where=dict(where), times_ms=times, batch_invariant=invariant, canonical=canonical, num_mixes=num_mixes
+    )
+
+
+def is_invariant(
+    student: Student, manifest: Manifest, largest: int, num_mixes: int, *, seed: int = 0
+) -> bool:
+    """Tell whether every picture has the same bytes alone as in random batches of up to `largest`."""
+    draw = random.Random(seed)
+    shape = manifest.shapes[0]
+    pool = [
+        ImageRequest(draw.choice(_PROMPTS), draw.randrange(2**63), index, shape.width, shape.height)
+        for index in range(2 * largest)
+    ]
+    alone: dict[ImageRequest, bytes] = {}
+    for _ in range(num_mixes):
+        batch = draw.sample(pool, draw.randint(1, largest))
+        for request, picture in zip(batch, student.generate(batch).images, strict=True):
+            if request not in alone:
+                alone[request] = student.generate([request]).images[0].tobytes()
+            if alone[request] != picture.tobytes():
+                return False
+    return True
+
+
+def _times_ms(backend: Backend, manifest: Manifest, sizes: Sequence[int], rounds: int) -> dict[int, float]:
+    student, shape = Student(backend), manifest.shapes[0]
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    for turn in range(rounds + 1):
+        for size in sizes:  # prompts that no cache has seen
+            batch = [
+                ImageRequest(f"a dog {turn} {size} {row}", row, 0, shape.width, shape.height)
+                for row in range(size)
+            ]
+            started = time.perf_counter()
+            student.generate(batch)
+            seconds[size].append(time.perf_counter() - started)
+    return {size: round(statistics.median(values[1:]) * 1000, 3) for size, values in seconds.items()}
+
+
+def _file(data: Path, where: Mapping[str, str | int]) -> Path:
+    name = hashlib.sha256(json.dumps(dict(where), sort_keys=True).encode()).hexdigest()[:32]
+    return data / "calibration" / f"{name}.json"
+
+
+def _runtime(backend: str) -> str:
+    if backend != "onnx":
+        return backend
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,436 @@
+"""The stages of a worker, overlapped: while a batch is encoded, stored and committed, the next one already runs.
+
+    claim ─► text ─► denoise ─► decode ─► encode each picture ─► result store ─► complete (fenced)
+             a thread each                 a pool of threads      event loop
+
+At most one claim waits behind the one that is being drawn, and at most `MAX_DELIVERING` are behind it in delivery.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from flashbulb_service.backends import Embeddings, ImageRequest, OnStep, Student
+from flashbulb_service.backends.embeddings import EmbeddingCache
+from flashbulb_service.catalog import Model
+from flashbulb_service.errors import BackendError, OutOfMemory, QueueUnavailable
+from flashbulb_service.images import encode_image
+from flashbulb_service.jobs import Job, JobError
+from flashbulb_service.observability import job_context
+from flashbulb_service.outages import OutageLog
+from flashbulb_service.provenance import Marker, Origin
+from flashbulb_service.queue import Queue
+from flashbulb_service.results import ResultStore, result_id
+from flashbulb_service.safety import CODE as CONTENT_POLICY
+from flashbulb_service.safety import ImageChecker, PictureHeldBack, check_picture
+from flashbulb_service.scheduler import Scheduler, halves
+from flashbulb_service.tasks import ImageOutcome, ImageTask
+from flashbulb_service.worker_metrics import WorkerMetrics
+
+log = logging.getLogger(__name__)
+
+MAX_DRAWING = 2  # claims being drawn: one on the device, one ahead
+MAX_DELIVERING = 2  # claims drawn and not yet committed; a slow store then slows the device, not the memory
+CLAIM_LEAD_S = (
+    0.010  # a claim takes 1 to 5 ms; later claims find more rows, so it is not made earlier than this
+)
+MAX_ENCODERS = 4
+MAX_KNOWN_TIMES = 1024
+MIN_HIDDEN_CHARS = 3  # to hide a prompt of one letter would spoil the message and protect nobody
+
+Result = TypeVar("Result")
+
+OnPreview = Callable[[Sequence[tuple[Job, ImageTask]], int, int, Callable[[], np.ndarray]], None]
+"""Called after each step but the last with (rows, step from 0, num_steps, decode); decode() -> uint8 [b, h, w, 3].
+
+It runs on the device's thread: decode only where somebody looks, and hand the pictures over without waiting.
+"""
+
+
+class Abandoned(Exception):
+    """Nobody waits for any row of a batch any more."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with the student that draws it, and the largest batch worth forming."""
+
+    model: Model
+    student: Student
+    cap: int
+    times_ms: Mapping[int, float] = field(default_factory=dict)  # its calibration; empty = unknown
+
+
+@dataclass
+class Claim:
+    """Jobs of one bucket, from their claim to their end."""
+
+    loaded: LoadedModel
+    jobs: list[Job]
+    lost: set[str] = field(default_factory=set)  # cancelled, or another attempt owns them
+    drawn: bool = False
+
+    @property
+    def suspect(self) -> bool:
+        """Tell whether a run of a job failed or was lost before: its worker may have died of it."""
+        return any(job.burnt for job in self.jobs)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One finished batch."""
+
+    rows: list[tuple[Job, ImageTask]]
+    pictures: np.ndarray
+    stages_ms: dict[str, float]
+
+
+class Pipeline:
+    """Draws and delivers claims. Use it from one event loop; `submit` only after `room`."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        results: ResultStore,
+        scheduler: Scheduler,
+        worker_id: str,
+        *,
+        backend_name: str,
+        lease_s: float,
+        marker: Marker,
+        checker: ImageChecker | None,
+        metrics: WorkerMetrics,
+        cache: EmbeddingCache | None,
+        server_time: Callable[[], float],
+        on_preview: OnPreview | None = None,
+    ) -> None:
+        """Keep the parts; threads start with the first batch.
+
+        Args:
+            cache: of the students' embeddings, to count its hits.
+            server_time: seconds since the epoch by the queue's clock.
+        """
+        self._queue = queue
+        self._results = results
+        self._scheduler = scheduler
+        self._worker_id = worker_id
+        self._backend_name = backend_name
+        self._lease_s = lease_s
+        self._marker = marker
+        self._checker = checker
+        self._metrics = metrics
+        self._cache = cache
+        self._server_time = server_time
+        self._on_preview = on_preview
+        self._lanes = {stage: ThreadPoolExecutor(1, stage) for stage in ("text", "denoise", "decode")}
+        self._encoders = ThreadPoolExecutor(min(MAX_ENCODERS, os.cpu_count() or 1), "encode")
+        self._claims: dict[asyncio.Task[None], Claim] = {}
+        self._changed = asyncio.Event()
+        self._known_s: dict[tuple[str, int], float] = {}  # (model, rows) -> text and denoise, newest
+        self._free_at = 0.0  # when the device will have drawn everything, as far as we know
+        self._failure: BaseException | None = None
+
+    async def room(self) -> None:
+        """Return when the next claim is due: the device is idle, or will be in the time that a claim takes.
+
+        Raises:
+            Exception: what ended an earlier claim, where it was nobody's row that was wrong.
+        """
+        while True:
+            self._changed.clear()
+            if self._failure is not None:
+                raise self._failure
+            due_s = self._due_s()
+            if due_s is not None and due_s <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(due_s):
+                    await self._changed.wait()
+
+    def submit(self, loaded: LoadedModel, jobs: list[Job]) -> None:
+        """Draw and deliver claimed jobs; whatever happens, none of them stays leased when that ends."""
+        claim = Claim(loaded, jobs)
+        self._metrics.claimed(jobs)
+        now = time.monotonic()
+        self._free_at = max(now, self._free_at) + self._known_s.get((loaded.model.id, len(jobs)), 0.0)
+        task = asyncio.create_task(self._run(claim))
+        self._claims[task] = claim
+        task.add_done_callback(self._ended)
+
+    async def drain(self) -> None:
+        """Return when every claim is delivered.
+
+        Raises:
+            Exception: as `room` does.
+        """
+        if self._claims:
+            await asyncio.wait(self._claims)
+        if self._failure is not None:
+            raise self._failure
+
+    async def close(self) -> None:
+        """Hand back what is not delivered. A running stage goes on in its thread until its next step."""
+        for task, claim in list(self._claims.items()):
+            claim.lost.update(job.id for job in claim.jobs)
+            task.cancel()
+        await asyncio.gather(*self._claims, return_exceptions=True)
+        for pool in (*self._lanes.values(), self._encoders):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _due_s(self) -> float | None:
+        """Return in how many seconds the next claim is due; None: not before something ends."""
+        claims = list(self._claims.values())
+        drawing = sum(not claim.drawn for claim in claims)
+        if drawing >= MAX_DRAWING or len(claims) - drawing >= MAX_DELIVERING:
+            return None
+        if any(claim.suspect for claim in claims):
+            return None  # nobody may lose an attempt beside it
+        if not drawing:
+            return 0.0
+        return max(0.0, self._free_at - time.monotonic() - CLAIM_LEAD_S)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        del self._claims[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, QueueUnavailable):  # the leases run out, and somebody runs the jobs again
+                log.warning("a batch was lost to the queue's outage: %s", error.message)
+            else:
+                self._failure = self._failure or error
+        self._changed.set()
+
+    async def _run(self, claim: Claim) -> None:
+        try:
+            async with self._heartbeats(claim):
+                if (
+                    claim.suspect
+                ):  # the scheduler planned it alone in its batch; here no other batch is beside it
+                    while others := set(self._claims) - {asyncio.current_task()}:
+                        await asyncio.wait(others)
+                await self._run_batch(claim, claim.jobs, is_whole=True)
+        except BaseException:  # finished jobs are no longer ours, so this hands back only the rest
+            with contextlib.suppress(QueueUnavailable):
+                await self._queue.release(self._worker_id, claim.jobs)
+            raise
+
+    async def _run_batch(self, claim: Claim, jobs: list[Job], *, is_whole: bool = False) -> None:
+        rows: list[tuple[Job, ImageTask]] = []
+        for job in jobs:
+            if job.id in claim.lost:
+                continue
+            try:
+                rows.append((job, ImageTask.from_bytes(job.payload)))
+            except ValueError as error:
+                await self._fail(job, "invalid_task", error, retry=False)
+        if not rows:
+            return
+        try:
+            drawn = await self._draw(claim, rows, is_whole=is_whole)
+        except Abandoned:
+            log.info("batch of %d of %s stopped: nobody waits for it", len(rows), claim.loaded.model.id)
+        except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
+            await self._after_failure(claim, rows, error)
+        else:
+            await self._deliver(claim, drawn)
+
+    async def _draw(self, claim: Claim, rows: list[tuple[Job, ImageTask]], *, is_whole: bool) -> Drawn:
+        student, clock, started_at = claim.loaded.student, dict[str, float](), self._server_time()
+        requests = [ImageRequest(t.prompt, t.seed, t.index, t.width, t.height) for _, t in rows]
+        embeddings = await self._stage("text", clock, lambda: self._encode_prompts(claim.loaded, requests))
+        watch = self._watch(claim, rows)
+        latents = await self._stage("denoise", clock, lambda: student.denoise(requests, embeddings, watch))
+        if is_whole:
+            self._note_drawn(claim, clock)
+        pictures = await self._stage("decode", clock, lambda: student.decode(latents))
+        if len(pictures) != len(rows):
+            raise BackendError(f"expected {len(rows)} pictures of the backend, got {len(pictures)}")
+        self._note_batch(claim.loaded, [job for job, _ in rows], clock, started_at)
+        return Drawn(rows, pictures, clock)
+
+    def _encode_prompts(self, loaded: LoadedModel, requests: list[ImageRequest]) -> Embeddings:
+        if self._cache is None:
+            return loaded.student.encode_prompts(requests)
+        hits, misses = self._cache.hits, self._cache.misses
+        embeddings = loaded.student.encode_prompts(requests)
+        self._metrics.embeddings(
+            loaded.model.id, hits=self._cache.hits - hits, misses=self._cache.misses - misses
+        )
+        return embeddings
+
+    def _note_batch(
+        self, loaded: LoadedModel, jobs: list[Job], clock: dict[str, float], started_at: float
+    ) -> None:
+        model_id, bucket, batch_ms = loaded.model.id, jobs[0].bucket, sum(clock.values())
+        log.info("batch of %d of %s in %.1f ms", len(jobs), model_id, batch_ms)
+        drift = self._scheduler.observe(model_id, bucket, len(jobs), batch_ms)
+        self._metrics.drawn(jobs, loaded.cap, started_at=started_at, batch_s=batch_ms / 1000, stages_ms=clock)
+        if drift is not None:
+            self._metrics.calibration_drift(model_id, drift)
+
+    async def _stage(self, stage: str, clock: dict[str, float], work: Callable[[], Result]) -> Result:
+        def timed() -> Result:
+            start = time.perf_counter()
+            result = work()
+            clock[stage] = (time.perf_counter() - start) * 1000
+            return result
+
+        return await asyncio.get_running_loop().run_in_executor(self._lanes[stage], timed)
+
+    def _note_drawn(self, claim: Claim, clock: dict[str, float]) -> None:
+        claim.drawn = True
+        if len(self._known_s) >= MAX_KNOWN_TIMES:
+            self._known_s.clear()
+        taken_s = (clock["text"] + clock["denoise"]) / 1000
+        self._known_s[claim.loaded.model.id, len(claim.jobs)] = taken_s
+        waiting = [other for other in self._claims.values() if not other.drawn]
+        self._free_at = time.monotonic() + sum(
+            self._known_s.get((other.loaded.model.id, len(other.jobs)), 0.0) for other in waiting
+        )
+        self._changed.set()
+
+    def _watch(self, claim: Claim, rows: list[tuple[Job, ImageTask]]) -> OnStep:
+        def on_step(step: int, num_steps: int, x0: np.ndarray) -> None:
+            if claim.lost.issuperset(job.id for job, _ in rows):
+                raise Abandoned
+            if self._on_preview is not None and step + 1 < num_steps:
+                self._on_preview(rows, step, num_steps, lambda: claim.loaded.student.decode(x0))
+
+        return on_step
+
+    async def _after_failure(self, claim: Claim, rows: list[tuple[Job, ImageTask]], error: Exception) -> None:
+        """Halve the batch until the row that spoils it is alone, so that innocent rows burn no attempt."""
+        no_memory = isinstance(error, OutOfMemory)
+        if no_memory:
+            self._scheduler.out_of_memory(claim.loaded.model.id, rows[0][0].bucket, len(rows))
+        if len(rows) == 1:
+            (job, task), code = rows[0], OutOfMemory.code if no_memory else "backend_error"
+            await self._fail(job, code, error, retry=True, task=task)
+            return
+        # Its message is not logged: it may quote any row's prompt. The row that fails alone tells its own.
+        log.warning("batch of %d failed, running its halves: %s", len(rows), type(error).__name__)
+        self._metrics.batch_split("out_of_memory" if no_memory else "error")
+        for part in halves([job for job, _ in rows]):
+            await self._run_batch(claim, part)
+
+    async def _deliver(self, claim: Claim, drawn: Drawn) -> None:
+        deliveries = [
+            self._deliver_row(claim, job, task, pixels, drawn)
+            for (job, task), pixels in zip(drawn.rows, drawn.pictures, strict=True)
+            if job.id not in claim.lost
+        ]
+        for ended in await asyncio.gather(*deliveries, return_exceptions=True):
+            if isinstance(ended, BaseException):
+                raise ended
+
+    async def _deliver_row(
+        self, claim: Claim, job: Job, task: ImageTask, pixels: np.ndarray, drawn: Drawn
+    ) -> None:
+        """Check, encode, store, then commit: a result that is announced can be read."""
+        with job_context(job, task.request_id):
+            if await self._allowed(job, pixels):
+                await self._store(claim, job, task, pixels, drawn)
+
+    async def _allowed(self, job: Job, pixels: np.ndarray) -> bool:
+        """Check a picture; one that is not allowed, or cannot be checked, ends without a result."""
+        if self._checker is None:
+            return True
+        try:
+            await asyncio.get_running_loop().run_in_executor(
+                self._encoders, check_picture, self._checker, pixels
+            )
+        except PictureHeldBack as error:
+            await self._fail(job, CONTENT_POLICY, error, retry=False)
+        except Exception as error:  # noqa: BLE001  a checker may raise anything, and then it has not allowed it
+            await self._fail(job, "safety_check_failed", error, retry=True)
+        else:
+            return True
+        return False
+
+    async def _store(self, claim: Claim, job: Job, task: ImageTask, pixels: np.ndarray, drawn: Drawn) -> None:
+        start = time.perf_counter()
+        try:
+            data = await asyncio.get_running_loop().run_in_executor(
+                self._encoders, self._encode, claim.loaded.model, task, pixels
+            )
+            encoded = time.perf_counter()
+            file = result_id(job.id, task.image_format)
+            await self._results.put(file, data)
+        except Exception as error:  # noqa: BLE001  so does what a store raises
+            await self._fail(job, "store_failed", error, retry=True)
+            return
+        stored = time.perf_counter()
+        outcome = ImageOutcome(
+            file=file,
+            batch_size=len(drawn.rows),
+            batch_ms=sum(drawn.stages_ms.values()),
+            encode_ms=(stored - start) * 1000,
+            stages_ms=drawn.stages_ms,
+            bundle_sha256=claim.loaded.model.bundle.sha256,
+            backend=self._backend_name,
+        )
+        device_ms = outcome.batch_ms / outcome.batch_size
+        if await self._queue.complete(self._worker_id, job, outcome.to_bytes(), device_ms=device_ms):
+            log.info("job %s done in a batch of %d", job.id, len(drawn.rows))
+            self._metrics.delivered(job.model, task.width * task.height, encoded - start, stored - encoded)
+        else:
+            self._metrics.commit_rejected(job.model)
+            log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
+
+    def _encode(self, model: Model, task: ImageTask, pixels: np.ndarray) -> bytes:
+        origin = Origin(model.id, model.bundle.sha256, task.seed, task.index, task.prompt)
+        data = encode_image(pixels, task.image_format, task.quality)
+        return self._marker.apply(data, task.image_format, origin)
+
+    async def _fail(
+        self, job: Job, code: str, error: Exception, *, retry: bool, task: ImageTask | None = None
+    ) -> None:
+        message = one_line(error)
+        # A model may quote what it could not draw: its client may read that, the log may not.
+        logged = message if task is None else hide_prompt(message, task.prompt)
+        with job_context(job, task.request_id if task else ""):
+            log.error("job %s, attempt %d: %s: %s", job.id, job.attempt, code, logged)
+        self._metrics.attempt_failed(code)
+        await self._queue.fail(self._worker_id, job, JobError(code, message), retry=retry)
+
+    @contextlib.asynccontextmanager
+    async def _heartbeats(self, claim: Claim) -> AsyncIterator[None]:
+        """Keep the leases alive; `claim.lost` fills with the ids that are no longer ours."""
+
+        async def beat() -> None:
+            outage = OutageLog(log, "heartbeat missed")
+            while True:
+                await asyncio.sleep(self._lease_s / 3)
+                try:
+                    lost = await self._queue.heartbeat(self._worker_id, claim.jobs, self._lease_s)
+                    claim.lost.update(lost)
+                    outage.worked()
+                except QueueUnavailable as error:
+                    outage.failed(error)
+
+        beating = asyncio.create_task(beat())
+        try:
+            yield
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+
+def hide_prompt(message: str, prompt: str) -> str:
+    """Return a message without the prompt that it may quote."""
+    for quoted in (" ".join(prompt.split()), repr(prompt)[1:-1]):
+        if len(quoted) >= MIN_HIDDEN_CHARS:
+            message = message.replace(quoted, "[prompt]")
+    return message
+
+
+def one_line(error: BaseException) -> str:
+    """Say an error in one line of bounded length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}" if text else type(error).__name__

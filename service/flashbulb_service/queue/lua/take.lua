@@ -1,0 +1,70 @@
+-- Lease planned jobs that are still queued, and fail those planned to be dropped.
+-- ARGV: now, worker, lease, result_ttl, model, bucket, lane, predicted ms, clock, number to take,
+--       then per job to take: id, charge; then ids to drop.
+-- Returns {{id, model, bucket, tenant, payload, attempt, burnt, enqueued}, ...}.
+
+local now = now_ms(ARGV[1])
+local worker, lease, result_ttl = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local model, bucket, lane, predicted, clock = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9])
+local num = tonumber(ARGV[10])
+local MAX_REFRESHED, KEPT_MS, HALF_LIFE_MS = 16, 3600000, 60000
+
+local function is_here(id)
+  local job = call('HMGET', key('job', id), 'state', 'model', 'bucket')
+  return job[1] == 'queued' and job[2] == model and job[3] == bucket
+end
+
+for i = 11 + 2 * num, #ARGV do
+  if is_here(ARGV[i]) then
+    leave(ARGV[i], model, bucket, call('HGET', key('job', ARGV[i]), 'tenant'))
+    fail_overdue(ARGV[i], now, result_ttl)
+  end
+end
+
+local batch = {}
+for i = 11, 10 + 2 * num, 2 do
+  local id, charge = ARGV[i], tonumber(ARGV[i + 1])
+  if is_here(id) then
+    local job = call('HMGET', key('job', id), 'tenant', 'payload', 'enqueued', 'burnt')
+    local total = used_by(model, job[1]) + charge
+    leave(id, model, bucket, job[1])
+    call('ZADD', key('used'), total, job[1])
+    call('ZADD', key('tenants', model, bucket), 'XX', total, job[1])
+    local attempt = call('HINCRBY', key('job', id), 'attempt', 1)
+    call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now)
+    call('ZADD', key('leases'), now + lease, id)
+    call('ZREM', key('deadlines'), id)
+    note(id, 'running', now, 'attempt', attempt)
+    batch[#batch + 1] = { id, model, bucket, job[1], job[2], attempt, tonumber(job[4]), tonumber(job[3]) }
+  end
+end
+
+if #batch > 0 then
+  call('ZADD', key('busy'), now + predicted, worker)
+  call('ZREMRANGEBYSCORE', key('busy'), '-inf', '(' .. string.format('%.0f', now))
+  call('PEXPIRE', key('busy'), KEPT_MS)
+  call('ZREM', key('long'), worker)
+  if lane == 'long' then
+    call('ZADD', key('long'), now + predicted, worker)
+    call('PEXPIRE', key('long'), KEPT_MS)
+  end
+  local lanes, fresh = key('lanes'), now - tonumber(call('HGET', key('lanes'), 'at') or now)
+  for _, name in ipairs({ 'short', 'long' }) do
+    local old = tonumber(call('HGET', lanes, name) or 0) * 0.5 ^ (fresh / HALF_LIFE_MS)
+    call('HSET', lanes, name, old + (name == lane and predicted or 0))
+  end
+  call('HSET', lanes, 'at', now)
+  -- The clock is where newcomers start; accounts behind every model's clock say nothing any more.
+  call('HSET', key('clock'), model, math.max(clock, tonumber(call('HGET', key('clock'), model) or 0)))
+  local least = clock
+  for _, other in ipairs(call('HVALS', key('clock'))) do
+    least = math.min(least, tonumber(other))
+  end
+  call('ZREMRANGEBYSCORE', key('used'), '-inf', least)
+  -- What a tenant used elsewhere is not yet in this bucket's order: the first ones are put right.
+  for _, name in ipairs(call('ZRANGE', key('tenants', model, bucket), 0, MAX_REFRESHED - 1)) do
+    call('ZADD', key('tenants', model, bucket), used_by(model, name), name)
+  end
+end
+settle(model)
+return batch

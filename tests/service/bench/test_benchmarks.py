@@ -1,0 +1,66 @@
+"""What the benchmarks of the service rest on: the bare student's pixels, and how growth is judged."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashbulb_service.bench.workload import Picture
+from support.serving import run_flashbulb
+from support.tiny_bundle import make_tiny_bundle
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+
+
+@pytest.fixture
+def load_script(monkeypatch: pytest.MonkeyPatch):
+    """Import a script of the folder as it sees itself: with that folder on its path."""
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        return __import__(name)
+
+    return load
+
+
+def test_the_bare_student_draws_the_services_pixels(load_script, tmp_path: Path) -> None:
+    student = load_script("student")
+    make_tiny_bundle(tmp_path / "models")
+    drawn = run_flashbulb(
+        "generate", "red apple", "-o", tmp_path / "a.png", "--models", tmp_path / "models", "--seed", "5"
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    (bundle,) = (path.parent for path in (tmp_path / "models").glob("*/*/manifest.json"))
+    bare = student.BareStudent(bundle, threads=1)
+    other, ours = bare.draw([student.Ask("dog", 1), student.Ask("red apple", 5)])
+    assert np.array_equal(ours, np.asarray(Image.open(tmp_path / "a.png").convert("RGB")))
+    assert not np.array_equal(ours, other)
+
+
+def test_growth_compares_the_ends_after_the_warm_up(load_script) -> None:
+    rows = [{"at_s": float(at), "api": 50.0 + at if at < 25 else 100.0 + at / 10} for at in range(100)]
+    growth = load_script("soak").growth_by_part(rows, 100.0)
+    assert growth == {"api": pytest.approx((100 + 9.2) / (100 + 3.2) - 1, abs=1e-3)}
+    assert load_script("soak").growth_by_part(rows[:10], 100.0) == {}
+
+
+def test_no_two_pictures_share_a_prompt(load_script) -> None:
+    pictures: list[Picture] = load_script("rig").different_pictures(500, first=100)
+    assert len({picture.prompt for picture in pictures}) == 500
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["no-such-benchmark"], 2)])
+def test_the_command_lists_what_there_is(arguments: list[str], code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=BENCHMARKS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert all(name in done.stdout for name in ("student", "saturate", "overhead", "soak", "peers"))

@@ -1,0 +1,70 @@
+"""Models that come and go while a worker runs."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flashbulb_service.backends.embeddings import EmbeddingCache
+from flashbulb_service.catalog import Catalog, open_model
+from flashbulb_service.errors import UnknownModel
+from flashbulb_service.repository import Repository
+from flashbulb_service.settings import Settings
+from flashbulb_service.worker import load_model
+from support.tiny_bundle import make_tiny_bundle
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    path = make_tiny_bundle(tmp_path / "models")
+    settings = Settings(models=tmp_path / "models", data=tmp_path / "data", threads=1)
+    known = [open_model(path, "tiny", 1, verify=True)]
+    return Repository(settings.models, lambda model: load_model(model, settings, EmbeddingCache()), known)
+
+
+def ids(repository: Repository) -> tuple[list[str], set[str]]:
+    ready, gone = repository.scan()
+    return [loaded.model.id for loaded in ready], gone
+
+
+def test_a_new_version_is_loaded_once_and_a_removed_one_is_gone(
+    repository: Repository, tmp_path: Path
+) -> None:
+    assert ids(repository) == ([], set())
+    make_tiny_bundle(tmp_path / "models", version=2)
+    assert ids(repository) == (["tiny@2"], set())
+    assert ids(repository) == ([], set())
+    shutil.rmtree(tmp_path / "models" / "tiny" / "1")
+    assert ids(repository) == ([], {"tiny@1"})
+
+
+def test_a_damaged_bundle_is_refused_in_one_line_until_it_changes(
+    repository: Repository, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_tiny_bundle(tmp_path / "models", version=2)
+    whole = (path / "decoder.onnx").read_bytes()
+    (path / "decoder.onnx").write_bytes(whole[:-1])
+    make_tiny_bundle(tmp_path / "models", version=3)
+    with caplog.at_level(logging.ERROR):
+        assert ids(repository) == (["tiny@3"], set())
+        assert ids(repository) == ([], set())
+    (record,) = caplog.records
+    assert "tiny@2 refused" in record.message and "decoder.onnx" in record.message
+    (path / "decoder.onnx").write_bytes(whole)
+    assert ids(repository) == (["tiny@2"], set())
+
+
+def test_the_catalog_offers_a_new_version_once_a_worker_has_it(tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path)
+    catalog = Catalog.load(tmp_path, verify=False)
+    make_tiny_bundle(tmp_path, version=2)
+    catalog.refresh(tmp_path, lambda model: False)  # no worker yet: what was offered stays
+    assert catalog.find("tiny").id == "tiny@1"
+    catalog.refresh(tmp_path, lambda model: True)
+    assert (catalog.find("tiny").id, catalog.find("tiny@1").id) == ("tiny@2", "tiny@1")
+    shutil.rmtree(tmp_path / "tiny")
+    catalog.refresh(tmp_path, lambda model: True)
+    for wanted in ("tiny", None):
+        with pytest.raises(UnknownModel):
+            catalog.find(wanted)
