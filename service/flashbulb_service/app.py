@@ -7,9 +7,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from flashbulb_service.api import edits, health, images, jobs, models, playground
+from flashbulb_service.api import admin, edits, health, images, jobs, models, playground
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import describe
+from flashbulb_service.api.gate import Gate
 from flashbulb_service.api.middleware import RequestFrame
 from flashbulb_service.catalog import Catalog
 from flashbulb_service.errors import QueueFull, ServiceError
@@ -19,6 +20,8 @@ from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
 from flashbulb_service.safety import word_list_of
 from flashbulb_service.settings import Settings
+from flashbulb_service.tenants.access import Access
+from flashbulb_service.tenants.store import KeyStore
 
 ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorBody"}
 
@@ -27,7 +30,8 @@ def create_app(
     settings: Settings, *, queue: Queue, results: ResultStore, presence: Presence, catalog: Catalog
 ) -> FastAPI:
     """Make an API over open parts; whoever opened them closes them."""
-    context = Context(settings, queue, results, presence, catalog, Metrics(), word_list_of(settings))
+    keys = KeyStore(queue)
+    context = Context(settings, queue, results, presence, catalog, Metrics(), keys, word_list_of(settings))
     app = FastAPI(
         title="Flashbulb",
         summary="Pictures from distilled one-step students, in OpenAI's shape",
@@ -37,6 +41,7 @@ def create_app(
     app.state.context = context
     app.add_middleware(
         RequestFrame,
+        admit=Gate(keys, Access.of(settings.auth, settings.host)),
         metrics=context.metrics,
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
@@ -48,6 +53,7 @@ def create_app(
         jobs.router,
         models.router,
         health.router,
+        admin.router,
         playground.create_router(),
     ):
         app.include_router(router)

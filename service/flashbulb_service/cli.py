@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashbulb_service.admin_cli import keys_app, queue_app
+
 if TYPE_CHECKING:
     from flashbulb_distill.bundle import Bundle
     from flashbulb_service.settings import Settings
@@ -29,11 +31,15 @@ BackendOption = Annotated[
     str | None, typer.Option("--backend", metavar="NAME", help="What runs models: onnx or synthetic [onnx]")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads of one worker [one per core]")]
-Public = Annotated[bool, typer.Option("--allow-public", help="Listen where others can reach it")]
+Public = Annotated[
+    bool, typer.Option("--allow-public", help="Listen where others can reach it, key or no key")
+]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(no_args_is_help=True, help="Look at the model repository.")
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")
+app.add_typer(queue_app, name="queue")
 
 
 @app.callback()
@@ -63,11 +69,11 @@ def serve(
         models=models, data=data, redis=redis, host=host, port=port, backend=backend, threads=threads
     )
     _configure_logging(settings)
-    check_host(settings.host, allow_public=allow_public)
     with bind(settings.host, settings.port) as listener, queue_server(settings) as complete:
 
         async def run() -> None:
-            await run_all(complete, listener, stop_on_signals(), num_workers=workers, on_ready=_announce)
+            checked = await check_host(complete, allow_public=allow_public)
+            await run_all(checked, listener, stop_on_signals(), num_workers=workers, on_ready=_announce)
 
         _run(run())
 
@@ -87,12 +93,12 @@ def api(
 
     settings = _settings(models=models, data=data, redis=redis, host=host, port=port)
     _configure_logging(settings)
-    check_host(settings.host, allow_public=allow_public)
     with bind(settings.host, settings.port) as listener:
 
         async def run() -> None:
+            checked = await check_host(settings, allow_public=allow_public)
             typer.echo(f"API on {address_of(listener)}", err=True)
-            await run_api(settings, listener, stop_on_signals())
+            await run_api(checked, listener, stop_on_signals())
 
         _run(run())
 
@@ -264,19 +270,9 @@ def _default_model(settings: "Settings") -> str:
 
 def _settings(**given: object) -> "Settings":
     """Read the environment, and let options that were given win."""
-    from pydantic import ValidationError
+    from flashbulb_service.settings import read_settings
 
-    from flashbulb_service.errors import InvalidRequest
-    from flashbulb_service.settings import Settings
-
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(str(part) for part in problem["loc"])
-        raise InvalidRequest(
-            f"setting {name}: {problem['msg']}, got {problem['input']!r}", param=name
-        ) from error
+    return read_settings(**given)
 
 
 def _configure_logging(settings: "Settings") -> None:

@@ -4,7 +4,14 @@ ServiceError                        has a stable `code` and a message for people
 ├── InvalidRequest                  the caller can fix it; `param` names the field
 ├── UnknownModel                    no such model; lists the ones there are
 ├── QueueFull                       admission refused; has `retry_after_s`
-│   └── DeadlineUnreachable         it would be late: refused now rather than late
+│   ├── DeadlineUnreachable         it would be late: refused now rather than late
+│   └── ConcurrencyExceeded         an API key has as many live jobs as it may
+├── ModelDraining                   an operator lets a model run empty; nothing new is taken
+├── InvalidApiKey                   no key, or none that is good
+├── MissingScope                    the key may not do this
+├── KeyNotFound                     there is no API key of this id
+├── RateLimited                     an API key sent more requests than it may; has `retry_after_s`
+├── BudgetExceeded                  an API key has used its device time; has `retry_after_s`
 ├── IdempotencyConflict             the key was used for a different request
 ├── JobNotFound                     never existed, or its result has expired
 ├── JobCancelled                    somebody cancelled it
@@ -78,6 +85,65 @@ class DeadlineUnreachable(QueueFull):
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message, retry_after_s=retry_after_s, scope="deadline")
+
+
+class ConcurrencyExceeded(QueueFull):
+    """An API key has as many live jobs as it may have."""
+
+    code = "concurrency_exceeded"
+
+
+class ModelDraining(ServiceError):
+    """An operator lets the model run empty."""
+
+    code = "model_draining"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"model {model!r} is being drained and takes no new work: use another, or come later"
+        )
+        self.model = model
+
+
+class InvalidApiKey(ServiceError):
+    """There is no API key in the request, or none that is good."""
+
+    code = "invalid_api_key"
+
+
+class MissingScope(ServiceError):
+    """The API key is good, but not for this."""
+
+    code = "missing_scope"
+
+
+class KeyNotFound(ServiceError):
+    """There is no API key of this id, or it was revoked."""
+
+    code = "key_not_found"
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"no API key {key_id[:80]!r}: the id is wrong, or it was revoked")
+
+
+class RateLimited(ServiceError):
+    """An API key sent more requests than its rate allows."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class BudgetExceeded(ServiceError):
+    """An API key has used the device time of its period."""
+
+    code = "budget_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class IdempotencyConflict(ServiceError):

@@ -375,7 +375,8 @@ class Pipeline:
             bundle_sha256=claim.loaded.model.bundle.sha256,
             backend=self._backend_name,
         )
-        if await self._queue.complete(self._worker_id, job, outcome.to_bytes()):
+        device_ms = outcome.batch_ms / outcome.batch_size
+        if await self._queue.complete(self._worker_id, job, outcome.to_bytes(), device_ms=device_ms):
             log.info("job %s done in a batch of %d", job.id, len(drawn.rows))
             self._metrics.delivered(job.model, task.width * task.height, encoded - start, stored - encoded)
         else:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -20,11 +19,13 @@ from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.app import create_app
 from flashbulb_service.connections import PromptHeads
 from flashbulb_service.embedded import EmbeddedServer
-from flashbulb_service.errors import InvalidRequest, ServerStartError, ServiceError
+from flashbulb_service.errors import ServerStartError, ServiceError
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import serves
 from flashbulb_service.processes import keep_running
 from flashbulb_service.settings import Settings
+from flashbulb_service.tenants.access import is_loopback, settle_auth
+from flashbulb_service.tenants.store import KeyStore
 from flashbulb_service.webhooks import keep_delivering
 
 log = logging.getLogger(__name__)
@@ -36,22 +37,23 @@ CATALOG_INTERVAL_S = 2.0
 KEEP_ALIVE_S = 65
 
 
-def check_host(host: str, *, allow_public: bool) -> None:
-    """Refuse to serve the network by accident: there is no access control yet.
+async def check_host(settings: Settings, *, allow_public: bool) -> Settings:
+    """Return settings in which keys are either on or off, and refuse to serve the network by accident.
 
     Raises:
-        InvalidRequest: the address is not this machine's loopback, and that was not asked for.
+        InvalidRequest: others can reach the address, nobody has a key, and that was not asked for.
+        QueueUnavailable: the store of the keys does not answer.
     """
-    if allow_public or host == "localhost":
-        return
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return
-    raise InvalidRequest(
-        f"expected a loopback address such as 127.0.0.1, got {host}: everybody who reaches it may draw; "
-        "add --allow-public if that is meant",
-        param="--host",
-    )
+    has_keys = not is_loopback(settings.host) and await _has_keys(settings)
+    auth = settle_auth(settings.auth, settings.host, allow_public=allow_public, has_keys=has_keys)
+    if auth == "off" and not is_loopback(settings.host):
+        log.warning("everybody who reaches %s may draw: no API key is asked for", settings.host)
+    return settings.model_copy(update={"auth": auth})
+
+
+async def _has_keys(settings: Settings) -> bool:
+    async with open_parts(settings) as (queue, _, _):
+        return await KeyStore(queue).any_active()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from flashbulb_service.errors import InvalidRequest
+from flashbulb_service.tenants.access import AuthMode
 from flashbulb_service.webhooks import secret_key
 
 BackendName = Literal["onnx", "synthetic"]
@@ -38,6 +40,9 @@ class Settings(BaseSettings):
 
     # the API
     host: str = "127.0.0.1"
+    auth: AuthMode = Field(
+        default="auto", description="keys: every request needs one; off: none; auto: keys but on loopback"
+    )
     port: int = Field(default=8000, ge=0, le=65535)
     default_model: str | None = Field(default=None, description="for requests without one; absent: the first")
     model_aliases: dict[str, str] = Field(default_factory=dict, description='{"gpt-image-1": "emoji"}')
@@ -123,3 +128,19 @@ class Settings(BaseSettings):
     def results_location(self) -> str:
         """Return the obstore URL of the result store."""
         return self.results_url or (self.data.expanduser().resolve() / "results").as_uri()
+
+
+def read_settings(**given: object) -> Settings:
+    """Read the environment, and let options that were given (are not None) win.
+
+    Raises:
+        InvalidRequest: a setting has a value that it cannot have; names the first.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        raise InvalidRequest(
+            f"setting {name}: {problem['msg']}, got {problem['input']!r}", param=name
+        ) from error

@@ -13,6 +13,7 @@ from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
 from flashbulb_service.safety import WordList
 from flashbulb_service.settings import Settings
+from flashbulb_service.tenants.store import KeyStore
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Context:
     presence: Presence
     catalog: Catalog
     metrics: Metrics
+    keys: KeyStore
     words: WordList = field(default_factory=lambda: WordList([]))  # that no prompt may have
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set: this process stops soon
 

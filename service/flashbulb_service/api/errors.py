@@ -15,13 +15,19 @@ from starlette.exceptions import HTTPException
 
 from flashbulb_service.api.schemas import ALIASES, HINTS, ImagesRequest
 from flashbulb_service.errors import (
+    BudgetExceeded,
     IdempotencyConflict,
+    InvalidApiKey,
     InvalidRequest,
     JobCancelled,
     JobFailed,
     JobNotFound,
+    KeyNotFound,
+    MissingScope,
+    ModelDraining,
     QueueFull,
     QueueUnavailable,
+    RateLimited,
     ServiceError,
     UnknownModel,
 )
@@ -131,7 +137,11 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(400, error.detail_code, error.message, error.param)
         case UnknownModel():
             return ErrorAnswer(404, error.code, error.message, "model")
-        case JobNotFound() | ResultNotFound():
+        case InvalidApiKey():
+            return ErrorAnswer(401, error.code, error.message, headers={"www-authenticate": "Bearer"})
+        case MissingScope():
+            return ErrorAnswer(403, error.code, error.message)
+        case JobNotFound() | ResultNotFound() | KeyNotFound():
             return ErrorAnswer(404, error.code, error.message)
         case IdempotencyConflict():
             return ErrorAnswer(409, error.code, error.message, "Idempotency-Key", NO_RETRY)
@@ -145,7 +155,13 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(429, error.code, error.message, headers=_retry_after(5.0))
         case BodyTooLarge():
             return ErrorAnswer(413, error.code, error.message)
-        case QueueFull():
+        case BudgetExceeded():  # hours may pass: a client library's retry would not help
+            return ErrorAnswer(
+                429, error.code, error.message, headers={**_retry_after(error.retry_after_s), **NO_RETRY}
+            )
+        case ModelDraining():
+            return ErrorAnswer(503, error.code, error.message, "model", {**_retry_after(10.0), **NO_RETRY})
+        case QueueFull() | RateLimited():
             return ErrorAnswer(429, error.code, error.message, headers=_retry_after(error.retry_after_s))
         case ClientGone():
             return ErrorAnswer(499, error.code, error.message)

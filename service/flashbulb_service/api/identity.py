@@ -6,24 +6,32 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from flashbulb_service.api.schemas import ImagesRequest
+from flashbulb_service.tenants.keys import KeyRecord
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who owns a request, and whose share of the queue it uses."""
+    """Who owns a request, and whose share of the queue it uses. weight: of that share, relative to others'."""
 
     owner: str
     tenant: str
+    weight: float = 1.0
 
 
 def owner_of(request: Request) -> str:
-    """Return who may read back what this request makes; access control sets it in the request's state."""
+    """Return who may read back what this request makes: the API key, as the gate has set it, or everybody."""
     return str(getattr(request.state, "tenant", "default"))
 
 
 def caller_of(request: Request, body: ImagesRequest) -> Caller:
-    """Return the caller; an end user that the client names has a share of its own within the owner's."""
+    """Return the caller: the API key, with its share; without keys, the end user that the client names.
+
+    The share is the key's as a whole, since otherwise a client could take more by making up end users.
+    """
     owner = owner_of(request)
+    key: KeyRecord | None = getattr(request.state, "key", None)
+    if key is not None:
+        return Caller(owner, owner, key.limits.weight)
     user = body.safety_identifier or body.user
     if not user:
         return Caller(owner, owner)

@@ -5,12 +5,14 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashbulb_service.api.errors import BodyTimeout, BodyTooLarge, describe
+from flashbulb_service.errors import ServiceError
 from flashbulb_service.observability import Metrics, known_method
 
 log = logging.getLogger(__name__)
@@ -48,12 +50,14 @@ class RequestFrame:
         self,
         app: ASGIApp,
         *,
+        admit: Callable[[Scope], Awaitable[None]],
         metrics: Metrics,
         max_body_bytes: int,
         max_upload_bytes: int,
         body_timeout_s: float,
     ) -> None:
-        """Wrap an app."""
+        """Wrap an app; `admit` raises for a request that is not served, before its body is read."""
+        self._admit = admit
         self._body_timeout_s = body_timeout_s
         self._max_upload_bytes = max_upload_bytes
         self._app = app
@@ -96,6 +100,11 @@ class RequestFrame:
                 self._account(scope, status, time.monotonic() - start)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._admit(scope)
+        except ServiceError as refusal:
+            await describe(refusal).response()(scope, receive, send)
+            return
         limit = self._max_upload_bytes if scope["path"] in UPLOAD_ROUTES else self._max_body_bytes
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared[:20]) > limit:

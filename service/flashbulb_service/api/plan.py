@@ -141,6 +141,7 @@ def _jobs(
             ).to_bytes(),
             tenant=caller.tenant,
             cost=record.width * record.height / smallest,
+            weight=caller.weight,
             priority_ms=body.priority * PRIORITY_MS,
             deadline_s=slo_s if body.deadline_ms is None else body.deadline_ms / 1000,
         )

@@ -145,13 +145,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
         400: "The request cannot be served as written",
-        404: "No such model, job or picture",
+        401: "There is no API key, or none that is good",
+        403: "The API key may not do this",
+        404: "No such model, job, picture or key",
         405: "Another method is expected",
         408: "The request did not arrive in time",
         409: "The key was used for another request, or the job was cancelled",
         413: "The body is too large",
         415: "The body is of a type that is not read here",
-        429: "The queue is full: see retry-after",
+        429: "The queue is full, or the API key has used up what it may: see retry-after",
         500: "The work failed, or the server did",
         503: "The queue does not answer",
         504: "Not finished within the time allowed",

@@ -25,6 +25,12 @@ long                  ZSET   worker -> the same, long work only       TTL
 alive                 ZSET   worker -> end of what it last announced  TTL
 speed:<model>:<bucket> HASH  worker -> alive until, floor, base, row, cap  TTL
 idem:<tenant>:<hash>  STR    request hash and ids                     TTL
+gates                 HASH   model -> paused or draining              an operator's word: until the next one
+apikey:<id>           HASH   an API key: name, hash, scopes, limits   the access itself; revoked: TTL
+apikeys               ZSET   id of an API key -> time it was made     bounded in number
+rate:<id>             HASH   an API key's tokens                      TTL
+usage:<id>:<day>      HASH   what an API key used on a day            TTL
+spent:<id>:<s>:<n>    STR    device us of a budget's period           TTL
 finished:<window>     STR    jobs ended in a 10 s window              TTL
 ev:<id>               STREAM what became of a watched request         TTL; bounded in length
 evctl:<instance>      STREAM wakes one process's event reader         TTL
@@ -62,6 +68,12 @@ TEMPLATES = MappingProxyType(
         "inuse": "%s:inuse",
         "dead": "%s:dead",
         "idempotency": "%s:idem:%s:%s",
+        "gates": "%s:gates",
+        "apikey": "%s:apikey:%s",
+        "apikeys": "%s:apikeys",
+        "rate": "%s:rate:%s",
+        "usage": "%s:usage:%s:%s",
+        "spent": "%s:spent:%s:%s:%s",
         "finished": "%s:finished:%s",
         "done": "%s:done:%s",
         "events": "%s:ev:%s",
@@ -123,6 +135,29 @@ class Keys:
     def hooks_wake(self) -> str:
         """List that delivery loops block on."""
         return TEMPLATES["hooks_wake"] % self.tag
+
+    @property
+    def gates(self) -> str:
+        """Hash of the models that are paused or drained."""
+        return TEMPLATES["gates"] % self.tag
+
+    @property
+    def dead(self) -> str:
+        """Sorted set of the dead letters."""
+        return TEMPLATES["dead"] % self.tag
+
+    def api_key(self, key_id: str) -> str:
+        """Hash of one API key."""
+        return TEMPLATES["apikey"] % (self.tag, key_id)
+
+    @property
+    def api_keys(self) -> str:
+        """Sorted set of the ids of all API keys."""
+        return TEMPLATES["apikeys"] % self.tag
+
+    def usage(self, key_id: str, day: int) -> str:
+        """Hash of what an API key used on a day, counted from the epoch."""
+        return TEMPLATES["usage"] % (self.tag, key_id, day)
 
     def pattern(self) -> str:
         """Match every key of the namespace, for SCAN."""

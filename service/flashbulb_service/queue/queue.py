@@ -32,9 +32,12 @@ from redis.exceptions import (
 )
 
 from flashbulb_service.errors import (
+    ConcurrencyExceeded,
     DeadlineUnreachable,
     IdempotencyConflict,
+    InvalidRequest,
     JobNotFound,
+    ModelDraining,
     QueueFull,
     QueueUnavailable,
 )
@@ -54,6 +57,7 @@ CONNECT_TIMEOUT_S = 5.0
 MAX_WINDOW_ROWS = 512  # of one bucket, that one look at the queue returns
 REAP_LIMIT = 200  # jobs moved per script call: the server serves nobody else meanwhile
 MAX_MESSAGE_CHARS = 2_000
+MAX_GATES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class RequestView:
 
 
 KeyMode = Literal["replay", "record", "attach"]
+Gate = Literal["paused", "draining"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +180,20 @@ class Queue:
         await self.events.aclose()
         await self._patient.aclose()
         await self._client.aclose()
+
+    async def run_script(self, source: str, *args: str | bytes | float) -> Any:
+        """Run a Lua script of another part on the namespace, on the queue's connections and with its errors."""
+        script = self._scripts.get(source)
+        if script is None:
+            script = self._scripts[source] = self._client.register_script(source)
+        async with _unavailable():
+            return await script(keys=[self.keys.tag], args=args)
+
+    @asynccontextmanager
+    async def commands(self) -> AsyncIterator["Redis"]:
+        """Yield the client for plain commands; what goes wrong inside is told in the queue's words."""
+        async with _unavailable():
+            yield self._client
 
     async def ping(self) -> None:
         """Return when the server answers.
@@ -259,6 +278,8 @@ class Queue:
             raise IdempotencyConflict(
                 f"idempotency key {idempotency_key!r} was used for a different request: send a new key"
             )
+        if outcome == b"draining":
+            raise ModelDraining(rest[0].decode())
         if outcome == b"late":
             self._raise_late(*rest)
         if outcome == b"full":
@@ -515,14 +536,31 @@ class Queue:
         lost = await self._run("heartbeat", _time(now), worker_id, _ms(lease_s), *_held(jobs))
         return {job_id.decode() for job_id in lost}
 
-    async def complete(self, worker_id: str, job: Job, result: bytes, *, now: float | None = None) -> bool:
-        """Store the result, if this worker still holds this attempt.
+    async def complete(
+        self,
+        worker_id: str,
+        job: Job,
+        result: bytes,
+        *,
+        device_ms: float = 0.0,
+        now: float | None = None,
+    ) -> bool:
+        """Store the result, if this worker still holds this attempt, and charge its tenant's API key for it.
+
+        device_ms: this job's share of its batch's time on the device.
 
         Returns:
             True when the result stands (also when a repeated call finds its own), False when it was refused.
         """
         stands = await self._run(
-            "complete", _time(now), worker_id, job.id, job.attempt, result, _ms(self.limits.result_ttl_s)
+            "complete",
+            _time(now),
+            worker_id,
+            job.id,
+            job.attempt,
+            result,
+            _ms(self.limits.result_ttl_s),
+            round(device_ms * 1000),
         )
         return bool(stands)
 
@@ -609,6 +647,32 @@ class Queue:
         """
         return bool(await self._run("replay", _time(now), job_id, _ms(self.limits.default_slo_s)))
 
+    async def dead_letters(self, *, limit: int = 50, offset: int = 0) -> list[JobView]:
+        """Return jobs that failed and can be replayed, the newest first."""
+        async with _unavailable():
+            ids: Any = await self._client.zrevrange(self.keys.dead, offset, offset + limit - 1)
+        views = await self._views([job_id.decode() for job_id in ids]) if ids else []
+        return [view for view in views if view is not None and view.state is JobState.FAILED]
+
+    async def set_gate(self, model: str, gate: Gate | None) -> None:
+        """Pause a model (jobs are stored and wait), drain it (no new ones are stored), or open it with None.
+
+        Batches in hand go on. It holds for all processes of the namespace, and until the next word on it.
+
+        Raises:
+            InvalidRequest: there are too many models that are not open.
+        """
+        if not await self._run("gate", model, gate or "", MAX_GATES):
+            raise InvalidRequest(f"expected at most {MAX_GATES} paused or drained models: resume one first")
+
+    async def gates(self) -> dict[str, Gate]:
+        """Return the models (name@version) that are paused or draining."""
+        async with _unavailable():
+            found: Any = await self._client.hgetall(self.keys.gates)
+        return {
+            model.decode(): "paused" if gate == b"paused" else "draining" for model, gate in found.items()
+        }
+
     async def stats(self, *, now: float | None = None) -> QueueStats:
         """Count what is where."""
         reply = await self._run("stats", _time(now), _ms(self.limits.dead_ttl_s))
@@ -651,19 +715,16 @@ class Queue:
         )
 
     def _raise_full(
-        self, tenant: str, scope: bytes, live: int, missing: int, finished: int, window_ms: int
+        self, tenant: str, scope: bytes, live: int, missing: int, finished: int, window_ms: int, limit: int
     ) -> NoReturn:
         """Tell the caller when enough jobs will have ended, at the rate of the last seconds."""
         limits = self.limits
         rate = finished / window_ms * 1000
         wait_s = missing / rate if rate > 0 else limits.default_retry_after_s
-        who, limit = (
-            ("the queue", limits.max_queued)
-            if scope == b"total"
-            else (f"the share of tenant {tenant!r}", limits.max_queued_per_tenant)
-        )
+        who = "the queue" if scope == b"total" else f"the share of tenant {tenant!r}"
         retry_after_s = min(max(wait_s, 0.1), limits.max_retry_after_s)
-        raise QueueFull(
+        kind = ConcurrencyExceeded if scope == b"key" else QueueFull
+        raise kind(
             f"{who} is full: {live} jobs of at most {limit}; try again in {retry_after_s:.1f} s",
             retry_after_s=retry_after_s,
             scope=scope.decode(),

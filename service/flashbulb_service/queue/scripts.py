@@ -19,6 +19,7 @@ NAMES = (
     "replay",
     "watch",
     "stats",
+    "gate",
     "progress",
     "hooks",
     "hook_done",
@@ -30,8 +31,12 @@ def source(name: str) -> str:
     """Return the full text of a script, as it is sent to the server."""
     if name not in NAMES:
         raise ValueError(f"unknown script {name!r}; there are {', '.join(NAMES)}")
-    folder = resources.files("flashbulb_service.queue") / "lua"
-    lib = (folder / "lib.lua").read_text(encoding="utf-8")
-    body = (folder / f"{name}.lua").read_text(encoding="utf-8")
+    return behind_lib("flashbulb_service.queue", name)
+
+
+def behind_lib(package: str, name: str) -> str:
+    """Return a script of a package's folder `lua`, put behind the key templates and the shared functions."""
+    lib = (resources.files("flashbulb_service.queue") / "lua" / "lib.lua").read_text(encoding="utf-8")
+    body = (resources.files(package) / "lua" / f"{name}.lua").read_text(encoding="utf-8")
     templates = ", ".join(f"{key} = '{template}'" for key, template in TEMPLATES.items())
     return f"local TEMPLATES = {{{templates}}}\n{lib}\n{body}"

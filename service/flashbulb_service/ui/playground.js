@@ -25,6 +25,23 @@ function showError(title, detail = "") {
   box.hidden = false;
 }
 
+// ------------------------------------------------------------------------------------------ the key
+
+const KEY = "flashbulb-key"; // in the session's storage: gone with the tab
+
+function ask(path, options = {}) {
+  const key = sessionStorage.getItem(KEY);
+  return fetch(path, key ? { ...options, headers: { ...options.headers, authorization: `Bearer ${key}` } } : options);
+}
+
+function askForKey() {
+  sessionStorage.removeItem(KEY);
+  showState("bad", "key needed");
+  $("access").hidden = false;
+  $("key").value = "";
+  $("key").focus();
+}
+
 // ------------------------------------------------------------------------------------------ the request
 
 function chosenModel() {
@@ -50,17 +67,21 @@ function shellText(text) {
 function asCurl(body) {
   return [
     `curl ${location.origin}/v1/images/generations \\`,
+    ...(sessionStorage.getItem(KEY) ? [`  -H "Authorization: Bearer $FLASHBULB_API_KEY" \\`] : []),
     `  -H 'Content-Type: application/json' \\`,
     `  -d ${shellText(JSON.stringify(body))}`,
   ].join("\n");
 }
 
 function asPython(body) {
+  const withKey = sessionStorage.getItem(KEY) !== null; // named, never shown
+  const key = withKey ? 'os.environ["FLASHBULB_API_KEY"]' : '"none"';
   const lines = [
     "import base64",
+    ...(withKey ? ["import os"] : []),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${pythonText(`${location.origin}/v1`)}, api_key="none")`,
+    `client = OpenAI(base_url=${pythonText(`${location.origin}/v1`)}, api_key=${key})`,
     "answer = client.images.generate(",
     `    model=${pythonText(body.model)},`,
     `    prompt=${pythonText(body.prompt)},`,
@@ -153,7 +174,7 @@ async function draw() {
   showPending(body.n);
   showRequest(body);
   try {
-    const response = await fetch("/v1/images/generations", {
+    const response = await ask("/v1/images/generations", {
       method: "POST",
       headers: { "content-type": "application/json" },
       body: JSON.stringify(body),
@@ -163,6 +184,7 @@ async function draw() {
       const { title, detail } = await failure(response);
       clearPictures();
       showError(title, detail);
+      if (response.status === 401) askForKey();
       return;
     }
     const answer = await response.json();
@@ -204,7 +226,13 @@ function fillSizes() {
 async function start() {
   setBusy(false);
   try {
-    const response = await fetch("/v1/models");
+    const response = await ask("/v1/models");
+    if (response.status === 401) {
+      const { title, detail } = await failure(response);
+      if (sessionStorage.getItem(KEY)) showError(title, detail);
+      askForKey();
+      return;
+    }
     if (!response.ok) throw new Error(`status ${response.status}`);
     models = (await response.json()).data;
   } catch {
@@ -228,6 +256,13 @@ async function start() {
   }
 }
 
+$("access").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(KEY, $("key").value.trim());
+  $("access").hidden = true;
+  $("error").hidden = true;
+  start();
+});
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (!running && models.length) draw();

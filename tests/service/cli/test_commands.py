@@ -182,7 +182,8 @@ def test_usage_errors_exit_2(tmp_path: Path) -> None:
     nowhere = ("--redis", "redis://127.0.0.1:1")
     check_refused(run_flashbulb("worker", *nowhere, "--models", tmp_path), 1, str(tmp_path))
     check_refused(run_flashbulb("serve", port="99999"), 2, "port", "99999")
-    check_refused(run_flashbulb("serve", "--host", "0.0.0.0", "--data", tmp_path), 2, "--allow-public")
+    refused = run_flashbulb("serve", "--host", "0.0.0.0", "--port", "0", "--data", tmp_path)
+    check_refused(refused, 2, "--allow-public", "flashbulb keys create")
     assert run_flashbulb("--help").returncode == 0
 
 

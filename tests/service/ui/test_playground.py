@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from support.chromium import Page
-from support.serving import Serving
+from support.serving import Serving, run_flashbulb
 from support.tiny_bundle import make_tiny_bundle
 
 pytestmark = pytest.mark.browser
@@ -108,6 +108,27 @@ def test_a_server_that_goes_away_is_told(page: Page, tmp_path: Path) -> None:
         )
         assert "does not answer" in page.until(VISIBLE_ERROR)
         assert page.js("document.getElementById('state').textContent") == "no answer"
+
+
+def test_a_server_with_keys_asks_for_one_and_keeps_it_in_the_tab(page: Page, tmp_path: Path) -> None:
+    make_tiny_bundle(tmp_path / "models")
+    with Serving(tmp_path / "models", tmp_path / "data", auth="keys") as serving:
+        made = run_flashbulb("keys", "create", "page", "--data", tmp_path / "data").stdout.strip()
+        page.open(serving.url)
+        page.until("!document.getElementById('access').hidden")
+        submit = "document.getElementById('access').requestSubmit()"
+        page.js(f"document.getElementById('key').value = 'fb_wrong'; {submit}")
+        assert "invalid_api_key" in page.until(VISIBLE_ERROR)
+        page.until("document.getElementById('key').value === ''")
+        page.js(f"document.getElementById('key').value = '{made}'; {submit}")
+        page.until("document.getElementById('state').textContent === 'ready'")
+        assert page.js("document.getElementById('access').hidden") is True
+        draw(page, "dog", count=1)
+        shown = page.js("document.body.innerText")
+        assert made not in shown and "$FLASHBULB_API_KEY" in shown
+        assert page.js("JSON.stringify(localStorage) + document.cookie") == "{}"
+        page.open(serving.url)  # again, in the same tab
+        page.until("document.getElementById('state').textContent === 'ready'")
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1400])

@@ -3,8 +3,8 @@
 --       idempotency ttl, mode of the key, window of 'attach', record or '', owner, listed, events, hook (1 or ''),
 --       result ttl,
 --       then per job: id, model, bucket, payload, cost, weight, due in, deadline or '', max_attempts
--- Returns {'created' | 'replayed', ids...}, {'conflict'}, {'late', predicted ms, allowed ms}
--- or {'full', scope, live, places missing, finished, over ms}.
+-- Returns {'created' | 'replayed', ids...}, {'conflict'}, {'draining', model}, {'late', predicted ms, allowed ms}
+-- or {'full', scope, live, places missing, finished, over ms, limit}.
 
 local now = now_ms(ARGV[1])
 local tenant, instance = ARGV[2], ARGV[3]
@@ -60,13 +60,19 @@ if idempotency and mode ~= 'record' then
   end
 end
 
+for _, job in ipairs(jobs) do
+  if gate_of(job.model) == 'draining' then
+    return { 'draining', job.model }
+  end
+end
+
 local function refuse(scope, live, limit)
   local window = math.floor(now / WINDOW_MS)
   local finished = 0
   for w = window - 1, window do
     finished = finished + tonumber(call('GET', key('finished', string.format('%.0f', w))) or 0)
   end
-  return { 'full', scope, live, live + #jobs - limit, finished, WINDOW_MS + now % WINDOW_MS }
+  return { 'full', scope, live, live + #jobs - limit, finished, WINDOW_MS + now % WINDOW_MS, limit }
 end
 
 local live = tonumber(call('HGET', key('inuse'), '') or 0)
@@ -74,8 +80,9 @@ if live + #jobs > max_live then
   return refuse('total', live, max_live)
 end
 local live_tenant = tonumber(call('HGET', key('inuse'), tenant) or 0)
-if live_tenant + #jobs > max_live_tenant then
-  return refuse('tenant', live_tenant, max_live_tenant)
+local of_key = tonumber(call('HGET', key('apikey', tenant), 'max_live') or '')
+if live_tenant + #jobs > (of_key or max_live_tenant) then
+  return refuse(of_key and 'key' or 'tenant', live_tenant, of_key or max_live_tenant)
 end
 
 -- Full-batch admission: when would the last of a bucket's new rows finish, if every batch from now on were full?

@@ -65,13 +65,18 @@ local function keep_request(ids, now, record, owner, listed, events, hook, ttl)
   end
 end
 
+-- An operator's word on a model: 'paused' (jobs are stored and wait), 'draining' (no new ones), or false.
+local function gate_of(model)
+  return call('HGET', key('gates'), model)
+end
+
 -- After a model's backlog changed. One token is enough to wake everybody: whoever claims and leaves work
 -- behind puts the next one. With the last backlog go the accounts: nobody waits, so nobody is owed anything.
 local function settle(model)
   local wake = key('wake', model)
   if call('EXISTS', key('ready', model)) == 1 then
     call('SADD', key('models'), model)
-    if call('LLEN', wake) == 0 then
+    if call('LLEN', wake) == 0 and gate_of(model) ~= 'paused' then
       call('RPUSH', wake, '1')
     end
   else
@@ -182,5 +187,36 @@ local function bury(id, now, code, message, result_ttl_ms, dead_ttl_ms, max_dead
       call('HDEL', key('job', oldest), 'payload')
       call('PEXPIRE', key('job', oldest), result_ttl_ms, 'LT')
     end
+  end
+end
+
+-- What an API key used: per day for the report, and per period for its budget.
+local DAY_MS, USAGE_TTL_MS = 86400000, 92 * 86400000
+
+local function usage_day(id, now)
+  return key('usage', id, string.format('%.0f', math.floor(now / DAY_MS)))
+end
+
+-- The counter of the period that `now` is in, and how long that still lasts.
+local function spent_in_period(id, now, period_s)
+  local period = period_s * 1000
+  local window = string.format('%.0f', math.floor(now / period))
+  return key('spent', id, string.format('%.0f', period_s), window), period - now % period
+end
+
+-- A picture of this tenant stands: write down the device time that it took, if the tenant is an API key.
+local function charge(tenant, now, device_us)
+  local record = call('HMGET', key('apikey', tenant), 'created', 'budget_ms', 'budget_period_s')
+  if not record[1] then
+    return
+  end
+  local day = usage_day(tenant, now)
+  call('HINCRBY', day, 'images', 1)
+  call('HINCRBY', day, 'device_us', device_us)
+  call('PEXPIRE', day, USAGE_TTL_MS)
+  if record[2] then
+    local spent, left = spent_in_period(tenant, now, tonumber(record[3]))
+    call('INCRBY', spent, device_us)
+    call('PEXPIRE', spent, left + 1000)
   end
 end

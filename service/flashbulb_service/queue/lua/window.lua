@@ -28,7 +28,8 @@ end
 
 local buckets = {}
 for i = 4, #ARGV do
-  for _, bucket in ipairs(call('ZRANGE', key('ready', ARGV[i]), 0, MAX_BUCKETS - 1)) do
+  local ready = gate_of(ARGV[i]) == 'paused' and {} or call('ZRANGE', key('ready', ARGV[i]), 0, MAX_BUCKETS - 1)
+  for _, bucket in ipairs(ready) do
     buckets[#buckets + 1] = look_into(ARGV[i], bucket)
   end
 end

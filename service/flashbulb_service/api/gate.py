@@ -1,0 +1,110 @@
+"""Who may come in, decided before a body is read: the key, its scope, its rate and its budget."""
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.types import Scope as Request
+
+from flashbulb_service.errors import InvalidApiKey, MissingScope
+from flashbulb_service.tenants.access import Access, is_loopback
+from flashbulb_service.tenants.store import REFUSAL, KeyStore, Standing
+
+MAX_HEADER_CHARS = 200
+
+
+class Gate:
+    """Refuses a request, or writes its key into the request's state: `tenant`, `key`, `answer_headers`."""
+
+    def __init__(self, keys: KeyStore, access: Access) -> None:
+        """Look keys up in a store."""
+        self._keys = keys
+        self._access = access
+
+    async def __call__(self, request: Request) -> None:
+        """Admit one HTTP request.
+
+        Raises:
+            InvalidApiKey, MissingScope: the request has no key that is good for it.
+            RateLimited, BudgetExceeded: its key has none left.
+            QueueUnavailable: the store of the keys does not answer.
+        """
+        path: str = request["path"]
+        headers = Headers(scope=request)
+        needed = self._access.needs(path)
+        if needed is None:
+            if path.startswith("/v1/admin"):
+                check_local(headers)
+            return
+        secret = bearer(headers)
+        key = await self._keys.identify(secret)
+        structlog.contextvars.bind_contextvars(tenant=key.id)
+        if needed not in key.scopes:
+            raise MissingScope(
+                f"expected an API key with the scope '{needed}', got one with {' and '.join(key.scopes)}: "
+                "ask whoever runs this server"
+            )
+        state = request.setdefault("state", {})
+        state["tenant"], state["key"] = key.id, key
+        if needed == "generate" and request["method"] == "POST":  # reading is free
+            admission = await self._keys.admit(key, secret)
+            if admission.standing is not None:
+                state.setdefault("answer_headers", {}).update(rate_headers(admission.standing))
+            if admission.refusal is not None:
+                raise admission.refusal
+
+
+def bearer(headers: Headers) -> str:
+    """Return the secret of the header Authorization.
+
+    Raises:
+        InvalidApiKey: there is no such header, or more than one, or one of another form.
+    """
+    given = headers.getlist("authorization")
+    if not given:
+        raise InvalidApiKey(REFUSAL.format(what="none"))
+    scheme, _, secret = given[0].strip(" ").partition(" ")
+    if len(given) > 1 or len(given[0]) > MAX_HEADER_CHARS or scheme.lower() != "bearer":
+        raise InvalidApiKey(REFUSAL.format(what="a header of another form"))
+    return secret.strip(" ")
+
+
+def check_local(headers: Headers) -> None:
+    """Refuse what a foreign page makes a visitor's browser send here; where no key is asked for, nothing else would.
+
+    Raises:
+        MissingScope: the request comes from another site's page, or under a name that is not this machine's.
+    """
+    name = host_name(headers.get("host", ""))
+    origin = headers.get("origin")
+    foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
+    if not is_loopback(name) or foreign:
+        raise MissingScope(
+            "expected a request of this machine's own programs or pages, got one that another site's page may have "
+            "made: use the address 127.0.0.1, or turn keys on with FLASHBULB_AUTH=keys"
+        )
+
+
+def host_name(host: str) -> str:
+    """Return the name of a Host header, without port and brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def rate_headers(standing: Standing) -> dict[str, str]:
+    """Say where a key stands, in OpenAI's headers."""
+    return {
+        "x-ratelimit-limit-requests": str(standing.limit),
+        "x-ratelimit-remaining-requests": str(standing.remaining),
+        "x-ratelimit-reset-requests": duration(standing.full_in_s),
+    }
+
+
+def duration(seconds: float) -> str:
+    """Write a time as OpenAI does: 20ms, 1.5s, 6m0s, 2h0m3s."""
+    if seconds < 1:
+        return f"{round(seconds * 1000)}ms"
+    if seconds < 60:
+        return f"{round(seconds, 3):g}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
