@@ -38,7 +38,9 @@ class WorkerMetrics(Measures):
         self._pixels = self._counter("pixels", "Pixels of these pictures.", "model")
         self._failures = self._counter("attempts_failed", "Attempts that ended without a result.", "code")
         self._splits = self._counter("batch_splits", "Batches that were cut after a failure.", "cause")
-        self._redeliveries = self._counter("redeliveries", "Jobs that had been started before.", "model")
+        self._redeliveries = self._counter(
+            "redeliveries", "Jobs of which a run failed or was lost before.", "model"
+        )
         self._rejected = self._counter(
             "duplicate_commits_rejected", "Results refused: cancelled, or owned by another attempt.", "model"
         )
@@ -54,7 +56,7 @@ class WorkerMetrics(Measures):
     def claimed(self, jobs: Sequence[Job]) -> None:
         """Count jobs of a claim that will be run."""
         for job in jobs:
-            if job.attempt > 1:
+            if job.burnt:
                 self._redeliveries.labels(job.model).inc()
 
     def drawn(

@@ -2,11 +2,12 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from flashbulb_service.catalog import Model
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PATCH_PX = 16
 
@@ -30,7 +31,9 @@ def _count(path: Path, prompt: str) -> int:
 
 
 @lru_cache(maxsize=16)
-def _tokenizer(path: Path) -> Tokenizer:
+def _tokenizer(path: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer  # with the first answer: an API that only starts needs none
+
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_padding()
     tokenizer.no_truncation()

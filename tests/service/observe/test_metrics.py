@@ -16,8 +16,8 @@ from flashbulb_service.worker_metrics import MAX_TENANTS, WorkerMetrics, serve_m
 DOCUMENT = Path(__file__).parents[3] / "docs" / "observability.md"
 
 
-def job(tenant: str = "default", attempt: int = 1, enqueued_at: float = 100.0) -> Job:
-    return Job("id", "tiny@1", "bucket", tenant, b"", attempt, enqueued_at)
+def job(tenant: str = "default", burnt: int = 0, enqueued_at: float = 100.0) -> Job:
+    return Job("id", "tiny@1", "bucket", tenant, b"", burnt + 1, burnt, enqueued_at)
 
 
 def draw(metrics: WorkerMetrics, jobs: list[Job]) -> None:
