@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .bundle import BundleError, hash_file
+from .bundle import BundleError, hash_file, open_bundle
 from .core.draws import Draws
 from .evaluate.compare import Comparison, compare, markdown_table
 from .evaluate.grid import save_grid
@@ -222,7 +222,7 @@ class Run:
         return EvaluationResult.model_validate_json(path.read_text())
 
     def export(self) -> list[Parity]:
-        """Export the student as a verified bundle; the parity gate must pass."""
+        """Export the student as a verified bundle; the parity gate must pass. [] where the bundle is there already."""
         recipe = self.recipe
         _, comparison = self.evaluate()
         metrics: dict[str, float] = {}
@@ -230,11 +230,6 @@ class Run:
             for name, estimate in comparison:
                 if estimate is not None:
                     metrics[f"{name}_of_teacher"] = estimate.value
-        folder = self.bundle_folder
-        if folder.exists():
-            raise BundleError(
-                f"{folder}: expected no such bundle yet; give the recipe another version or --out"
-            )
         parents = {
             "teacher": self.teacher_sha256,
             "recipe": recipe.sha256(),
@@ -244,6 +239,13 @@ class Run:
         }
         if recipe.regression is not None:
             parents["regression"] = hash_file(self.out / "regression" / STUDENT)
+        folder = self.bundle_folder
+        if folder.exists():
+            if open_bundle(folder, verify=True).manifest.parents == parents:
+                return []
+            raise BundleError(
+                f"{folder}: expected no bundle of other parents; give the recipe another version, or --out"
+            )
         return export_bundle(
             folder,
             self.teacher,
