@@ -103,7 +103,10 @@ class RequestFrame:
         try:
             await self._admit(scope)
         except ServiceError as refusal:
-            await describe(refusal).response()(scope, receive, send)
+            answer = describe(refusal)
+            if answer.status == 429:
+                self._metrics.shed(answer.code)
+            await answer.response()(scope, receive, send)
             return
         limit = self._max_upload_bytes if scope["path"] in UPLOAD_ROUTES else self._max_body_bytes
         declared = Headers(scope=scope).get("content-length", "0")

@@ -235,6 +235,7 @@ async def test_spent_budget_is_429_that_no_library_retries(
         refused = await client.post("/v1/jobs", json={"prompt": "dog"})
         check_error(refused, 429, "budget_exceeded")
         assert refused.headers["x-should-retry"] == "false" and int(refused.headers["retry-after"]) >= 1
+    assert b'flashbulb_shed_total{reason="budget_exceeded"} 1.0' in app.state.context.metrics.exposition()
 
 
 async def test_a_request_is_its_keys_and_nobody_elses(
