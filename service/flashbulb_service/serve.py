@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ import uvicorn
 
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.health import check_ready
+from flashbulb_service.api.hosts import is_loopback
 from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.app import create_app
 from flashbulb_service.connections import PromptHeads
@@ -39,11 +39,8 @@ def check_host(host: str, *, allow_public: bool) -> None:
     Raises:
         InvalidRequest: the address is not this machine's loopback, and that was not asked for.
     """
-    if allow_public or host == "localhost":
+    if allow_public or is_loopback(host):
         return
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return
     raise InvalidRequest(
         f"expected a loopback address such as 127.0.0.1, got {host}: everybody who reaches it may draw; "
         "add --allow-public if that is meant",

@@ -39,6 +39,16 @@ class Settings(BaseSettings):
     # the API
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    allowed_hosts: frozenset[str] = Field(
+        default=frozenset(),
+        description='["pictures.example"]: accepted in the Host header, on loopback besides its own names; '
+        "empty elsewhere: any",
+    )
+    public_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[A-Za-z0-9._\-\[\]:]+(/[A-Za-z0-9._~/-]*)?$",
+        description="where clients reach the API, for addresses in answers; absent: the checked Host header",
+    )
     default_model: str | None = Field(default=None, description="for requests without one; absent: the first")
     model_aliases: dict[str, str] = Field(default_factory=dict, description='{"gpt-image-1": "emoji"}')
     max_body_bytes: int = Field(default=1 << 20, gt=0)
@@ -118,6 +128,11 @@ class Settings(BaseSettings):
         if value is not None:
             secret_key(value)
         return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _fold_hosts(cls, value: frozenset[str]) -> frozenset[str]:
+        return frozenset(name.lower() for name in value)
 
     @property
     def results_location(self) -> str:
