@@ -6,6 +6,7 @@ traceback.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -265,17 +266,28 @@ def _default_model(settings: "Settings") -> str:
 def _settings(**given: object) -> "Settings":
     """Read the environment, and let options that were given win."""
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
     from flashbulb_service.errors import InvalidRequest
-    from flashbulb_service.settings import Settings
+    from flashbulb_service.settings import Settings, check_names
 
+    check_names(os.environ)
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "value_error":  # our own words, which leave secrets out
+            raise InvalidRequest(f"setting {name}: {problem['ctx']['error']}", param=name) from error
         raise InvalidRequest(
             f"setting {name}: {problem['msg']}, got {problem['input']!r}", param=name
+        ) from error
+    except SettingsError as error:
+        found = re.search(r'field "(\w+)"', str(error))
+        name = f"FLASHBULB_{found[1].upper()}" if found else "a setting"
+        example = ': write {"gpt-image-1": "emoji"}' if name.endswith("_ALIASES") else ""
+        raise InvalidRequest(
+            f"expected JSON in {name}, got {os.environ.get(name, '')[:80]!r}{example}", param=name
         ) from error
 
 

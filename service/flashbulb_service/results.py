@@ -12,9 +12,10 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import obstore
-from obstore.exceptions import NotFoundError
+from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
+from flashbulb_service.errors import InvalidRequest, ServerStartError
 from flashbulb_service.formats import MEDIA_TYPES, ImageFormat
 
 # One path segment of safe characters: nothing that a file system or a URL could read as a direction.
@@ -55,9 +56,10 @@ class ResultStore:
         url = urlparse(location)
         if url.scheme == "file":
             self._folder = Path(url2pathname(url.path))
+            make_private(self._folder)
             self._store = LocalStore(self._folder, mkdir=True)
         else:
-            self._store = from_url(location)
+            self._store = _open_bucket(location)
 
     async def put(self, name: str, data: bytes) -> None:
         """Write a picture; an equal name is replaced atomically (a retried job writes the same bytes).
@@ -90,6 +92,33 @@ class ResultStore:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
+
+
+def make_private(folder: Path) -> None:
+    """Create a folder that others cannot look into; one that is there stays as it is.
+
+    Raises:
+        ServerStartError: it cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ServerStartError(
+            f"expected a folder that can be written at {folder}, got: {error.strerror}; "
+            "choose another with --data or FLASHBULB_DATA"
+        ) from error
+
+
+def _open_bucket(location: str) -> ObjectStore:
+    try:
+        return from_url(location)
+    except (BaseError, ValueError):  # obstore's own text is a dump of its structures
+        scheme = urlparse(location).scheme
+        raise InvalidRequest(
+            "expected an object store such as file:///folder or s3://bucket/prefix in FLASHBULB_RESULTS_URL, "
+            f"got one with the scheme {scheme!r} that cannot be opened: correct it",
+            param="results_url",
+        ) from None
 
 
 def _modified_at(path: Path) -> float:

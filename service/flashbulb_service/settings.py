@@ -5,12 +5,15 @@ an option of the command line wins over it.
 """
 
 import os
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.webhooks import secret_key
 
 BackendName = Literal["onnx", "synthetic"]
@@ -20,6 +23,20 @@ def state_folder() -> Path:
     """Return where a program may keep data of its own on this machine (XDG state folder)."""
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "flashbulb"
+
+
+def check_names(environment: Iterable[str], *, others: Sequence[str] = ("FLASHBULB_API_KEY",)) -> None:
+    """Refuse a variable with our prefix that is no setting; `others` belong to single commands.
+
+    Raises:
+        InvalidRequest: there is one; tells the nearest name that exists.
+    """
+    known = [f"FLASHBULB_{name.upper()}" for name in Settings.model_fields]
+    for name in sorted(environment):
+        if name.upper().startswith("FLASHBULB_") and name.upper() not in (*known, *others):
+            near = get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "unset it"
+            raise InvalidRequest(f"unknown setting {name} in the environment: {hint}", param=name)
 
 
 class Settings(BaseSettings):
@@ -127,6 +144,14 @@ class Settings(BaseSettings):
     def _check_secret(cls, value: str | None) -> str | None:
         if value is not None:
             secret_key(value)
+        return value
+
+    @field_validator("redis")
+    @classmethod
+    def _check_redis(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("redis://", "rediss://", "unix://")):
+            scheme = value.partition("://")[0] if "://" in value else ""
+            raise ValueError(f"expected redis://, rediss:// or unix://, got the scheme {scheme!r}")
         return value
 
     @field_validator("allowed_hosts")

@@ -166,7 +166,7 @@ def test_models_calibrate_writes_beside_the_bundle_and_never_into_it(
     (file,) = (data / "calibration").iterdir()
     assert lines[7].strip() == str(file)
     assert snapshot(models_dir) == before
-    check_refused(run_flashbulb("models", "calibrate", "cat", "--models", models_dir), 1, "cat", "tiny@1")
+    check_refused(run_flashbulb("models", "calibrate", "cat", "--models", models_dir), 2, "cat", "tiny@1")
 
 
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:
