@@ -4,9 +4,10 @@ Any obstore location works (``file:///…``, ``s3://bucket/prefix``). Only ``fil
 a bucket has lifecycle rules for that.
 """
 
-import math
+import contextlib
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -47,10 +48,11 @@ def media_type(name: str) -> str:
 class ResultStore:
     """Bytes by result id in an object store."""
 
-    def __init__(self, location: str, *, ttl_s: float) -> None:
+    def __init__(self, location: str, *, ttl_s: float, max_bytes: int = 2 << 30) -> None:
         """Open the store at an obstore URL; a ``file://`` folder is created."""
         self.location = location
         self.ttl_s = ttl_s
+        self.max_bytes = max_bytes
         self._folder: Path | None = None
         self._store: ObjectStore
         url = urlparse(location)
@@ -82,13 +84,15 @@ class ResultStore:
             return None
 
     def clean(self, now: float | None = None) -> int:
-        """Delete pictures older than the time to live in a ``file://`` store; return how many."""
+        """Delete what is too old, then the oldest beyond `max_bytes`, in a ``file://`` store; return how many."""
         if self._folder is None:
             return 0
         oldest = (time.time() if now is None else now) - self.ttl_s
+        kept_bytes = 0
         removed = 0
-        for path in self._folder.iterdir():
-            if is_result_id(path.name) and _modified_at(path) < oldest:
+        for modified, size, path in sorted(_pictures(self._folder), reverse=True):  # the newest first
+            kept_bytes += size
+            if modified < oldest or kept_bytes > self.max_bytes:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
@@ -121,8 +125,10 @@ def _open_bucket(location: str) -> ObjectStore:
         ) from None
 
 
-def _modified_at(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # another worker cleaned it first
-        return math.inf
+def _pictures(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Yield (time of writing, bytes, path) of every picture."""
+    for path in folder.iterdir():
+        if is_result_id(path.name):
+            with contextlib.suppress(FileNotFoundError):  # another worker cleaned it first
+                found = path.stat()
+                yield found.st_mtime, found.st_size, path

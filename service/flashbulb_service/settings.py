@@ -132,6 +132,9 @@ class Settings(BaseSettings):
     results_ttl_s: float = Field(
         default=24 * 3600.0, gt=0, description="pictures in file:// stores live this long"
     )
+    results_max_bytes: int = Field(
+        default=2 << 30, gt=0, description="all pictures of a file:// store together; the oldest go first"
+    )
 
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(
