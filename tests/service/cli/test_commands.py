@@ -90,7 +90,7 @@ def test_generate_takes_a_version_or_a_folder(models_dir: Path, tmp_path: Path) 
         (["dog", "-o", "a.png", "--size", "512x512"], 2, ["64x64", "512x512"]),
         (["dog", "-o", "a.png", "--seed", "-1"], 2, ["--seed"]),
         (["dog", "-o", "a.png", "-n", "0"], 2, ["-n"]),
-        (["dog", "-o", "a.png", "--model", "cat"], 1, ["cat", "tiny@1"]),
+        (["dog", "-o", "a.png", "--model", "cat"], 2, ["cat", "tiny@1"]),
         (["dog", "-o", "a.png", "--model", "./none"], 1, ["manifest.json"]),
         (["dog", "-o", "none/a.png"], 1, ["none"]),
         (["dog", "-o", "a.png", "--backend", "magic"], 2, ["backend", "magic"]),
