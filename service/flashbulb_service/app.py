@@ -46,6 +46,8 @@ def create_app(
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
         body_timeout_s=settings.body_timeout_s,
+        bound_to=settings.host,
+        allowed_hosts=settings.allowed_hosts,
     )
     for router in (
         images.router,

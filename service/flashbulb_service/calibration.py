@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flashbulb_distill.bundle import Bundle, Manifest
 from flashbulb_service.backends import Backend, ImageRequest, Student, create_backend
 from flashbulb_service.backends.embeddings import EmbeddingCache
+from flashbulb_service.cores import usable_cores
 from flashbulb_service.scheduler import batch_cap
 from flashbulb_service.settings import Settings
 
@@ -75,7 +76,7 @@ def place(bundle: Bundle, backend: str, threads: int) -> dict[str, str | int]:
         "runtime": _runtime(backend),
         "threads": threads,
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
     }
 
 

@@ -165,7 +165,9 @@ class Catalog:
     def _resolve(self, wanted: str) -> Model:
         matching = [model for model in self.models if wanted in (model.name, model.id)]
         if not matching:
-            raise UnknownModel(wanted, sorted({model.name for model in self.models} | set(self._aliases)))
+            known = {model.name for model in self.models}
+            leading = {alias for alias, target in self._aliases.items() if target in self.names}
+            raise UnknownModel(wanted, sorted(known | leading))
         return matching[-1]
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashbulb_distill.bundle import Bundle, BundleError, find_model, open_bundle
+from flashbulb_distill.bundle import Bundle, BundleError, find_model, list_models, open_bundle
 from flashbulb_service.backends import ImageRequest, Student
-from flashbulb_service.errors import BundleRejected, InvalidRequest
+from flashbulb_service.errors import BundleRejected, InvalidRequest, UnknownModel
 from flashbulb_service.formats import ImageFormat
 from flashbulb_service.images import encode_image
 from flashbulb_service.provenance import Marker, Origin
@@ -30,12 +30,18 @@ def resolve_bundle(models_dir: Path, reference: str, *, verify: bool) -> Bundle:
     """Open "name", "name@version" of a repository, or the folder of a bundle.
 
     Raises:
-        BundleRejected: there is none, or it is damaged.
+        UnknownModel: the repository has none of that name.
+        BundleRejected: there is no repository or folder, or the bundle is damaged.
     """
     try:
         is_folder = os.sep in reference or (Path(reference) / "manifest.json").is_file()
-        path = Path(reference) if is_folder else find_model(models_dir, reference)
-        return open_bundle(path, verify=verify)
+        if is_folder:
+            return open_bundle(Path(reference), verify=verify)
+        known = list_models(models_dir)
+        names = dict.fromkeys([n for n, _, _ in known] + [f"{n}@{v}" for n, v, _ in known])
+        if reference not in names:
+            raise UnknownModel(reference, list(names))
+        return open_bundle(find_model(models_dir, reference), verify=verify)
     except BundleError as error:
         raise BundleRejected(str(error)) from error
 
@@ -46,6 +52,10 @@ def choose_format(out: Path) -> ImageFormat:
     Raises:
         InvalidRequest: it asks for none that is offered.
     """
+    if out.is_dir():
+        raise InvalidRequest(
+            f"expected a file name, got the folder {str(out)!r}: add a name to it", param="-o"
+        )
     if out.suffix.lower() not in _SUFFIXES:
         raise InvalidRequest(
             f"expected a file name ending in {', '.join(_SUFFIXES)}, got {out.name!r}", param="-o"

@@ -7,7 +7,7 @@ from flashbulb_service.catalog import Catalog
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Limits, Queue
-from flashbulb_service.results import ResultStore
+from flashbulb_service.results import ResultStore, make_private
 from flashbulb_service.settings import Settings
 
 
@@ -39,7 +39,11 @@ async def open_parts(settings: Settings) -> AsyncIterator[tuple[Queue, ResultSto
             "expected the queue's address: pass --redis URL or set FLASHBULB_REDIS", param="--redis"
         )
     limits = Limits(result_ttl_s=settings.results_ttl_s)
-    results = ResultStore(settings.results_location, ttl_s=settings.results_ttl_s)
+    if settings.results_url is None:
+        make_private(settings.data.expanduser())
+    results = ResultStore(
+        settings.results_location, ttl_s=settings.results_ttl_s, max_bytes=settings.results_max_bytes
+    )
     presence = Presence.connect(settings.redis, namespace=settings.namespace)
     try:
         async with Queue.connect(settings.redis, namespace=settings.namespace, limits=limits) as queue:

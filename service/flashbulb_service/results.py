@@ -4,17 +4,19 @@ Any obstore location works (``file:///…``, ``s3://bucket/prefix``). Only ``fil
 a bucket has lifecycle rules for that.
 """
 
-import math
+import contextlib
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import obstore
-from obstore.exceptions import NotFoundError
+from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
+from flashbulb_service.errors import InvalidRequest, ServerStartError
 from flashbulb_service.formats import MEDIA_TYPES, ImageFormat
 
 # One path segment of safe characters: nothing that a file system or a URL could read as a direction.
@@ -46,18 +48,20 @@ def media_type(name: str) -> str:
 class ResultStore:
     """Bytes by result id in an object store."""
 
-    def __init__(self, location: str, *, ttl_s: float) -> None:
+    def __init__(self, location: str, *, ttl_s: float, max_bytes: int = 2 << 30) -> None:
         """Open the store at an obstore URL; a ``file://`` folder is created."""
         self.location = location
         self.ttl_s = ttl_s
+        self.max_bytes = max_bytes
         self._folder: Path | None = None
         self._store: ObjectStore
         url = urlparse(location)
         if url.scheme == "file":
             self._folder = Path(url2pathname(url.path))
+            make_private(self._folder)
             self._store = LocalStore(self._folder, mkdir=True)
         else:
-            self._store = from_url(location)
+            self._store = _open_bucket(location)
 
     async def put(self, name: str, data: bytes) -> None:
         """Write a picture; an equal name is replaced atomically (a retried job writes the same bytes).
@@ -80,20 +84,51 @@ class ResultStore:
             return None
 
     def clean(self, now: float | None = None) -> int:
-        """Delete pictures older than the time to live in a ``file://`` store; return how many."""
+        """Delete what is too old, then the oldest beyond `max_bytes`, in a ``file://`` store; return how many."""
         if self._folder is None:
             return 0
         oldest = (time.time() if now is None else now) - self.ttl_s
+        kept_bytes = 0
         removed = 0
-        for path in self._folder.iterdir():
-            if is_result_id(path.name) and _modified_at(path) < oldest:
+        for modified, size, path in sorted(_pictures(self._folder), reverse=True):  # the newest first
+            kept_bytes += size
+            if modified < oldest or kept_bytes > self.max_bytes:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
 
 
-def _modified_at(path: Path) -> float:
+def make_private(folder: Path) -> None:
+    """Create a folder that others cannot look into; one that is there stays as it is.
+
+    Raises:
+        ServerStartError: it cannot be created or written.
+    """
     try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # another worker cleaned it first
-        return math.inf
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ServerStartError(
+            f"expected a folder that can be written at {folder}, got: {error.strerror}; "
+            "choose another with --data or FLASHBULB_DATA"
+        ) from error
+
+
+def _open_bucket(location: str) -> ObjectStore:
+    try:
+        return from_url(location)
+    except (BaseError, ValueError):  # obstore's own text is a dump of its structures
+        scheme = urlparse(location).scheme
+        raise InvalidRequest(
+            "expected an object store such as file:///folder or s3://bucket/prefix in FLASHBULB_RESULTS_URL, "
+            f"got one with the scheme {scheme!r} that cannot be opened: correct it",
+            param="results_url",
+        ) from None
+
+
+def _pictures(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Yield (time of writing, bytes, path) of every picture."""
+    for path in folder.iterdir():
+        if is_result_id(path.name):
+            with contextlib.suppress(FileNotFoundError):  # another worker cleaned it first
+                found = path.stat()
+                yield found.st_mtime, found.st_size, path

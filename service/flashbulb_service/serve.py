@@ -23,6 +23,7 @@ from flashbulb_service.errors import ServerStartError, ServiceError
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import serves
 from flashbulb_service.processes import keep_running
+from flashbulb_service.results import make_private
 from flashbulb_service.settings import Settings
 from flashbulb_service.tenants.access import is_loopback, settle_auth
 from flashbulb_service.tenants.store import KeyStore
@@ -94,6 +95,8 @@ def queue_server(settings: Settings) -> Iterator[Settings]:
         yield settings
         return
     data = settings.data.expanduser()
+    make_private(data)
+    make_private(data / "queue")
     with EmbeddedServer(data / "queue") as server:
         if not server.owned:
             raise ServerStartError(

@@ -5,11 +5,14 @@ an option of the command line wins over it.
 """
 
 import os
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.tenants.access import AuthMode
@@ -22,6 +25,20 @@ def state_folder() -> Path:
     """Return where a program may keep data of its own on this machine (XDG state folder)."""
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "flashbulb"
+
+
+def check_names(environment: Iterable[str], *, others: Sequence[str] = ("FLASHBULB_API_KEY",)) -> None:
+    """Refuse a variable with our prefix that is no setting; `others` belong to single commands.
+
+    Raises:
+        InvalidRequest: there is one; tells the nearest name that exists.
+    """
+    known = [f"FLASHBULB_{name.upper()}" for name in Settings.model_fields]
+    for name in sorted(environment):
+        if name.upper().startswith("FLASHBULB_") and name.upper() not in (*known, *others):
+            near = get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "unset it"
+            raise InvalidRequest(f"unknown setting {name} in the environment: {hint}", param=name)
 
 
 class Settings(BaseSettings):
@@ -44,6 +61,16 @@ class Settings(BaseSettings):
         default="auto", description="keys: every request needs one; off: none; auto: keys but on loopback"
     )
     port: int = Field(default=8000, ge=0, le=65535)
+    allowed_hosts: frozenset[str] = Field(
+        default=frozenset(),
+        description='["pictures.example"]: accepted in the Host header, on loopback besides its own names; '
+        "empty elsewhere: any",
+    )
+    public_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://[A-Za-z0-9._\-\[\]:]+(/[A-Za-z0-9._~/-]*)?$",
+        description="where clients reach the API, for addresses in answers; absent: the checked Host header",
+    )
     default_model: str | None = Field(default=None, description="for requests without one; absent: the first")
     model_aliases: dict[str, str] = Field(default_factory=dict, description='{"gpt-image-1": "emoji"}')
     max_body_bytes: int = Field(default=1 << 20, gt=0)
@@ -110,6 +137,9 @@ class Settings(BaseSettings):
     results_ttl_s: float = Field(
         default=24 * 3600.0, gt=0, description="pictures in file:// stores live this long"
     )
+    results_max_bytes: int = Field(
+        default=2 << 30, gt=0, description="all pictures of a file:// store together; the oldest go first"
+    )
 
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(
@@ -124,6 +154,19 @@ class Settings(BaseSettings):
             secret_key(value)
         return value
 
+    @field_validator("redis")
+    @classmethod
+    def _check_redis(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("redis://", "rediss://", "unix://")):
+            scheme = value.partition("://")[0] if "://" in value else ""
+            raise ValueError(f"expected redis://, rediss:// or unix://, got the scheme {scheme!r}")
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _fold_hosts(cls, value: frozenset[str]) -> frozenset[str]:
+        return frozenset(name.lower() for name in value)
+
     @property
     def results_location(self) -> str:
         """Return the obstore URL of the result store."""
@@ -136,11 +179,21 @@ def read_settings(**given: object) -> Settings:
     Raises:
         InvalidRequest: a setting has a value that it cannot have; names the first.
     """
+    check_names(os.environ)
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "value_error":  # our own words, which leave secrets out
+            raise InvalidRequest(f"setting {name}: {problem['ctx']['error']}", param=name) from error
         raise InvalidRequest(
             f"setting {name}: {problem['msg']}, got {problem['input']!r}", param=name
+        ) from error
+    except SettingsError as error:
+        found = re.search(r'field "(\w+)"', str(error))
+        name = f"FLASHBULB_{found[1].upper()}" if found else "a setting"
+        example = ': write {"gpt-image-1": "emoji"}' if name.endswith("_ALIASES") else ""
+        raise InvalidRequest(
+            f"expected JSON in {name}, got {os.environ.get(name, '')[:80]!r}{example}", param=name
         ) from error

@@ -1,6 +1,6 @@
 """A real server per test session, a fresh namespace per test, and a check that nothing is left behind.
 
-FLASHBULB_TEST_SERVER=/path/to/redis-server runs the suite on another server binary.
+TEST_SERVER=/path/to/redis-server runs the suite on another server binary.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ CheckInvariants = Callable[[Queue], Awaitable[None]]
 
 @pytest.fixture(scope="session")
 def server_binary() -> Path | None:
-    given = os.environ.get("FLASHBULB_TEST_SERVER")
+    given = os.environ.get("TEST_SERVER")
     return Path(given) if given else None
 
 

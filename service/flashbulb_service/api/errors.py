@@ -57,6 +57,12 @@ class BodyTimeout(ServiceError):
     code = "request_timeout"
 
 
+class WrongHost(ServiceError):
+    """The Host header names another server."""
+
+    code = "wrong_host"
+
+
 class UnsupportedMedia(ServiceError):
     """The body is of a type that this route does not read."""
 
@@ -149,6 +155,8 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(409, error.code, error.message, headers=NO_RETRY)
         case BodyTimeout():
             return ErrorAnswer(408, error.code, error.message, headers={"connection": "close"})
+        case WrongHost():
+            return ErrorAnswer(421, error.code, error.message, headers=NO_RETRY)
         case UnsupportedMedia():
             return ErrorAnswer(415, error.code, error.message)
         case TooManyStreams():

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import format_sse_event
 
-from flashbulb_service.api.answers import finished, images_answer, overhead_ms, stream_events
+from flashbulb_service.api.answers import AddressOf, finished, images_answer, overhead_ms, stream_events
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import ClientGone, RequestTimeout, ResultNotFound, describe
 from flashbulb_service.api.identity import Caller, caller_of
@@ -84,7 +84,7 @@ async def generate_images(
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
     views = await _wait(context, request, queued.ids, keep=key.keeps)
-    answer, receipt = await images_answer(context, queued.record, views, _address_of(request))
+    answer, receipt = await images_answer(context, queued.record, views, address_of(context, request))
     _count(context, queued, views, start)
     return JSONResponse(answer, headers={**headers, **receipt.headers()})
 
@@ -230,8 +230,16 @@ def _count(context: Context, queued: Queued, views: Sequence[JobView], start: fl
         context.metrics.answered(queued.record.model, added_ms / 1000)
 
 
-def _address_of(request: Request) -> Any:
-    return lambda name: str(request.url_for("get_result", name=name))
+def address_of(context: Context, request: Request) -> AddressOf:
+    """Return what makes addresses of pictures: under `public_url`, or under the Host that was checked."""
+
+    def address(name: str) -> str:
+        public = context.settings.public_url
+        if public is None:
+            return str(request.url_for("get_result", name=name))
+        return public.rstrip("/") + str(request.app.url_path_for("get_result", name=name))
+
+    return address
 
 
 async def _wait(context: Context, request: Request, ids: Sequence[str], *, keep: bool) -> list[JobView]:

@@ -13,7 +13,7 @@ from flashbulb_service.api.answers import AddressOf, finished
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import TooManyStreams
 from flashbulb_service.api.identity import caller_of, owner_of
-from flashbulb_service.api.images import Key, answer_headers, choose_key, enqueue
+from flashbulb_service.api.images import Key, address_of, answer_headers, choose_key, enqueue
 from flashbulb_service.api.media import expect_json
 from flashbulb_service.api.plan import make_plan
 from flashbulb_service.api.schemas import ERRORS, JobRequest
@@ -154,7 +154,7 @@ def _as_sse(event: Event, described: Mapping[str, Any]) -> ServerSentEvent:
 
 
 async def _describe(context: Context, request: Request, view: RequestView) -> dict[str, Any]:
-    return await describe_job(context, lambda name: str(request.url_for("get_result", name=name)), view)
+    return await describe_job(context, address_of(context, request), view)
 
 
 async def webhook_message(context: Context, request_id: str) -> Message | None:

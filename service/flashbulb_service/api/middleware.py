@@ -5,13 +5,14 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashbulb_service.api.errors import BodyTimeout, BodyTooLarge, describe
+from flashbulb_service.api.errors import BodyTimeout, BodyTooLarge, WrongHost, describe
+from flashbulb_service.api.hosts import accepts
 from flashbulb_service.errors import ServiceError
 from flashbulb_service.observability import Metrics, known_method
 
@@ -55,9 +56,13 @@ class RequestFrame:
         max_body_bytes: int,
         max_upload_bytes: int,
         body_timeout_s: float,
+        bound_to: str,
+        allowed_hosts: Collection[str],
     ) -> None:
         """Wrap an app; `admit` raises for a request that is not served, before its body is read."""
         self._admit = admit
+        self._bound_to = bound_to
+        self._allowed_hosts = allowed_hosts
         self._body_timeout_s = body_timeout_s
         self._max_upload_bytes = max_upload_bytes
         self._app = app
@@ -100,6 +105,14 @@ class RequestFrame:
                 self._account(scope, status, time.monotonic() - start)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hosts = Headers(scope=scope).getlist("host")
+        if not accepts(hosts, bound_to=self._bound_to, allowed=self._allowed_hosts):
+            wrong = WrongHost(
+                f"expected a Host header that names this server, got {', '.join(hosts)!r}: "
+                "use its own address, or add the name to FLASHBULB_ALLOWED_HOSTS"
+            )
+            await describe(wrong).response()(scope, receive, send)
+            return
         try:
             await self._admit(scope)
         except ServiceError as refusal:

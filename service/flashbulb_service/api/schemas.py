@@ -153,6 +153,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         409: "The key was used for another request, or the job was cancelled",
         413: "The body is too large",
         415: "The body is of a type that is not read here",
+        421: "The Host header names another server",
         429: "The queue is full, or the API key has used up what it may: see retry-after",
         500: "The work failed, or the server did",
         503: "The queue does not answer",

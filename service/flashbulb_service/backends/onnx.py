@@ -4,7 +4,6 @@ Three graphs come from the bundle (text encoder, denoiser, decoder); the loop ov
 `flashbulb_distill.core.sampler`, the same function that training and export parity call.
 """
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample_steps
 from flashbulb_service.backends import Embeddings, ImageRequest, OnStep
 from flashbulb_service.backends.embeddings import EmbeddingCache
+from flashbulb_service.cores import usable_cores
 from flashbulb_service.images import to_uint8
 
 
@@ -24,7 +24,7 @@ class OnnxBackend:
 
     def __init__(self, *, threads: int = 0, cache: EmbeddingCache | None = None) -> None:
         """Remember the number of operator threads; 0 means one per core. Backends may share a cache."""
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or usable_cores()
         self._bundle: Bundle | None = None
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._tokenizer: Tokenizer | None = None

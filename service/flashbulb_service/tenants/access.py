@@ -49,11 +49,11 @@ def scope_of(path: str) -> Scope | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine's users can reach an address that we listen on."""
-    if host == "localhost":
+    """Tell whether a host name or address, an IPv6 one with brackets or without, can only mean this machine."""
+    if host.lower() == "localhost":
         return True
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
     return False
 
 

@@ -56,6 +56,7 @@ async def make_app(
     presence = Presence.connect(redis_url, namespace=namespace)
 
     def make(limits: Limits | None = None, **settings: object) -> FastAPI:
+        settings = {"allowed_hosts": ["test"], **settings}
         return create_app(
             Settings(models=models_dir, data=tmp_path, redis=redis_url, namespace=namespace, **settings),
             queue=make_queue(limits),

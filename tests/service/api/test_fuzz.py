@@ -1,6 +1,6 @@
 """schemathesis over the whole OpenAPI document: no 5xx, no undocumented status, content type or body.
 
-FLASHBULB_FUZZ_EXAMPLES=200 pytest tests/service/api/test_fuzz.py -s --timeout 1200   # thousands of cases
+FUZZ_EXAMPLES=200 pytest tests/service/api/test_fuzz.py -s --timeout 1200   # thousands of cases
 """
 
 import os
@@ -17,7 +17,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_fuzzed_requests_get_documented_answers_only(server_url: str, tmp_path: Path) -> None:
-    examples = os.environ.get("FLASHBULB_FUZZ_EXAMPLES", "5")
+    examples = os.environ.get("FUZZ_EXAMPLES", "5")
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{server_url}/openapi.json"),
         *("--checks", CHECKS, "--phases", "examples,coverage,fuzzing", "--max-examples", examples),

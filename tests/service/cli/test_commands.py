@@ -90,7 +90,7 @@ def test_generate_takes_a_version_or_a_folder(models_dir: Path, tmp_path: Path) 
         (["dog", "-o", "a.png", "--size", "512x512"], 2, ["64x64", "512x512"]),
         (["dog", "-o", "a.png", "--seed", "-1"], 2, ["--seed"]),
         (["dog", "-o", "a.png", "-n", "0"], 2, ["-n"]),
-        (["dog", "-o", "a.png", "--model", "cat"], 1, ["cat", "tiny@1"]),
+        (["dog", "-o", "a.png", "--model", "cat"], 2, ["cat", "tiny@1"]),
         (["dog", "-o", "a.png", "--model", "./none"], 1, ["manifest.json"]),
         (["dog", "-o", "none/a.png"], 1, ["none"]),
         (["dog", "-o", "a.png", "--backend", "magic"], 2, ["backend", "magic"]),
@@ -166,7 +166,7 @@ def test_models_calibrate_writes_beside_the_bundle_and_never_into_it(
     (file,) = (data / "calibration").iterdir()
     assert lines[7].strip() == str(file)
     assert snapshot(models_dir) == before
-    check_refused(run_flashbulb("models", "calibrate", "cat", "--models", models_dir), 1, "cat", "tiny@1")
+    check_refused(run_flashbulb("models", "calibrate", "cat", "--models", models_dir), 2, "cat", "tiny@1")
 
 
 def test_debug_adds_the_traceback(tmp_path: Path) -> None:
