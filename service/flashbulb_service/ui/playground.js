@@ -52,7 +52,7 @@ function requestBody(seed) {
   const body = { model: $("model").value, prompt: $("prompt").value.trim() || $("prompt").placeholder };
   body.n = Number($("count").value) || 1;
   body.size = $("size").value || "auto";
-  if (seed !== "") body.seed = Number(seed);
+  if (/^\d{1,15}$/.test(seed)) body.seed = Number(seed); // anything else, the field itself refuses
   return body;
 }
 
@@ -122,7 +122,8 @@ function showPictures(answer, prompt) {
     const source = `data:image/${answer.output_format};base64,${picture.b64_json}`;
     const figure = element("figure");
     const caption = element("figcaption", `Picture ${index + 1}`);
-    const name = `${prompt.replaceAll(/[^\p{L}\p{N}]+/gu, "-")}-${picture.seed}-${index}.${answer.output_format}`;
+    const words = prompt.replaceAll(/[^\p{L}\p{N}]+/gu, "-").replaceAll(/^-|-$/g, "").slice(0, 80) || "picture";
+    const name = `${words}-${picture.seed}-${index}.${answer.output_format}`;
     caption.append(element("a", "Save", { href: source, download: name, "aria-label": `Save picture ${index + 1}` }));
     figure.append(element("img", undefined, { src: source, alt: `${prompt}, picture ${index + 1}` }), caption);
     return figure;
@@ -244,8 +245,13 @@ async function start() {
   fillSizes();
   refreshRequest();
   setBusy(false);
+  await checkReady();
+}
+
+async function checkReady() {
   const ready = await fetch("/readyz").catch(() => null);
   if (ready?.ok) {
+    $("error").hidden = true;
     showState("good", "ready");
   } else {
     showState("bad", "no worker");
@@ -277,6 +283,9 @@ $("prompt").addEventListener("keydown", (event) => {
     event.preventDefault();
     form.requestSubmit();
   }
+});
+addEventListener("focus", () => {
+  if ($("state").textContent === "no worker") checkReady(); // one may have come meanwhile
 });
 $("stop").addEventListener("click", () => running?.abort());
 for (const button of document.querySelectorAll("[data-copy]")) {
