@@ -1,8 +1,8 @@
 """API keys in the queue's Redis: made, rotated, revoked, admitted, reported.
 
 What decides about a request (secret, rate, budget) is one script on the server, so that limits hold exactly
-however many processes serve, and a revoked key ends with its next request for work. Reads look keys up in a
-small cache, and so accept a revoked key for at most CACHE_S more.
+however many processes serve, and a revoked key ends with its next request for work. Administration reads its key
+anew each time. Reads look keys up in a small cache, and so accept a revoked key for at most CACHE_S more.
 """
 
 import time
@@ -82,13 +82,15 @@ class KeyStore:
 
     # who asks
 
-    async def identify(self, secret: str) -> KeyRecord:
-        """Return the key that a secret belongs to, from the cache if it was read lately.
+    async def identify(self, secret: str, *, fresh: bool = False) -> KeyRecord:
+        """Return the key that a secret belongs to, from the cache if it was read lately and need not be fresh.
 
         Raises:
             InvalidApiKey: it is no secret of a key that is good.
         """
         key_id = key_id_of(secret)
+        if fresh and key_id:
+            self._cached.pop(key_id, None)
         record = await self._lookup(key_id) if key_id else None
         if record is None or not record.accepts(hash_secret(secret), time.time()):
             raise InvalidApiKey(REFUSAL.format(what="another one"))

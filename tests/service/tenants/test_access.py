@@ -137,6 +137,19 @@ async def test_broken_json_without_a_key_is_401_and_not_400(app: FastAPI, client
         check_error(answer, 401, "invalid_api_key")
 
 
+async def test_a_revoked_admin_key_has_no_second_left_to_make_another(
+    app: FastAPI, client_of: ClientOf, keys: KeyStore
+) -> None:
+    """`keys` is another process: the app, which knows the key from a moment ago, does not hear of it."""
+    admin = await keys.create("a", ["admin", "generate"])
+    async with client_of(app, admin.secret) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        await keys.revoke(admin.record.id)
+        answer = await client.post("/v1/admin/keys", json={"name": "heir", "scopes": ["admin"]})
+        check_error(answer, 401, "invalid_api_key")
+    assert not await keys.any_active()
+
+
 # ------------------------------------------------------------------------------------------------- headers
 
 SECRET = new_secret(new_key_id())
