@@ -3,7 +3,7 @@
 The API writes tasks and reads outcomes; the worker reads tasks and writes outcomes.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,11 +12,28 @@ from flashbulb_service.formats import DEFAULT_QUALITY, ImageFormat
 MAX_SEED = 2**63 - 1
 
 
-class ImageTask(BaseModel):
-    """One picture to make: one row of a batch."""
+class Message(BaseModel):
+    """Base of what travels as JSON bytes."""
 
     # An error of validation goes into the log and to clients: it must not quote somebody's prompt.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    def to_bytes(self) -> bytes:
+        """Write the message as JSON."""
+        return self.model_dump_json().encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read a message.
+
+        Raises:
+            ValueError: the bytes are no message of this kind.
+        """
+        return cls.model_validate_json(data)
+
+
+class ImageTask(Message):
+    """One picture to make: one row of a batch."""
 
     prompt: str
     seed: int = Field(ge=0, le=MAX_SEED)
@@ -27,24 +44,9 @@ class ImageTask(BaseModel):
     quality: int = Field(default=DEFAULT_QUALITY, ge=0, le=100)
     request_id: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_-]*$")  # for the log only
 
-    def to_bytes(self) -> bytes:
-        """Write the task as JSON."""
-        return self.model_dump_json().encode()
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "ImageTask":
-        """Read a task.
-
-        Raises:
-            ValueError: the bytes are no task.
-        """
-        return cls.model_validate_json(data)
-
-
-class ImageOutcome(BaseModel):
+class ImageOutcome(Message):
     """Where a finished picture lies and what it cost."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     file: str  # result id in the result store
     batch_size: int = Field(ge=1)
@@ -54,24 +56,9 @@ class ImageOutcome(BaseModel):
     bundle_sha256: str  # of the manifest: traces the picture to the student and its parents
     backend: str = "unknown"  # what drew it
 
-    def to_bytes(self) -> bytes:
-        """Write the outcome as JSON."""
-        return self.model_dump_json().encode()
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "ImageOutcome":
-        """Read an outcome.
-
-        Raises:
-            ValueError: the bytes are no outcome.
-        """
-        return cls.model_validate_json(data)
-
-
-class RequestRecord(BaseModel):
+class RequestRecord(Message):
     """What the API keeps of a request, to tell of it and to answer it again in the same words."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: Literal["text-to-image"]
     model: str  # name@version
@@ -92,16 +79,3 @@ class RequestRecord(BaseModel):
     def size(self) -> str:
         """Return the size as it is written on the wire."""
         return f"{self.width}x{self.height}"
-
-    def to_bytes(self) -> bytes:
-        """Write the record as JSON."""
-        return self.model_dump_json().encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "RequestRecord":
-        """Read a record.
-
-        Raises:
-            ValueError: the bytes are no record.
-        """
-        return cls.model_validate_json(data)
