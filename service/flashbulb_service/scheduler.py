@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from flashbulb_service.timing import LearnedCap, Tau, TimeModel
+from flashbulb_service.timing import KNEE_SHARE, LearnedCap, Tau, TimeModel
 
 Row = TypeVar("Row")
 
@@ -316,7 +316,7 @@ def batch_cap(max_batch: int, limit: int, calibration: Mapping[int, float] | Non
     if not rates:
         return allowed
     best = max(rates.values())
-    return min(size for size, rate in rates.items() if rate >= 0.98 * best)
+    return min(size for size, rate in rates.items() if rate >= KNEE_SHARE * best)
 
 
 class Scheduler:
