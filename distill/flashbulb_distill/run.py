@@ -114,6 +114,22 @@ class Run:
         """The empty prompt's embedding."""
         return self.teacher.encode([""])
 
+    @property
+    def measures(self) -> EvaluateRecipe:
+        """The recipe of the evaluation.
+
+        Raises:
+            RecipeError: the recipe has none.
+        """
+        if self.recipe.evaluate is None:
+            raise RecipeError("evaluate: expected a section that says what to measure, got null")
+        return self.recipe.evaluate
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The real pictures to measure against."""
+        return load_reference(self.measures.reference)
+
     # Stages. Each returns its identity: the hash of all that it is made from.
 
     def pairs(self) -> str:
@@ -183,41 +199,40 @@ class Run:
     def evaluate(self) -> tuple[str, Comparison | None]:
         """Measure the student beside its teacher, on seeds that training never used."""
         parent = self.adm()
-        recipe = self.recipe.evaluate
-        if recipe is None:
+        if self.recipe.evaluate is None:
             return parent, None
-        reference = load_reference(recipe.reference)
         teacher = self.evaluate_teacher()
         identity = digest(
-            {"adm": parent, "recipe": recipe.model_dump(mode="json"), "reference": reference.sha256}
+            {
+                "adm": parent,
+                "recipe": self.measures.model_dump(mode="json"),
+                "reference": self.reference.sha256,
+            }
         )
         folder = self.out / "evaluation"
         if not self._done(folder, identity):
             self._claim(folder, identity)
             by_student = student_images(self.teacher, self.student, self.recipe.time_steps)
             made_by = {"recipe": self.recipe.sha256()}
-            student = self._measure("student", by_student, reference, folder / "student.json", made_by)
+            student = self._measure("student", by_student, folder / "student.json", made_by)
             (folder / "teacher.json").write_text(teacher.model_dump_json(indent=1) + "\n")
             (folder / "table.md").write_text(markdown_table({"student": student, "teacher": teacher}))
-            self._grid(folder / "grid.png", reference_prompts(reference), by_student, recipe)
+            self._grid(folder / "grid.png", reference_prompts(self.reference), by_student)
             self._finish(folder, identity)
         student = EvaluationResult.model_validate_json((folder / "student.json").read_text())
         return identity, compare(student, teacher)
 
     def evaluate_teacher(self) -> EvaluationResult:
         """Measure the teacher. It depends on no student, so it may run beside the training."""
-        recipe = self.recipe.evaluate
-        if recipe is None:
-            raise RecipeError("evaluate: expected a section that says what to measure, got null")
-        reference = load_reference(recipe.reference)
+        recipe = self.measures
         inputs = {"teacher": self.teacher_sha256, "recipe": recipe.model_dump(mode="json")}
-        identity = digest(inputs | {"reference": reference.sha256})
+        identity = digest(inputs | {"reference": self.reference.sha256})
         folder = self.out / "teacher"
         path = folder / "evaluation.json"
         if not self._done(folder, identity):
             self._claim(folder, identity)
             by_teacher = teacher_images(self.teacher, recipe.teacher_steps, recipe.teacher_guidance)
-            self._measure("teacher", by_teacher, reference, path, {})
+            self._measure("teacher", by_teacher, path, {})
             self._finish(folder, identity)
         return EvaluationResult.model_validate_json(path.read_text())
 
@@ -300,10 +315,9 @@ class Run:
         return self._finish(folder, identity)
 
     def _measure(
-        self, name: str, generate: Generate, reference: Reference, path: Path, made_by: dict[str, str]
+        self, name: str, generate: Generate, path: Path, made_by: dict[str, str]
     ) -> EvaluationResult:
-        recipe = self.recipe.evaluate
-        assert recipe is not None
+        recipe, reference = self.measures, self.reference
         result = evaluate(
             generate,
             reference,
@@ -321,10 +335,9 @@ class Run:
         path.write_text(result.model_dump_json(indent=1) + "\n")
         return result
 
-    def _grid(
-        self, path: Path, prompts: tuple[Prompt, ...], by_student: Generate, recipe: EvaluateRecipe
-    ) -> None:
+    def _grid(self, path: Path, prompts: tuple[Prompt, ...], by_student: Generate) -> None:
         """Forty prompts evenly through the list, unpicked seeds 0, 1, 2, ...: teacher beside student."""
+        recipe = self.measures
         by_teacher = teacher_images(self.teacher, recipe.teacher_steps, recipe.teacher_guidance)
         spread = np.linspace(0, len(prompts) - 1, min(40, len(prompts))).astype(int)
         texts = [prompts[i].text for i in spread]
