@@ -20,6 +20,10 @@ from flashbulb_service.webhooks import secret_key
 
 BackendName = Literal["onnx", "synthetic"]
 
+SECRETS_DIR = (
+    "FLASHBULB_SECRETS_DIR"  # folder of files named as settings (flashbulb_redis), as containers mount them
+)
+
 
 def state_folder() -> Path:
     """Return where a program may keep data of its own on this machine (XDG state folder)."""
@@ -27,7 +31,9 @@ def state_folder() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "flashbulb"
 
 
-def check_names(environment: Iterable[str], *, others: Sequence[str] = ("FLASHBULB_API_KEY",)) -> None:
+def check_names(
+    environment: Iterable[str], *, others: Sequence[str] = ("FLASHBULB_API_KEY", SECRETS_DIR)
+) -> None:
     """Refuse a variable with our prefix that is no setting; `others` belong to single commands.
 
     Raises:
@@ -174,14 +180,20 @@ class Settings(BaseSettings):
 
 
 def read_settings(**given: object) -> Settings:
-    """Read the environment, and let options that were given (are not None) win.
+    """Read secret files and the environment; the latter wins, and options that were given (are not None) over both.
 
     Raises:
-        InvalidRequest: a setting has a value that it cannot have; names the first.
+        InvalidRequest: a setting has a value that it cannot have, or the folder of secrets is missing; names the first.
     """
     check_names(os.environ)
+    secrets = os.environ.get(SECRETS_DIR)
+    if secrets and not Path(secrets).is_dir():
+        raise InvalidRequest(
+            f"expected a folder in {SECRETS_DIR}, found none at {secrets}", param=SECRETS_DIR
+        )
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        values = {name: value for name, value in given.items() if value is not None}
+        return Settings(_secrets_dir=secrets or None, **values)  # type: ignore[arg-type]
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
