@@ -57,7 +57,7 @@ def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | Non
     """Load a verified bundle; choose its batch cap and padding by this machine's calibration, else the exporter's."""
     manifest, name = bundle.manifest, settings.backend
     found = read_calibration(settings.data.expanduser(), place(bundle, name, settings.threads))
-    times = found.times_ms if found else manifest.calibration.get(name, {})
+    times, _ = known_times(bundle, settings)
     cap = batch_cap(manifest.max_batch, settings.max_batch, times)
     canonical = canonical_size(manifest, name, found, settings.determinism, cap)
     backend = create_backend(name, threads=settings.threads, cache=cache, synthetic=settings.synthetic)
@@ -66,6 +66,15 @@ def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | Non
         return Calibrated(Student(backend), cap, times)
     padded = {size: ms for size, ms in times.items() if size == canonical}
     return Calibrated(Student(backend, canonical), min(cap, canonical), padded)
+
+
+def known_times(bundle: Bundle, settings: Settings) -> tuple[Mapping[int, float], str]:
+    """Return batch size -> milliseconds (empty: unknown) and where they were measured: "here" or "by its exporter"."""
+    name = settings.backend
+    found = read_calibration(settings.data.expanduser(), place(bundle, name, settings.threads))
+    if found:
+        return found.times_ms, "here"
+    return bundle.manifest.calibration.get(name, {}), "by its exporter"
 
 
 def place(bundle: Bundle, backend: str, threads: int) -> dict[str, str | int]:

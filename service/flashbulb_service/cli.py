@@ -182,6 +182,63 @@ def generate(
     )
 
 
+@app.command("plan-capacity")
+def plan_capacity(
+    rate: Annotated[str, typer.Option("--rate", help="Requests that come, such as 20/s, 900/min or 5000/h")],
+    p99: Annotated[str, typer.Option("--p99", help="99 % are to be answered within, such as 300ms or 2s")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="name, name@version or a bundle's folder")
+    ] = None,
+    overhead: Annotated[
+        str,
+        typer.Option("--overhead", help="Time of a request that no device needs: HTTP, encoding, storing"),
+    ] = "10ms",
+    noise: Annotated[float, typer.Option("--noise", min=0, max=1, help="Spread of batch times")] = 0.1,
+    models: Models = None,
+    data: Data = None,
+    backend: BackendOption = None,
+    threads: Threads = None,
+) -> None:
+    """Tell how many workers a load needs, from measured batch times. Example: --rate 20/s --p99 300ms.
+
+    The server's own scheduling runs in simulated time. Run 'flashbulb models calibrate' first, on a machine like
+    those that will serve; without it the times are those of the machine that exported the model.
+    """
+    from flashbulb_service.calibration import known_times
+    from flashbulb_service.capacity import parse_ms, parse_rate, plan_workers
+    from flashbulb_service.errors import InvalidRequest
+    from flashbulb_service.scheduler import batch_cap
+    from flashbulb_service.timing import fit_tau
+
+    settings = _settings(models=models, data=data, backend=backend, threads=threads)
+    bundle = _open(settings, model or _default_model(settings), verify=False)
+    named = f"{bundle.manifest.name}@{bundle.manifest.version}"
+    times, where = known_times(bundle, settings)
+    if not times:
+        raise InvalidRequest(
+            f"expected measured batch times of {named} on {settings.backend}, found none: "
+            f"run 'flashbulb models calibrate {named}'"
+        )
+    cap = batch_cap(bundle.manifest.max_batch, settings.max_batch, times)
+    plans = plan_workers(
+        fit_tau(times),
+        cap,
+        rate_per_s=parse_rate(rate),
+        p99_ms=parse_ms(p99),
+        overhead_ms=parse_ms(overhead),
+        noise=noise,
+    )
+    typer.echo(f"{named} on {settings.backend}, times measured {where}, batches of at most {cap}")
+    typer.echo("  workers   busy  batch    p50 ms    p99 ms  on time")
+    for plan in plans:
+        typer.echo(
+            f"  {plan.workers:7d}  {plan.busy:4.0%}  {plan.mean_batch:5.1f}  {plan.p50_ms:8.1f}  {plan.p99_ms:8.1f}"
+            f"  {plan.share_on_time:6.1%}"
+        )
+    needed = plans[-1].workers
+    typer.echo(f"{needed} worker{'s' * (needed > 1)} of this kind: 99 % of all requests within {p99}")
+
+
 @models_app.command("list")
 def list_models_command(models: Models = None) -> None:
     """List every model and version."""

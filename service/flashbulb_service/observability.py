@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import structlog
@@ -28,6 +29,7 @@ class Metrics(Measures):
         self._webhooks = self._counter("webhook_deliveries", "Webhook calls by how they ended.", "result")
         self.abandoned = self._counter("jobs_abandoned", "Jobs cancelled since their client left.")
         self._queued = self._gauge("queue_depth", "Jobs waiting for a worker.", "model")
+        self._work = self._gauge("queue_work_seconds", "Time of one worker for what waits.", "model")
         self._running = self._gauge("jobs_running", "Jobs in a batch.")
         self._delayed = self._gauge("jobs_delayed", "Jobs waiting for a retry.")
         self._dead = self._gauge("jobs_dead", "Jobs that failed for good.")
@@ -52,9 +54,12 @@ class Metrics(Measures):
         """Count one webhook call: "delivered", "retried" or "given_up"."""
         self._webhooks.labels(result).inc()
 
-    def queue(self, stats: QueueStats, num_workers: int, *, ready: bool) -> None:
-        """Set the gauges to what the queue says now."""
+    def queue(self, stats: QueueStats, work_s: Mapping[str, float], num_workers: int, *, ready: bool) -> None:
+        """Set the gauges to what the queue says now; `work_s` is model -> seconds of one worker that wait."""
         self._queued.clear()
+        self._work.clear()
+        for model, seconds in work_s.items():
+            self._work.labels(model).set(seconds)
         for model, depth in stats.queued.items():
             self._queued.labels(model).set(depth)
         self._running.set(stats.running)

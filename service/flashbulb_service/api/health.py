@@ -11,9 +11,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import NotReady
 from flashbulb_service.api.schemas import ERRORS
+from flashbulb_service.capacity import work_seconds
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.measures import merge_expositions, write_families
 from flashbulb_service.presence import LiveWorker, serves
+from flashbulb_service.queue import QueueStats
 
 router = APIRouter(responses=ERRORS)
 
@@ -41,7 +43,10 @@ async def metrics(context: Shared) -> Response:
     counted: dict[str, bytes] = {}
     try:
         workers = await context.presence.workers()
-        context.metrics.queue(await context.queue.stats(), len(workers), ready=is_ready(context, workers))
+        stats = await context.queue.stats()
+        context.metrics.queue(
+            stats, waiting_work(context, stats), len(workers), ready=is_ready(context, workers)
+        )
         counted = await context.presence.metrics(workers)
     except QueueUnavailable:
         context.metrics.queue_lost()
@@ -49,6 +54,13 @@ async def metrics(context: Shared) -> Response:
     if counted:
         body += write_families(await asyncio.to_thread(merge_expositions, counted, label="worker"))
     return Response(body, headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def waiting_work(context: Context, stats: QueueStats) -> dict[str, float]:
+    """Return model -> seconds that one worker would take for what waits, by the times of its exporter."""
+    known = {model.id: model.bundle.manifest.calibration for model in context.catalog.models}
+    times = {name: known[name].get(context.settings.backend, {}) for name in stats.queued if name in known}
+    return work_seconds(stats.queued, times)
 
 
 def served_models(context: Context, workers: Sequence[LiveWorker]) -> list[str]:

@@ -1,0 +1,74 @@
+"""The planner against arithmetic and queueing theory; the work that a queue holds."""
+
+import pytest
+
+from flashbulb_service.capacity import parse_ms, parse_rate, plan_workers, work_seconds
+from flashbulb_service.errors import InvalidRequest
+from flashbulb_service.timing import Tau
+
+TAU = Tau(floor_ms=17.0, base_ms=4.3, row_ms=4.93, margin=1.2)
+CAPACITY = 8 / TAU(8) * 1000  # per second of one worker in batches of eight
+
+
+def test_each_worker_added_is_needed() -> None:
+    plans = plan_workers(TAU, 8, rate_per_s=3 * CAPACITY, p99_ms=80.0, requests=6000)
+    assert [plan.is_enough for plan in plans] == [False] * (len(plans) - 1) + [True]
+    assert plans[0].workers == 3  # fewer cannot keep up, whatever the objective
+    assert plans[-1].workers == 4
+
+
+def test_busy_share_is_the_load_at_its_batch_size() -> None:
+    """Far below capacity a batch has hardly more than one row, and Little's law gives the busy share."""
+    rate = 10.0
+    plan = plan_workers(TAU, 8, rate_per_s=rate, p99_ms=500.0, noise=0.0, requests=20_000)[-1]
+    assert plan.workers == 1
+    assert plan.busy == pytest.approx(rate * 0.017 / plan.mean_batch, rel=0.05)
+    assert plan.p50_ms == pytest.approx(17.0 + 10.0, rel=0.05)
+
+
+def test_a_tighter_objective_never_needs_fewer_workers() -> None:
+    needed = [
+        plan_workers(TAU, 8, rate_per_s=2 * CAPACITY, p99_ms=p99, requests=6000)[-1].workers
+        for p99 in (1000.0, 200.0, 90.0)
+    ]
+    assert needed == sorted(needed)
+    assert needed[0] < needed[-1]
+
+
+def test_an_objective_below_one_picture_is_refused_with_the_least_possible() -> None:
+    with pytest.raises(InvalidRequest, match="at least 30 ms"):
+        plan_workers(TAU, 8, rate_per_s=1.0, p99_ms=25.0)
+
+
+def test_a_rate_beyond_every_fleet_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="512 workers"):
+        plan_workers(TAU, 8, rate_per_s=1e6, p99_ms=300.0)
+
+
+def test_waiting_work_takes_the_best_batch_and_a_second_where_nothing_is_known() -> None:
+    work = work_seconds({"emoji@1": 12, "new@1": 3}, {"emoji@1": {1: 10.0, 4: 20.0, 8: 48.0}})
+    assert work == {"emoji@1": pytest.approx(12 * 0.005), "new@1": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("20/s", 20.0), ("20", 20.0), ("900/min", 15.0), ("7200/h", 2.0)]
+)
+def test_rates(text: str, expected: float) -> None:
+    assert parse_rate(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("300ms", 300.0), ("1.5s", 1500.0), ("250", 250.0)])
+def test_times(text: str, expected: float) -> None:
+    assert parse_ms(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["", "fast", "0/s", "-1/s", "20/day", "inf", "nan"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="expected a value such as 20/s"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0ms", "3 hours", "infs"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="expected a value such as 300ms"):
+        parse_ms(text)
