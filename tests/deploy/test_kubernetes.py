@@ -1,0 +1,124 @@
+"""The manifests: built by kustomize, held against Kubernetes' own schemas, and against what we promise of them."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+kubernetes_validate = pytest.importorskip(
+    "kubernetes_validate", reason="kubernetes-validate is not installed"
+)
+
+KUBERNETES = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
+OVERLAYS = ("cpu", "gpu", "dev")
+OWN_SCHEMA = {"ScaledObject"}  # KEDA's, not Kubernetes'
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+@cache
+def build(overlay: str) -> tuple[dict[str, Any], ...]:
+    """Return the objects of an overlay."""
+    folder = KUBERNETES / "overlays" / overlay
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
+    return tuple(yaml.safe_load_all(done.stdout))
+
+
+def pods(overlay: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and pod of everything that runs."""
+    for one in build(overlay):
+        if one["kind"] in {"Deployment", "StatefulSet"}:
+            yield one["metadata"]["name"], one["spec"]["template"]["spec"]
+
+
+def find(overlay: str, kind: str, name: str) -> dict[str, Any]:
+    """Return one object."""
+    return next(o for o in build(overlay) if o["kind"] == kind and o["metadata"]["name"] == name)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_object_fits_its_schema(overlay: str) -> None:
+    for one in build(overlay):
+        if one["kind"] not in OWN_SCHEMA:
+            kubernetes_validate.validate(one, "1.31", strict=True)
+
+
+def test_the_schemas_refuse_a_planted_fault() -> None:
+    broken = {**find("cpu", "Deployment", "api")}
+    broken["spec"] = {**broken["spec"], "replicas": "two"}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, "1.31", strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_meets_the_restricted_standard(overlay: str) -> None:
+    for name, pod in pods(overlay):
+        assert pod["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert pod["automountServiceAccountToken"] is False, name
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, name
+            assert "memory" in container["resources"]["limits"], name
+            assert container["startupProbe"] and container["livenessProbe"], name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_have_longer_to_end_than_flashbulb_takes(overlay: str) -> None:
+    config = next(one["data"] for one in build(overlay) if one["kind"] == "ConfigMap")
+    needed = float(config["FLASHBULB_DRAIN_S"]) + float(config["FLASHBULB_DRAIN_NOTICE_S"])
+    for name, pod in pods(overlay):
+        if name != "valkey":
+            assert pod["terminationGracePeriodSeconds"] > needed, name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_load_balancers_hear_of_a_stop_before_connections_end(overlay: str) -> None:
+    config = next(one["data"] for one in build(overlay) if one["kind"] == "ConfigMap")
+    api = find(overlay, "Deployment", "api")["spec"]["template"]["spec"]["containers"][0]
+    probe = api["readinessProbe"]
+    assert float(config["FLASHBULB_DRAIN_NOTICE_S"]) > probe["periodSeconds"] * probe["failureThreshold"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_settings_of_the_config_map_exist(overlay: str) -> None:
+    from flashbulb_service.settings import check_names
+
+    check_names(next(one["data"] for one in build(overlay) if one["kind"] == "ConfigMap"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_name_that_a_policy_selects_is_a_pod(overlay: str) -> None:
+    labels = {"valkey", "api", "worker"}
+    for policy in (one for one in build(overlay) if one["kind"] == "NetworkPolicy"):
+        selected = policy["spec"]["podSelector"].get("matchLabels", {}).get("app.kubernetes.io/name")
+        assert selected is None or selected in labels
+    names = {one["metadata"]["name"] for one in build(overlay) if one["kind"] == "NetworkPolicy"}
+    assert {"deny-all", *labels} <= names
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+def test_workers_scale_with_the_work_that_waits_down_to_none(overlay: str) -> None:
+    from flashbulb_service.observability import Metrics
+
+    scaled = find(overlay, "ScaledObject", "worker")["spec"]
+    assert scaled["minReplicaCount"] == 0
+    (trigger,) = scaled["triggers"]
+    assert "flashbulb_queue_work_seconds" in trigger["metadata"]["query"]
+    assert "flashbulb_queue_work_seconds" in Metrics().names
+    # A count of replicas would fight the autoscaler at each apply.
+    assert "replicas" not in find(overlay, "Deployment", "worker")["spec"]
+
+
+def test_a_gpu_worker_asks_for_one_gpu() -> None:
+    container = find("gpu", "Deployment", "worker")["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert container["image"].startswith("flashbulb-worker-gpu:")
