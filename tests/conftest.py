@@ -8,6 +8,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Read where a kernel is defined. With 0, the kernels' tests run on the GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A time limit per example measures the machine, not the code; in CI the examples are the same in every run.
 settings.register_profile("house", deadline=None, derandomize="CI" in os.environ)

@@ -1,0 +1,51 @@
+"""How a kernel cuts its work: block sizes, warps and pipeline stages, from the table `tiles.json`.
+
+The table is keyed by entry, dtype, head dimension and architecture; "*" serves the architectures that are not named.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HEAD_DIMS = (32, 40, 64, 80, 96, 128, 160)
+ENTRIES = ("forward",)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows of queries and of keys per block, warps per program, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# The interpreter's time goes by blocks, not by what they hold.
+INTERPRETER = Tile(block_m=128, block_n=128, num_warps=4, num_stages=1)
+
+
+def tile_for(entry: str, dtype: str, head_dim: int, arch: str) -> Tile:
+    """Look up the tile of an entry for a dtype ("fp16", "bf16", "fp32"), a head dimension and an arch like "sm_90".
+
+    Raises:
+        ValueError: no tile is listed; the message names what is.
+    """
+    of_entry = _table().get(entry, {})
+    of_heads = of_entry.get(dtype, {})
+    of_arch = of_heads.get(str(head_dim), {})
+    row = of_arch.get(arch, of_arch.get("*"))
+    if row is None:
+        raise ValueError(
+            f"no tile for {entry}, {dtype}, head dimension {head_dim}, {arch}: tiles.json lists entries "
+            f"{sorted(_table())}, dtypes {sorted(of_entry)}, head dimensions {sorted(map(int, of_heads))}"
+        )
+    return Tile(**row)
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((Path(__file__).parent / "tiles.json").read_text(encoding="utf-8"))
+    return table
