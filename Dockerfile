@@ -6,8 +6,9 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 # ------------------------------------------------------------------------------------------------ building
 FROM ${PYTHON_IMAGE} AS source
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore PYTHONDONTWRITEBYTECODE=1
-RUN python3 -m venv /opt/flashbulb
-ENV PATH=/opt/flashbulb/bin:${PATH}
+RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/flashbulb
+# pip lives beside the environment that it fills, so that the final images have none.
+ENV PATH=/opt/pip/bin:${PATH} PIP_PYTHON=/opt/flashbulb/bin/python
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY kernels kernels

@@ -1,6 +1,7 @@
 # make serve     install what serving needs (no torch) and start Flashbulb; PORT=8000, SERVE_ARGS="..."
 # make test      install everything for development and run the tests; TEST_ARGS="-k queue"
 # make check     formatting, lint, types, import contracts, tests: what .ci/run runs
+# make docs      write the reference pages from the code and build the site into build/site
 # make bench     the benchmarks; BENCH_ARGS="..."
 # make format    put every file into the house's format
 # make clean     remove the environment and what tools left behind
@@ -61,6 +62,11 @@ help:
 .PHONY: serve
 serve: .venv/.serve
 	@exec $(BIN)/flashbulb serve --port $(PORT) $(SERVE_ARGS)
+
+.PHONY: docs
+docs: .venv/.dev
+	@$(BIN)/python docs/reference.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: bench
 bench: .venv/.dev

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -25,11 +26,11 @@ def buildah(*args: str) -> str:
 
 
 def start(container: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
-    """Run a command in a container, as the image's user, with a data folder that all share."""
+    """Run a command in a container as the image's user; /shared is everybody's, as the image's own volumes are not."""
     options = [f"--env={name}={value}" for name, value in environment.items()]
     return subprocess.Popen(
         ["buildah", "--root", str(WORK / "storage"), "--runroot", str(WORK / "run"), "run",
-         "--isolation", "chroot", "--user", "10001:10001", "--volume", f"{WORK / 'data'}:/data", *options,
+         "--isolation", "chroot", "--user", "10001:10001", "--volume", f"{WORK / 'shared'}:/shared", *options,
          container, "--", *command],
         start_new_session=True,
     )  # fmt: skip
@@ -44,13 +45,16 @@ def free_port() -> int:
 
 def main() -> None:
     """Start the three, wait for readiness, draw the same picture twice and compare."""
-    data = WORK / "data"
-    data.mkdir(exist_ok=True)
-    os.chown(data, 10001, 10001)
+    shared = WORK / "shared"
+    shared.mkdir(exist_ok=True)
+    os.chown(shared, 10001, 10001)
     api = buildah("from", "--pull-never", "flashbulb-api")
     worker = buildah("from", "--pull-never", "flashbulb-worker")
     port, redis_port, password = free_port(), free_port(), secrets.token_hex(16)
-    address = f"redis://:{password}@127.0.0.1:{redis_port}/0"
+    settings = {
+        "FLASHBULB_REDIS": f"redis://:{password}@127.0.0.1:{redis_port}/0",
+        "FLASHBULB_RESULTS_URL": "file:///shared/results",
+    }
     processes = []
     try:
         server = buildah(
@@ -59,13 +63,11 @@ def main() -> None:
         )  # fmt: skip
         processes.append(
             start(worker, server, "--port", str(redis_port), "--bind", "127.0.0.1", "--requirepass", password,
-                  "--dir", "/data", "--appendonly", "yes")
+                  "--dir", "/shared", "--appendonly", "yes")
         )  # fmt: skip
-        processes.append(start(worker, "flashbulb", "worker", FLASHBULB_REDIS=address))
+        processes.append(start(worker, "flashbulb", "worker", **settings))
         processes.append(
-            start(
-                api, "flashbulb", "api", "--host", "127.0.0.1", "--port", str(port), FLASHBULB_REDIS=address
-            )
+            start(api, "flashbulb", "api", "--host", "127.0.0.1", "--port", str(port), **settings)
         )
         wait_ready(f"http://127.0.0.1:{port}/readyz", processes)
         first, second = draw(port), draw(port)
@@ -104,7 +106,11 @@ def draw(port: int) -> str:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/images/generations", body, {"content-type": "application/json"}
     )
-    return str(json.load(urllib.request.urlopen(request, timeout=60))["data"][0]["b64_json"])
+    try:
+        answer = json.load(urllib.request.urlopen(request, timeout=60))
+    except urllib.error.HTTPError as error:
+        sys.exit(f"images: expected a picture, got {error.code}: {error.read().decode()[:500]}")
+    return str(answer["data"][0]["b64_json"])
 
 
 if __name__ == "__main__":

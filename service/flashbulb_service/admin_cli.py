@@ -131,7 +131,7 @@ def limits(
 @keys_app.command("usage")
 def usage(
     key: KeyId,
-    days: Annotated[int, typer.Option("--days", min=1, max=92)] = 30,
+    days: Annotated[int, typer.Option("--days", min=1, max=92, help="How many days back")] = 30,
     data: Data = None,
     redis: Redis = None,
 ) -> None:
@@ -182,7 +182,7 @@ def stats(data: Data = None, redis: Redis = None) -> None:
 
 @dead_app.command("list")
 def list_dead(
-    limit: Annotated[int, typer.Option("--limit", min=1, max=1000)] = 50,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many at most")] = 50,
     data: Data = None,
     redis: Redis = None,
 ) -> None:
@@ -198,7 +198,9 @@ def list_dead(
 
 @dead_app.command("replay")
 def replay(
-    jobs: Annotated[list[str], typer.Argument(metavar="JOB...")], data: Data = None, redis: Redis = None
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB...", help="Ids of dead jobs")],
+    data: Data = None,
+    redis: Redis = None,
 ) -> None:
     """Queue failed jobs again, with fresh attempts and no deadline."""
     from flashbulb_service.errors import JobNotFound

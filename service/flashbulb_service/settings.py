@@ -58,15 +58,19 @@ class Settings(BaseSettings):
     models: Path = Field(default=Path("models"), description="model repository: <name>/<version>/ bundles")
     data: Path = Field(default_factory=state_folder, description="queue and results of the embedded mode")
     redis: str | None = Field(default=None, description="redis:// or unix:// URL; absent: embedded Valkey")
-    namespace: str = Field(default="flashbulb", pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    namespace: str = Field(
+        default="flashbulb",
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="prefix of every key in Redis; several services can share one server",
+    )
     results_url: str | None = Field(default=None, description="obstore URL; absent: file://<data>/results")
 
     # the API
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", description="address that the API listens on")
     auth: AuthMode = Field(
         default="auto", description="keys: every request needs one; off: none; auto: keys but on loopback"
     )
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535, description="port of the API; 0: any free one")
     allowed_hosts: frozenset[str] = Field(
         default=frozenset(),
         description='["pictures.example"]: accepted in the Host header, on loopback besides its own names; '
@@ -79,7 +83,7 @@ class Settings(BaseSettings):
     )
     default_model: str | None = Field(default=None, description="for requests without one; absent: the first")
     model_aliases: dict[str, str] = Field(default_factory=dict, description='{"gpt-image-1": "emoji"}')
-    max_body_bytes: int = Field(default=1 << 20, gt=0)
+    max_body_bytes: int = Field(default=1 << 20, gt=0, description="body of a request without pictures")
     head_timeout_s: float = Field(
         default=10.0, gt=0, description="time a client has for the headers of a request"
     )
@@ -95,13 +99,17 @@ class Settings(BaseSettings):
         description="OpenAI's own model names mean the default model, where no model has the name",
     )
     max_upload_bytes: int = Field(default=32 << 20, gt=0, description="body of a request with pictures")
-    max_prompt_chars: int = Field(default=2000, gt=0)
-    request_timeout_s: float = Field(default=600.0, gt=0)
+    max_prompt_chars: int = Field(default=2000, gt=0, description="longest prompt")
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest wait of a request for its pictures"
+    )
     slo_s: float = Field(default=60.0, gt=0, description="deadline of requests that name none")
     slo_long_s: float = Field(default=3600.0, gt=0, description="the same for long work, such as videos")
 
     # the worker
-    backend: BackendName = "onnx"
+    backend: BackendName = Field(
+        default="onnx", description="what runs models; synthetic: a device for drills"
+    )
     synthetic: str = Field(
         default="", description="JSON options of the synthetic backend: see backends/synthetic.py"
     )
@@ -128,7 +136,9 @@ class Settings(BaseSettings):
     mark_prompts: bool = Field(default=False, description="the mark also tells the prompt")
     c2pa_certificate: Path | None = Field(default=None, description="PEM chain; with c2pa_key: sign files")
     c2pa_key: Path | None = Field(default=None, description="PEM private key of the certificate")
-    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+    c2pa_algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = Field(
+        default="es256", description="what the key signs with"
+    )
 
     # what may be asked for and shown (docs/safety.md)
     blocked_words: Path | None = Field(default=None, description="file: prompts with one of them are refused")
@@ -147,11 +157,13 @@ class Settings(BaseSettings):
         default=2 << 30, gt=0, description="all pictures of a file:// store together; the oldest go first"
     )
 
-    metrics_host: str = "127.0.0.1"
+    metrics_host: str = Field(default="127.0.0.1", description="address of a worker's own /metrics")
     metrics_port: int | None = Field(
         default=None, ge=0, le=65535, description="a worker's own /metrics; absent: only through the API's"
     )
-    log_format: Literal["console", "json"] = "console"
+    log_format: Literal["console", "json"] = Field(
+        default="console", description="console: for people; json: an object a line"
+    )
 
     @field_validator("webhook_secret")
     @classmethod

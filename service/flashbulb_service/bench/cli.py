@@ -77,7 +77,7 @@ def serve(
         ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One prompt a line")] = None,
-    size: Annotated[list[str] | None, typer.Option(metavar="WxH[=SHARE]")] = None,
+    size: Annotated[list[str] | None, typer.Option(metavar="WxH[=SHARE]", help="Size to ask for")] = None,
     n: Annotated[
         list[str] | None, typer.Option("--n", metavar="N[=SHARE]", help="Pictures per request")
     ] = None,

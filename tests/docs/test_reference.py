@@ -1,0 +1,80 @@
+"""What users meet is documented: the pages are made from the code, and what has no description is refused."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+from pydantic import BaseModel, Field
+
+from flashbulb_service.errors import ServiceError
+from flashbulb_service.observability import Metrics
+from flashbulb_service.settings import Settings
+from flashbulb_service.worker_metrics import WorkerMetrics
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_reference_pages_are_what_the_code_says(reference: ModuleType) -> None:
+    for name, text in reference.pages().items():
+        written = (DOCS / "reference" / name).read_text(encoding="utf-8")
+        assert written == text, f"docs/reference/{name} is stale: run python docs/reference.py"
+
+
+def test_a_planted_setting_changes_the_page(reference: ModuleType) -> None:
+    class Planted(Settings):
+        unicorns: int = Field(default=3, description="how many")
+
+    page = reference.settings_page(Planted.model_fields)
+    assert "| `FLASHBULB_UNICORNS` | `3` | how many |" in page
+    assert page != (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
+
+
+def test_a_planted_setting_without_a_description_is_refused(reference: ModuleType) -> None:
+    class Planted(Settings):
+        unicorns: int = 3
+
+    with pytest.raises(reference.Undescribed, match="the setting unicorns"):
+        reference.settings_page(Planted.model_fields)
+
+
+def test_a_planted_option_without_a_description_is_refused(reference: ModuleType) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def planted(unicorns: int = 3) -> None:
+        """Do nothing."""
+
+    with pytest.raises(reference.Undescribed, match="--unicorns"):
+        reference.commands_page(typer.main.get_command(app))
+
+
+def test_a_planted_error_without_a_description_is_refused(reference: ModuleType) -> None:
+    planted = type("Planted", (ServiceError,), {"code": "unicorn", "__doc__": ""})
+    with pytest.raises(reference.Undescribed, match="the error Planted"):
+        reference.errors_page(iter([planted]))
+    del planted
+
+
+def test_a_planted_field_of_a_record_without_a_description_is_refused(reference: ModuleType) -> None:
+    class Planted(BaseModel):
+        """A record."""
+
+        unicorns: int
+
+    with pytest.raises(reference.Undescribed, match="the field unicorns"):
+        reference.manifest_page(Planted)
+
+
+def undocumented(names: set[str]) -> set[str]:
+    """Return the metrics that the page about them does not name."""
+    page = (DOCS / "observability.md").read_text(encoding="utf-8")
+    return {name for name in names if f"`{name}`" not in page}
+
+
+def test_every_metric_is_documented() -> None:
+    assert undocumented(Metrics().names | WorkerMetrics().names) == set()
+
+
+def test_a_planted_metric_is_found_undocumented() -> None:
+    assert undocumented({"flashbulb_unicorns_total"}) == {"flashbulb_unicorns_total"}
