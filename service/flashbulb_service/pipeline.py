@@ -1,15 +1,18 @@
 """The stages of a worker, overlapped: while a batch is encoded, stored and committed, the next one already runs.
 
-    claim ─► text ─► denoise ─► decode ─► encode each picture ─► result store ─► complete (fenced)
-             a thread each                 a pool of threads      event loop
+    claim ─► text ─► denoise ─► decode ─► encode and store each picture ─► complete (fenced)
+             a thread per batch,          a pool of threads               event loop
+             a lock per stage
 
-At most one claim waits behind the one that is being drawn, and at most `MAX_DELIVERING` are behind it in delivery.
+A batch keeps its thread from stage to stage: a change of threads costs more than a stage of a small model. At most
+one claim waits behind the one that is being drawn, and at most `MAX_DELIVERING` are behind it in delivery.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -130,7 +133,8 @@ class Pipeline:
         self._cache = cache
         self._server_time = server_time
         self._on_preview = on_preview
-        self._lanes = {stage: ThreadPoolExecutor(1, stage) for stage in ("text", "denoise", "decode")}
+        self._drawers = ThreadPoolExecutor(MAX_DRAWING + MAX_DELIVERING, "draw")
+        self._stages = {stage: threading.Lock() for stage in ("text", "denoise", "decode")}
         self._encoders = ThreadPoolExecutor(min(MAX_ENCODERS, os.cpu_count() or 1), "encode")
         self._claims: dict[asyncio.Task[None], Claim] = {}
         self._changed = asyncio.Event()
@@ -182,7 +186,7 @@ class Pipeline:
             claim.lost.update(job.id for job in claim.jobs)
             task.cancel()
         await asyncio.gather(*self._claims, return_exceptions=True)
-        for pool in (*self._lanes.values(), self._encoders):
+        for pool in (self._drawers, self._encoders):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _due_s(self) -> float | None:
@@ -241,18 +245,41 @@ class Pipeline:
             await self._deliver(claim, drawn)
 
     async def _draw(self, claim: Claim, rows: list[tuple[Job, ImageTask]], *, is_whole: bool) -> Drawn:
-        student, clock, started_at = claim.loaded.student, dict[str, float](), self._server_time()
+        loop, started_at = asyncio.get_running_loop(), self._server_time()
+
+        def note_denoised(stages_ms: dict[str, float]) -> None:
+            if is_whole:
+                loop.call_soon_threadsafe(self._note_drawn, claim, stages_ms)
+
+        drawn = await loop.run_in_executor(self._drawers, self._run_stages, claim, rows, note_denoised)
+        if len(drawn.pictures) != len(rows):
+            raise BackendError(f"expected {len(rows)} pictures of the backend, got {len(drawn.pictures)}")
+        self._note_batch(claim.loaded, [job for job, _ in rows], drawn.stages_ms, started_at)
+        return drawn
+
+    def _run_stages(
+        self,
+        claim: Claim,
+        rows: list[tuple[Job, ImageTask]],
+        note_denoised: Callable[[dict[str, float]], None],
+    ) -> Drawn:
+        """Draw a batch on the calling thread; each stage waits until no other batch is in it."""
+        student, clock = claim.loaded.student, dict[str, float]()
         requests = [ImageRequest(t.prompt, t.seed, t.index, t.width, t.height) for _, t in rows]
-        embeddings = await self._stage("text", clock, lambda: self._encode_prompts(claim.loaded, requests))
+
+        def stage(name: str, work: Callable[[], Result]) -> Result:
+            with self._stages[name]:
+                _stop_if_abandoned(claim, rows)
+                start = time.perf_counter()
+                result = work()
+                clock[name] = (time.perf_counter() - start) * 1000
+                return result
+
+        embeddings = stage("text", lambda: self._encode_prompts(claim.loaded, requests))
         watch = self._watch(claim, rows)
-        latents = await self._stage("denoise", clock, lambda: student.denoise(requests, embeddings, watch))
-        if is_whole:
-            self._note_drawn(claim, clock)
-        pictures = await self._stage("decode", clock, lambda: student.decode(latents))
-        if len(pictures) != len(rows):
-            raise BackendError(f"expected {len(rows)} pictures of the backend, got {len(pictures)}")
-        self._note_batch(claim.loaded, [job for job, _ in rows], clock, started_at)
-        return Drawn(rows, pictures, clock)
+        latents = stage("denoise", lambda: student.denoise(requests, embeddings, watch))
+        note_denoised(dict(clock))
+        return Drawn(rows, stage("decode", lambda: student.decode(latents)), clock)
 
     def _encode_prompts(self, loaded: LoadedModel, requests: list[ImageRequest]) -> Embeddings:
         if self._cache is None:
@@ -274,15 +301,6 @@ class Pipeline:
         if drift is not None:
             self._metrics.calibration_drift(model_id, drift)
 
-    async def _stage(self, stage: str, clock: dict[str, float], work: Callable[[], Result]) -> Result:
-        def timed() -> Result:
-            start = time.perf_counter()
-            result = work()
-            clock[stage] = (time.perf_counter() - start) * 1000
-            return result
-
-        return await asyncio.get_running_loop().run_in_executor(self._lanes[stage], timed)
-
     def _note_drawn(self, claim: Claim, clock: dict[str, float]) -> None:
         claim.drawn = True
         if len(self._known_s) >= MAX_KNOWN_TIMES:
@@ -297,8 +315,7 @@ class Pipeline:
 
     def _watch(self, claim: Claim, rows: list[tuple[Job, ImageTask]]) -> OnStep:
         def on_step(step: int, num_steps: int, x0: np.ndarray) -> None:
-            if claim.lost.issuperset(job.id for job, _ in rows):
-                raise Abandoned
+            _stop_if_abandoned(claim, rows)
             if self._on_preview is not None and step + 1 < num_steps:
                 self._on_preview(rows, step, num_steps, lambda: claim.loaded.student.decode(x0))
 
@@ -356,12 +373,12 @@ class Pipeline:
     async def _store(self, claim: Claim, job: Job, task: ImageTask, pixels: np.ndarray, drawn: Drawn) -> None:
         start = time.perf_counter()
         try:
-            data = await asyncio.get_running_loop().run_in_executor(
-                self._encoders, self._encode, claim.loaded.model, task, pixels
-            )
-            encoded = time.perf_counter()
             file = result_id(job.id, task.image_format)
-            await self._results.put(file, data)
+            data, encoded = await asyncio.get_running_loop().run_in_executor(
+                self._encoders, self._encode, claim.loaded.model, task, pixels, file
+            )
+            if not self._results.is_local:
+                await self._results.put(file, data)
         except Exception as error:  # noqa: BLE001  so does what a store raises
             await self._fail(job, "store_failed", error, retry=True)
             return
@@ -383,10 +400,15 @@ class Pipeline:
             self._metrics.commit_rejected(job.model)
             log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
 
-    def _encode(self, model: Model, task: ImageTask, pixels: np.ndarray) -> bytes:
+    def _encode(self, model: Model, task: ImageTask, pixels: np.ndarray, file: str) -> tuple[bytes, float]:
+        """Make a file of a picture, and write it where that takes no network; also tell when it was encoded."""
         origin = Origin(model.id, model.bundle.sha256, task.seed, task.index, task.prompt)
         data = encode_image(pixels, task.image_format, task.quality)
-        return self._marker.apply(data, task.image_format, origin)
+        data = self._marker.apply(data, task.image_format, origin)
+        encoded = time.perf_counter()
+        if self._results.is_local:
+            self._results.write(file, data)
+        return data, encoded
 
     async def _fail(
         self, job: Job, code: str, error: Exception, *, retry: bool, task: ImageTask | None = None
@@ -420,6 +442,11 @@ class Pipeline:
         finally:
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
+
+
+def _stop_if_abandoned(claim: Claim, rows: Sequence[tuple[Job, ImageTask]]) -> None:
+    if claim.lost.issuperset(job.id for job, _ in rows):
+        raise Abandoned
 
 
 def hide_prompt(message: str, prompt: str) -> str:

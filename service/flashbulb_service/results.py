@@ -63,15 +63,22 @@ class ResultStore:
         else:
             self._store = _open_bucket(location)
 
-    async def put(self, name: str, data: bytes) -> None:
-        """Write a picture; an equal name is replaced atomically (a retried job writes the same bytes).
+    @property
+    def is_local(self) -> bool:
+        """Tell whether a write is a matter of a file system, and so worth no thread or event of its own."""
+        return self._folder is not None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a picture from a thread; an equal name is replaced atomically (a retried job writes the same bytes).
 
         Raises:
             ValueError: the name is no result id.
         """
-        if not is_result_id(name):
-            raise ValueError(f"expected a result id such as '<job id>.png', got {name!r}")
-        await obstore.put_async(self._store, name, data)
+        obstore.put(self._store, _checked(name), data)
+
+    async def put(self, name: str, data: bytes) -> None:
+        """Write a picture from the event loop; otherwise as `write`."""
+        await obstore.put_async(self._store, _checked(name), data)
 
     async def get(self, name: str) -> bytes | None:
         """Read a picture; None when there is none (never written, or its time is over)."""
@@ -96,6 +103,12 @@ class ResultStore:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
+
+
+def _checked(name: str) -> str:
+    if not is_result_id(name):
+        raise ValueError(f"expected a result id such as '<job id>.png', got {name!r}")
+    return name
 
 
 def make_private(folder: Path) -> None:

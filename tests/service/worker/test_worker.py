@@ -233,13 +233,13 @@ async def test_the_next_batch_runs_while_the_last_one_is_stored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The store takes nothing yet; the device draws on, but only as far as the bound of the pipeline."""
-    gate, put = asyncio.Event(), results.put
+    gate, write = threading.Event(), results.write
 
-    async def slow_put(name: str, data: bytes) -> None:
-        await gate.wait()
-        await put(name, data)
+    def slow_write(name: str, data: bytes) -> None:
+        gate.wait(10)
+        write(name, data)
 
-    monkeypatch.setattr(results, "put", slow_put)
+    monkeypatch.setattr(results, "write", slow_write)
     ids = (await queue.enqueue([picture_job(seed=seed) for seed in range(9)])).ids
     start_worker(cap=1)
     await wait_until(lambda: _truth(len(watched.batches) >= MAX_DELIVERING))
