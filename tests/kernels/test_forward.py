@@ -7,10 +7,7 @@ from flashbulb_kernels.attention.forward import forward
 from flashbulb_kernels.attention.reference import attention_reference
 from flashbulb_kernels.attention.tolerance import closeness, plain_attention
 from flashbulb_kernels.tiles import HEAD_DIMS, Tile
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LENGTHS = ((1, 1), (63, 77), (200, 77), (77, 333), (333, 200))
-TILE = Tile(block_m=128, block_n=128, num_warps=4, num_stages=1)  # the interpreter's time goes by blocks
+from support.attention import DTYPES, LENGTHS, TILE, draw, draw_mask
 
 
 def check(q, k, v, mask, tile=TILE):
@@ -21,12 +18,6 @@ def check(q, k, v, mask, tile=TILE):
     print(f"o: {found}")
     assert found.ok, found
     torch.testing.assert_close(lse.double(), lse_truth, rtol=1e-5, atol=1e-5)
-
-
-def draw(device, dtype, b=2, h=2, n=63, m=77, d=64):
-    generator = torch.Generator().manual_seed(n * m + d)
-    shapes = (b, h, n, d), (b, h, m, d), (b, h, m, d)
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,7 +40,7 @@ def test_any_tile_is_right(device, tile):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padded_keys_count_for_nothing(device, dtype):
     q, k, v = draw(device, dtype, n=63, m=200)
-    mask = torch.rand(2, 200, generator=torch.Generator().manual_seed(0)).to(device) > 0.5
+    mask = draw_mask(device, 2, 200)
     mask[1, :150] = False  # a whole first block of padding
     check(q, k, v, mask)
 
@@ -61,3 +52,34 @@ def test_a_query_without_keys_gets_zero(device):
     o, lse = forward(q, k, v, mask, 0.125, TILE)
     assert (o[1] == 0).all() and (o[0] != 0).any()
     assert (lse[1] == -torch.inf).all() and lse[0].isfinite().all()
+
+
+def test_large_scores_do_not_overflow(device):
+    """exp(300) is infinite in fp32: only differences from the largest score may be raised."""
+    q, k, v = draw(device, torch.float32)
+    check(q * 30, k * 30, v, mask=None)
+
+
+def test_offsets_beyond_31_bits_are_addressed(device):
+    """Row 40 of a stride of 2**26 elements lies behind 2**31; in int32 the address would be negative.
+
+    The buffer is only reserved: the rows that are touched are a few kilobytes.
+    """
+    stride, n, d = 2**26, 41, 32
+    buffer = torch.UntypedStorage(2 * ((n - 1) * stride + d), device=device)
+    far_rows = torch.tensor([], dtype=torch.float16, device=device).set_(
+        buffer, 0, (1, 1, n, d), (1, 1, stride, 1)
+    )
+    q, k, v = draw(device, torch.float16, b=1, h=1, n=n, m=n, d=d)
+    far_rows.copy_(k)
+    expected, _ = forward(q, k, v, None, d**-0.5, TILE)
+    o, _ = forward(q, far_rows, v, None, d**-0.5, TILE)
+    assert torch.equal(o, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_kernel_that_drops_one_key_would_be_seen(device, dtype):
+    q, k, v = draw(device, dtype)
+    truth, _ = attention_reference(q.double(), k.double(), v.double(), None, 0.125)
+    o, _ = forward(q, k[:, :, :-1], v[:, :, :-1], None, 0.125, TILE)
+    assert not closeness(o, truth, plain_attention(q, k, v, None, 0.125)).ok

@@ -69,11 +69,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel; shapes and result as in `reference.attention_reference`."""
     b, h, n, d = q.shape
+    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     o = torch.empty_like(q)
     lse = q.new_empty((b, h, n), dtype=torch.float32)
     if o.numel() == 0:
         return o, lse
-    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     mask, mask_stride = mask_arguments(key_padding_mask)
     grid = (triton.cdiv(n, tile.block_m) * b * h,)
     with launch_on(q):

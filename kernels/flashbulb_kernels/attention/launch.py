@@ -5,13 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .interpreter import mend_bf16
-
 
 def launch_on(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one for a launch; on the CPU, make the interpreter fit for bf16."""
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
+    from .interpreter import mend_bf16
+
     mend_bf16()
     return nullcontext()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .forward import forward_kernel
 from .launch import block_d
 
@@ -44,7 +45,7 @@ class Entry:
             "PRECISION": PRECISIONS[dtype],
         } | flags
         values = {name: known[name] for name in self.kernel.arg_names if name not in self.types}
-        if not known["HAS_MASK"] and "p_mask" in self.types:
+        if "p_mask" in self.types and not known["HAS_MASK"]:
             values["p_mask"] = None
         return values
 
@@ -60,21 +61,50 @@ def _strides(*tensors: str) -> tuple[str, ...]:
     return tuple(f"stride_{tensor}{axis}" for tensor in tensors for axis in "bhn")
 
 
-def _types(pointers: Mapping[str, str], strides: tuple[str, ...], sizes: tuple[str, ...]) -> dict[str, str]:
-    numbers = dict.fromkeys((*strides, "stride_mb"), "i32") | {"scale": "fp32"} | dict.fromkeys(sizes, "i32")
-    return {**pointers, **numbers}
+_QKV = _strides("q", "k", "v")
+_SIZES = {"scale": "fp32", "H": "i32", "NQ": "i32", "NK": "i32"}
 
 
-_QKVO = _strides("q", "k", "v", "o")
+def _entry(
+    kernel: Any, pointers: Mapping[str, str], strides: tuple[str, ...], sizes: Mapping[str, str]
+) -> Entry:
+    # A mask is bytes of any batch stride, and lse and delta lie row by row: those are read along n, in small numbers.
+    return Entry(
+        kernel=kernel,
+        types={**pointers, **dict.fromkeys(strides, "i32"), **sizes},
+        aligned=frozenset(pointers) - {"p_mask"} | frozenset(strides),
+    )
+
 
 ENTRIES: dict[str, Entry] = {
-    "forward": Entry(
-        kernel=forward_kernel,
-        types=_types(
-            {"p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_o": "*T", "p_lse": "*fp32"},
-            _QKVO,
-            ("H", "NQ", "NK"),
-        ),
-        aligned=frozenset({"p_q", "p_k", "p_v", "p_o", "p_lse", *_QKVO}),
+    "forward": _entry(
+        forward_kernel,
+        {"p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_o": "*T", "p_lse": "*fp32"},
+        (*_QKV, *_strides("o")),
+        {"stride_mb": "i32"} | _SIZES,
     ),
-}
+    "delta": _entry(
+        delta_kernel,
+        {"p_o": "*T", "p_do": "*T", "p_dlse": "*fp32", "p_delta": "*fp32"},
+        _strides("o", "do"),
+        {"H": "i32", "NQ": "i32"},
+    ),
+    "dkdv": _entry(
+        dkdv_kernel,
+        {
+            "p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_do": "*T",
+            "p_lse": "*fp32", "p_delta": "*fp32", "p_dk": "*T", "p_dv": "*T",
+        },
+        (*_QKV, *_strides("do", "dk", "dv")),
+        {"stride_mb": "i32"} | _SIZES,
+    ),
+    "dq": _entry(
+        dq_kernel,
+        {
+            "p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_do": "*T",
+            "p_lse": "*fp32", "p_delta": "*fp32", "p_dq": "*T",
+        },
+        (*_QKV, *_strides("do", "dq")),
+        {"stride_mb": "i32"} | _SIZES,
+    ),
+}  # fmt: skip
