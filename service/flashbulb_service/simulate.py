@@ -94,17 +94,16 @@ def poisson(
 
 
 def admits(busy_ms: Sequence[float], ahead: int, tau: Tau, cap: int, allowed_ms: float) -> bool:
-    """Apply full-batch admission to one row: would it be done in time if every batch were full?
+    """Tell whether a row could be done in time in its own place: after full batches of what is ahead of it.
 
     Args:
         busy_ms: time until each worker is free.
         ahead: rows that are served before.
     """
     order = sorted(busy_ms)
-    if not ahead and not order[0]:
-        return tau(1) <= allowed_ms
-    batches = ahead // cap
-    return order[batches % len(order)] + (batches // len(order) + 1) * tau(cap) <= allowed_ms
+    batches, place = divmod(ahead, cap)
+    rounds = batches // len(order)
+    return order[batches % len(order)] + rounds * tau(cap) + tau(place + 1) <= allowed_ms
 
 
 def simulate(

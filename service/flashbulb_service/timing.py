@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 DEFAULT_MARGIN = 1.2  # until enough batches were measured: predicted times are multiplied by this
-MIN_MARGIN, MAX_MARGIN = 1.05, 1.5
+MIN_MARGIN, MAX_MARGIN = 1.0, 1.5  # a device without noise pays nothing
 MARGIN_SAMPLES = 20
 KNEE_SHARE = 0.98  # of the best throughput; below it, a saturated worker would lose what batching gains
 WINDOW_PER_SIZE = 32  # batches remembered of each size

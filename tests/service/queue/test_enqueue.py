@@ -183,14 +183,14 @@ async def admit(queue, num, deadline_s, now=100.0, tenant="default"):
     return await queue.enqueue([new(deadline_s=deadline_s, tenant=tenant)] * num, now=now)
 
 
-async def test_a_deadline_that_full_batches_cannot_keep_is_refused_and_nothing_is_stored(queue):
+async def test_a_deadline_that_its_place_in_the_queue_cannot_keep_is_refused_and_nothing_is_stored(queue):
     await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
     await admit(queue, 8, 0.100)
     await admit(queue, 8, 0.100)  # the second batch ends at 87.48 ms
     with pytest.raises(DeadlineUnreachable) as refused:
         await admit(queue, 1, 0.100)
     assert (refused.value.code, refused.value.retry_after_s) == ("deadline_unreachable", 0.1)
-    await admit(queue, 1, 0.140)  # the third would end at 131.22
+    await admit(queue, 1, 0.110)  # the third, with one row, would end at 104.48
     assert (await queue.stats(now=100.0)).queued == {"emoji@1": 17}
 
 
@@ -216,15 +216,15 @@ async def test_admission_counts_the_batch_that_runs(queue):
         now=100.0,
     )
     with pytest.raises(DeadlineUnreachable):
-        await admit(queue, 1, 0.080)  # 44 ms of the running one, 43.74 of the own
-    await admit(queue, 1, 0.090)
+        await admit(queue, 1, 0.060)  # 43.74 ms of the running one, 17 of the own
+    await admit(queue, 1, 0.061)
 
 
-async def test_an_idle_worker_takes_a_tight_deadline_that_a_full_batch_would_miss(queue):
+async def test_a_tight_deadline_is_admitted_while_its_batch_is_small_enough(queue):
     await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
-    await admit(queue, 1, 0.020)
+    await admit(queue, 2, 0.020)  # a batch of 2 takes 17 ms
     with pytest.raises(DeadlineUnreachable):
-        await admit(queue, 1, 0.020)
+        await admit(queue, 2, 0.020)  # one of 4 takes 24
 
 
 async def test_anothers_backlog_does_not_refuse_a_polite_tenant(queue):

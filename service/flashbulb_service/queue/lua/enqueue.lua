@@ -85,8 +85,9 @@ if live_tenant + #jobs > (of_key or max_live_tenant) then
   return refuse(of_key and 'key' or 'tenant', live_tenant, of_key or max_live_tenant)
 end
 
--- Full-batch admission: when would the last of a bucket's new rows finish, if every batch from now on were full?
--- nil while no live worker has published its times. See docs/scheduling.md.
+-- Admission: when would the last of a bucket's new rows finish in its own place, after full batches of what is ahead?
+-- Who is late after all is decided before a batch starts. nil while no live worker has published its times.
+-- See docs/scheduling.md.
 local MAX_WORKERS, MAX_TENANTS = 64, 64
 
 local function live_workers(model, bucket)
@@ -95,9 +96,7 @@ local function live_workers(model, bucket)
   for i = 1, math.min(#entries, 2 * MAX_WORKERS), 2 do
     local alive, floor, base, row, cap = string.match(entries[i + 1], '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
     if tonumber(alive) > now then
-      local b = tonumber(cap)
-      local single = math.max(tonumber(floor), tonumber(base) + tonumber(row))
-      found[#found + 1] = { cap = b, full = math.max(tonumber(floor), base + row * b), single = single, base = base + 0, row = row + 0, floor = floor + 0 }
+      found[#found + 1] = { cap = cap + 0, base = base + 0, row = row + 0, floor = floor + 0 }
       busy[#busy + 1] = math.max(0, tonumber(call('ZSCORE', key('busy'), entries[i]) or 0) - now)
     end
   end
@@ -125,17 +124,20 @@ local function predicted_ms(model, bucket, due, num)
   if #found == 0 then
     return nil
   end
-  local cap, full, own = 0, 0, 0
+  local function mean_ms(rows)
+    local sum = 0
+    for _, one in ipairs(found) do
+      sum = sum + math.max(one.floor, one.base + one.row * math.min(rows or one.cap, one.cap))
+    end
+    return sum / #found
+  end
+  local cap = 0
   for _, one in ipairs(found) do
-    cap, full = cap + one.cap / #found, full + one.full / #found
-    own = own + math.max(one.floor, one.base + one.row * math.min(num, one.cap)) / #found
+    cap = cap + one.cap / #found
   end
-  local ahead = rows_ahead(model, bucket, due, num)
-  if ahead == 0 and num <= cap and busy[1] == 0 then
-    return own -- a worker takes them at once: the batch cannot grow
-  end
-  local batches = math.floor((ahead + num - 1) / cap)
-  return busy[batches % #found + 1] + math.floor(batches / #found) * full + full
+  local before = rows_ahead(model, bucket, due, num) + num - 1
+  local batches = math.floor(before / cap)
+  return busy[batches % #found + 1] + math.floor(batches / #found) * mean_ms() + mean_ms(before - batches * cap + 1)
 end
 
 local groups = {}
