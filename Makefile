@@ -3,6 +3,7 @@
 # make check     formatting, lint, types, import contracts, tests: what .ci/run runs
 # make docs      write the reference pages from the code and build the site into build/site
 # make bench     the benchmarks; BENCH_ARGS="..."
+# make audit     known vulnerabilities of the pinned packages (asks PyPI)
 # make format    put every file into the house's format
 # make clean     remove the environment and what tools left behind
 #
@@ -73,6 +74,12 @@ bench: .venv/.dev
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # ---------------------------------------------------------------------------------------------- checking
+
+.PHONY: audit
+audit: .venv/bin/python
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check pip-audit
+	@grep -v '^#' constraints.txt >.venv/audit.txt
+	@$(BIN)/pip-audit --requirement .venv/audit.txt --no-deps --disable-pip
 
 .PHONY: check format-check lint types imports test format clean
 check: format-check lint types imports test

@@ -152,7 +152,7 @@ def server(name: str, args: argparse.Namespace) -> Iterator[str]:
     venv, app, wait_ms = PEERS[name]
     port = free_port()
     here = Path(__file__).resolve().parent
-    path = os.pathsep.join([rig.python_path(), str(here), str(here / "peers")])
+    path = os.pathsep.join([rig.clean_environment()["PYTHONPATH"], str(here), str(here / "peers")])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [_python(args.venvs, venv), here / "peers" / app, "--bundle", args.bundle, "--port", str(port)]
     command += ["--threads", str(args.threads), "--batch", str(BATCH), "--wait-ms", str(wait_ms)]

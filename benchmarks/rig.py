@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import uvloop
 
@@ -30,8 +31,7 @@ class Server:
     def __init__(self, folder: Path, models: Path, *, threads: int, settings: Mapping[str, str]) -> None:
         self.data = folder / "data"
         self._log = (folder / "server.log").open("wb")
-        env = {name: value for name, value in os.environ.items() if not name.startswith("FLASHBULB_")}
-        env |= {"PYTHONPATH": python_path()}
+        env = clean_environment()
         env |= {f"FLASHBULB_{name.upper()}": value for name, value in settings.items()}
         self.process = subprocess.Popen(
             [
@@ -90,9 +90,17 @@ def serving(bundle: Path, *, threads: int, **settings: str) -> Iterator[Server]:
             server.stop()
 
 
-def python_path() -> str:
-    """Return where the packages of this repository lie."""
-    return os.pathsep.join(str(ROOT / folder) for folder in ("service", "distill", "kernels"))
+def clean_environment(code: Path = ROOT) -> dict[str, str]:
+    """Return this process's environment without settings of ours, for the packages of a checkout."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLASHBULB_")}
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(str(code / part) for part in ("service", "distill", "kernels"))
+    }
+
+
+def drain(stream: IO[str]) -> None:
+    """Read a pipe to its end in the background, so that its writer never waits."""
+    threading.Thread(target=lambda: [None for _ in stream], daemon=True).start()
 
 
 def children(pid: int) -> list[int]:

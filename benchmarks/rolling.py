@@ -1,0 +1,330 @@
+"""A rolling restart under load, from one version to another on one Redis: does any request fail, is any job lost?
+
+    python -m benchmarks rolling [--old REVISION] [--rate 10] [--write]
+
+Two APIs and two workers of the old version serve pictures through a balancer that asks /readyz; then each of the four
+is replaced in turn by one of the checkout's version, a new one up before an old one goes, while pictures are asked
+for at times drawn beforehand (Poisson) and jobs are left in the queue. The balancer never tries a request twice, so
+one refused connection would be one failed request. The verdict is good when every request was answered with a
+picture, every job completed, and equal seeds gave equal pixels from both versions.
+"""
+
+import asyncio
+import hashlib
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from base64 import b64decode
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import rig
+from aiohttp import web
+from PIL import Image
+
+from flashbulb_service.embedded import EmbeddedServer
+
+NAME = "rolling"
+CHECK_S = 0.1  # how often the balancer asks /readyz
+NOTICE_S = 0.5  # a stopping API says so this long before it takes no more connections
+SETTLE_S = 2.0  # load on a stable set, before and after
+SEEDS = 16
+READY = re.compile(r"API on (http://\S+)")
+
+
+@dataclass
+class Part:
+    """An API or a worker, as a process of one version."""
+
+    kind: str
+    process: subprocess.Popen[str]
+    url: str = ""
+
+    def stop(self) -> int:
+        """Ask it to end as an orchestrator does, and wait."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(90)
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+        return code
+
+
+@dataclass
+class Balancer:
+    """Passes requests on to the ready APIs by turns; never tries one twice."""
+
+    http: aiohttp.ClientSession
+    apis: list[str] = field(default_factory=list)
+    ready: list[str] = field(default_factory=list)
+    _turn: int = 0
+
+    async def watch(self) -> None:
+        """Keep `ready` at those that say they are."""
+        while True:
+            told = await asyncio.gather(*(self._is_ready(url) for url in self.apis))
+            self.ready = [url for url, ready in zip(self.apis, told, strict=True) if ready]
+            await asyncio.sleep(CHECK_S)
+
+    async def forward(self, request: web.Request) -> web.Response:
+        """Pass one request to the next ready API and its answer back."""
+        if not self.ready:
+            return web.Response(status=502, text="no API is ready")
+        self._turn += 1
+        url = self.ready[self._turn % len(self.ready)]
+        headers = {name: request.headers[name] for name in ("Content-Type",) if name in request.headers}
+        try:
+            async with self.http.request(
+                request.method, url + request.path_qs, data=await request.read(), headers=headers
+            ) as answer:
+                return web.Response(
+                    status=answer.status, body=await answer.read(), content_type=answer.content_type
+                )
+        except aiohttp.ClientError as error:
+            return web.Response(status=502, text=f"{type(error).__name__}: {error}")
+
+    async def _is_ready(self, url: str) -> bool:
+        with suppress(aiohttp.ClientError, TimeoutError):
+            async with self.http.get(url + "/readyz", timeout=aiohttp.ClientTimeout(total=1)) as answer:
+                return answer.status == 200
+        return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = rig.arguments(__doc__)
+    parser.add_argument("--old", default="HEAD", help="revision that is running before")
+    parser.add_argument("--rate", type=float, default=10.0, help="pictures per second")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        old = checkout(args.old, folder / "old")
+        with EmbeddedServer(folder / "queue") as server:
+            settings = {
+                "redis": server.tcp_url,
+                "models": str(args.bundle.resolve().parent.parent),
+                "threads": str(args.threads),
+                "drain_notice_s": str(NOTICE_S),
+            }
+            result = rig.run(lambda: roll(folder, old, rig.ROOT, settings, args.rate))
+    rig.finish(NAME, {"old": args.old, "rate": args.rate, **result}, write=args.write)
+    return 0 if result["verdict"]["good"] else 1
+
+
+def checkout(revision: str, folder: Path) -> Path:
+    """Return a folder with the code of a revision."""
+    folder.mkdir()
+    archive = subprocess.run(
+        ["git", "archive", revision, "service", "distill", "kernels"],
+        cwd=rig.ROOT, capture_output=True, check=False,
+    )  # fmt: skip
+    if archive.returncode:
+        sys.exit(f"rolling: expected a revision, got {revision!r}: {archive.stderr.decode().strip()}")
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    return folder
+
+
+def start(kind: str, code: Path, folder: Path, settings: dict[str, str]) -> Part:
+    """Start an API or a worker of a version, each with a data folder of its own and one store of results."""
+    log = (folder / f"{kind}-{time.monotonic_ns()}.log").open("w")
+    environment = {
+        **rig.clean_environment(code),
+        **{f"FLASHBULB_{name.upper()}": value for name, value in settings.items()},
+        "FLASHBULB_DATA": str(folder / "data"),
+        "FLASHBULB_RESULTS_URL": (folder / "results").as_uri(),
+    }
+    arguments = ["--port", "0"] if kind == "api" else []
+    with log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flashbulb_service.cli", kind, *arguments],
+            stderr=subprocess.PIPE if kind == "api" else log, text=True, env=environment,
+        )  # fmt: skip
+    part = Part(kind, process)
+    if kind == "api":
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := READY.search(line):
+                part.url = found[1]
+                break
+        else:
+            sys.exit("rolling: an API ended before it listened")
+        rig.drain(process.stderr)
+    return part
+
+
+async def roll(folder: Path, old: Path, new: Path, settings: dict[str, str], rate: float) -> dict[str, Any]:
+    """Serve with the old version, replace everything, and count what clients saw."""
+    (folder / "results").mkdir()
+    parts = [start("worker", old, folder, settings) for _ in range(2)]
+    parts += [start("api", old, folder, settings) for _ in range(2)]
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+        balancer = Balancer(http, [part.url for part in parts if part.url])
+        watching = asyncio.create_task(balancer.watch())
+        runner, address = await listen(balancer)
+        load = Load(http, address, rate)
+        try:
+            await until_workers(http, balancer, 2)
+            running = asyncio.create_task(load.run())
+            await asyncio.sleep(SETTLE_S)
+            load.phase = "rolling"
+            for index, part in enumerate(list(parts)):
+                parts[index] = await asyncio.to_thread(start, part.kind, new, folder, settings)
+                if part.kind == "worker":
+                    await until_workers(http, balancer, 3)
+                else:
+                    balancer.apis.append(parts[index].url)
+                    await until(lambda url=parts[index].url: url in balancer.ready)  # type: ignore[misc]
+                code = await asyncio.to_thread(part.stop)
+                load.exits.append(code)
+                if part.url:
+                    balancer.apis.remove(part.url)
+                else:
+                    await until_workers(http, balancer, 2)
+            load.phase = "after"
+            await asyncio.sleep(SETTLE_S)
+            load.stop.set()
+            await running
+            return await load.result()
+        finally:
+            watching.cancel()
+            await runner.cleanup()
+            for part in parts:
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    await asyncio.to_thread(part.stop)
+
+
+async def listen(balancer: Balancer) -> tuple[web.AppRunner, str]:
+    """Serve the balancer on a free port of loopback."""
+    app = web.Application(client_max_size=1 << 24)
+    app.router.add_route("*", "/{path:.*}", balancer.forward)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    return runner, f"http://{host}:{port}"
+
+
+async def until_workers(http: aiohttp.ClientSession, balancer: Balancer, count: int) -> None:
+    """Wait until an API counts so many live workers."""
+
+    async def counted() -> bool:
+        if not balancer.ready:
+            return False
+        with suppress(aiohttp.ClientError):
+            async with http.get(balancer.ready[0] + "/readyz") as answer:
+                return bool((await answer.json()).get("workers") == count)
+        return False
+
+    await until(counted)
+
+
+async def until(condition: Any, timeout_s: float = 60.0) -> None:
+    """Wait for a condition, plain or awaitable."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        told = condition()
+        if await told if asyncio.iscoroutine(told) else told:
+            return
+        if time.monotonic() > deadline:
+            sys.exit("rolling: a part did not get ready or did not leave in time")
+        await asyncio.sleep(CHECK_S)
+
+
+class Load:
+    """Pictures at drawn times, and a job beside every fourth one that nobody waits for."""
+
+    def __init__(self, http: aiohttp.ClientSession, address: str, rate: float) -> None:
+        self.phase = "before"
+        self.stop = asyncio.Event()
+        self.exits: list[int] = []
+        self._http, self._address, self._rate = http, address, rate
+        self._answers: Counter[str] = Counter()
+        self._times: dict[str, list[float]] = {}
+        self._pixels: dict[int, set[str]] = {}
+        self._jobs: list[str] = []
+
+    async def run(self) -> None:
+        """Send until told to stop, then wait for every answer."""
+        draws = random.Random(0)
+        sent: list[asyncio.Task[None]] = []
+        while not self.stop.is_set():
+            seed = len(sent) % SEEDS
+            sent.append(asyncio.create_task(self._picture(seed)))
+            if len(sent) % 4 == 0:
+                sent.append(asyncio.create_task(self._job(seed)))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.stop.wait(), draws.expovariate(self._rate))
+        await asyncio.gather(*sent)
+
+    async def result(self) -> dict[str, Any]:
+        """Wait for the jobs, and sum up."""
+        states = Counter([await self._ended(job) for job in self._jobs])
+        verdict = {
+            "no_request_failed": set(self._answers) == {"200"},
+            "no_job_lost": set(states) == {"completed"},
+            "equal_pixels": all(len(found) == 1 for found in self._pixels.values()),
+            "clean_exits": set(self.exits) == {0},
+        }
+        return {
+            "verdict": {"good": all(verdict.values()), **verdict},
+            "answers": dict(self._answers),
+            "jobs": dict(states),
+            "latency_ms": {
+                phase: {"p50": round(statistics.median(times), 1), "max": round(max(times), 1)}
+                for phase, times in self._times.items()
+            },
+        }
+
+    async def _picture(self, seed: int) -> None:
+        body, started, phase = {"prompt": "red apple", "seed": seed}, time.monotonic(), self.phase
+        try:
+            async with self._http.post(self._address + "/v1/images/generations", json=body) as answer:
+                data = await answer.json(content_type=None) if answer.status == 200 else await answer.text()
+                self._answers[str(answer.status)] += 1
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._answers[type(error).__name__] += 1
+            return
+        if isinstance(data, str):
+            print(f"rolling: {answer.status} {data[:200]}", file=sys.stderr)
+            return
+        self._times.setdefault(phase, []).append((time.monotonic() - started) * 1000)
+        with Image.open(BytesIO(b64decode(data["data"][0]["b64_json"]))) as picture:
+            self._pixels.setdefault(seed, set()).add(hashlib.sha256(picture.tobytes()).hexdigest())
+
+    async def _job(self, seed: int) -> None:
+        body = {"task": "text-to-image", "prompt": "rocket", "seed": seed}
+        async with self._http.post(self._address + "/v1/jobs", json=body) as answer:
+            text = await answer.text()
+            if answer.status >= 300:
+                print(f"rolling: {answer.status} {text[:200]}", file=sys.stderr)
+                self._answers[f"job {answer.status}"] += 1
+                return
+            self._jobs.append((await answer.json())["id"])
+
+    async def _ended(self, job: str) -> str:
+        state = ""
+
+        async def over() -> bool:
+            nonlocal state
+            async with self._http.get(f"{self._address}/v1/jobs/{job}") as answer:
+                state = str((await answer.json(content_type=None)).get("status", answer.status))
+            return state not in {"queued", "in_progress"}
+
+        await until(over)
+        return state
+
+
+if __name__ == "__main__":
+    sys.exit(main())
