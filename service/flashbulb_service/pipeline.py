@@ -11,9 +11,11 @@ one claim waits behind the one that is being drawn, and at most `MAX_DELIVERING`
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -47,6 +49,7 @@ CLAIM_LEAD_S = (
 )
 MAX_ENCODERS = 4
 MAX_KNOWN_TIMES = 1024
+KNOWN_DELIVERIES = 64
 MIN_HIDDEN_CHARS = 3  # to hide a prompt of one letter would spoil the message and protect nobody
 
 Result = TypeVar("Result")
@@ -140,6 +143,7 @@ class Pipeline:
         self._changed = asyncio.Event()
         self._known_s: dict[tuple[str, int], float] = {}  # (model, rows) -> text and denoise, newest
         self._free_at = 0.0  # when the device will have drawn everything, as far as we know
+        self._deliveries_ms: deque[float] = deque(maxlen=KNOWN_DELIVERIES)  # newest, of whole batches
         self._failure: BaseException | None = None
 
     async def room(self) -> None:
@@ -158,6 +162,16 @@ class Pipeline:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(due_s):
                     await self._changed.wait()
+
+    @property
+    def lead_ms(self) -> float:
+        """Return what a batch claimed now takes besides its own time, as far as is known.
+
+        That is what the device still has to draw, and the 95 % point of the time from a drawn batch to its last commit.
+        """
+        ordered = sorted(self._deliveries_ms)
+        delivery_ms = ordered[math.ceil(0.95 * len(ordered)) - 1] if ordered else 0.0
+        return max(0.0, self._free_at - time.monotonic()) * 1000 + delivery_ms
 
     def submit(self, loaded: LoadedModel, jobs: list[Job]) -> None:
         """Draw and deliver claimed jobs; whatever happens, none of them stays leased when that ends."""
@@ -242,7 +256,9 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
             await self._after_failure(claim, rows, error)
         else:
+            start = time.monotonic()
             await self._deliver(claim, drawn)
+            self._deliveries_ms.append((time.monotonic() - start) * 1000)
 
     async def _draw(self, claim: Claim, rows: list[tuple[Job, ImageTask]], *, is_whole: bool) -> Drawn:
         loop, started_at = asyncio.get_running_loop(), self._server_time()

@@ -12,6 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flashbulb_service.backends.embeddings import EmbeddingCache
@@ -154,7 +155,7 @@ class Worker:
         await self._pipeline.drain()
 
     def _plan(self, window: Window) -> Plan | None:
-        plan = self._scheduler.plan(window)
+        plan = self._scheduler.plan(replace(window, now_ms=window.now_ms + self._pipeline.lead_ms))
         if plan is not None and plan.drop:
             self._metrics.deadline_missed(plan.model, len(plan.drop))
         return plan
