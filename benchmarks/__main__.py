@@ -5,6 +5,7 @@
 student     model time of one picture, student beside teacher (the default)
 saturate    pictures/s of the whole server beside a bare onnxruntime loop
 overhead    what the server adds to a picture at light load
+live        goodput of the server on a synthetic device, beside the simulation
 soak        random cancels and disconnects: memory, queue and keys at the end
 rolling     a restart of every part under load, from one version to another
 peers       Flashbulb beside FastAPI, LitServe and Ray Serve around the same student
@@ -27,6 +28,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "saturate": ("saturate.py", SERVICE_TESTS),
     "overhead": ("overhead.py", SERVICE_TESTS),
+    "live": ("live.py", (*SERVICE_TESTS, "tests/service/test_simulate.py")),
     "soak": ("soak.py", SERVICE_TESTS),
     "rolling": ("rolling.py", SERVICE_TESTS),
     "peers": ("peers.py", SERVICE_TESTS),

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for repeat in range(args.repeats):
         for name in random.Random(repeat).sample(names, len(names)):
-            say(f"{name}, {repeat + 1} of {args.repeats}")
+            rig.say(f"{name}, {repeat + 1} of {args.repeats}")
             with server(name, args) as address:
                 told[name].append(rig.run(lambda address=address: load(plan, address, right)))
     summaries = {
@@ -139,7 +139,7 @@ def references(student: BareStudent, pool: Sequence[Picture]) -> dict[Picture, D
 async def load(plan: Plan, address: str, right: Mapping[Picture, Drawn]) -> dict[str, Any]:
     """Measure one server at every rate."""
     target = dataclasses.replace(plan.target, base_url=f"{address}/v1")
-    return await run_session(dataclasses.replace(plan, target=target), asyncio.Event(), say, right)
+    return await run_session(dataclasses.replace(plan, target=target), asyncio.Event(), rig.say, right)
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            say("  does not stop: killed")
+            rig.say("  does not stop: killed")
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -211,11 +211,6 @@ def freeze(venvs: Path, venv: str) -> dict[str, str]:
     pins = dict(line.split("==", 1) for line in lines if "==" in line)
     wanted = ("fastapi", "uvicorn", "litserve", "ray", "onnxruntime", "numpy", "pillow")
     return {name: pins[name] for name in wanted if name in pins}
-
-
-def say(line: str) -> None:
-    """Report progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _python(venvs: Path, venv: str) -> Path:

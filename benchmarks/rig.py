@@ -150,6 +150,11 @@ def run(work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         return runner.run(main())
 
 
+def say(line: str) -> None:
+    """Report progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def finish(name: str, result: dict[str, Any], *, write: bool) -> None:
     """Print a result with the machine and commit that gave it, and write it when asked to."""
     commit = subprocess.run(
