@@ -103,7 +103,7 @@ class Job:
 
     attempt is the fencing token: it grows with every claim, and only the holder of the newest one may
     finish the job. burnt counts the attempts that failed or were lost; one that was handed back is none of them.
-    enqueued_at is in seconds since the epoch, by the server's clock.
+    enqueued_at is in seconds since the epoch, by the server's clock. awaited: a process wants to hear of its end.
     """
 
     id: str
@@ -114,6 +114,7 @@ class Job:
     attempt: int
     burnt: int
     enqueued_at: float
+    awaited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ class JobError:
 class JobView:
     """A snapshot of a job for those who wait for it. Times are seconds since the epoch, server's clock.
 
-    error is also set on a delayed or queued job whose last attempt failed.
+    error is also set on a delayed or queued job whose last attempt failed. attached: bytes that came with the news
+    of its end, for those who waited; never read back.
     """
 
     id: str
@@ -141,3 +143,4 @@ class JobView:
     finished_at: float | None
     result: bytes | None
     error: JobError | None
+    attached: bytes | None = None

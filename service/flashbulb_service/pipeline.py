@@ -48,6 +48,9 @@ CLAIM_LEAD_S = (
     0.010  # a claim takes 1 to 5 ms; later claims find more rows, so it is not made earlier than this
 )
 MAX_ENCODERS = 4
+MAX_ATTACHED_BYTES = (
+    64 * 1024
+)  # of a picture that travels with the news of it; whoever waits reads a larger one
 MAX_KNOWN_TIMES = 1024
 KNOWN_DELIVERIES = 64
 MIN_HIDDEN_CHARS = 3  # to hide a prompt of one letter would spoil the message and protect nobody
@@ -408,8 +411,14 @@ class Pipeline:
             bundle_sha256=claim.loaded.model.bundle.sha256,
             backend=self._backend_name,
         )
-        device_ms = outcome.batch_ms / outcome.batch_size
-        if await self._queue.complete(self._worker_id, job, outcome.to_bytes(), device_ms=device_ms):
+        stands = await self._queue.complete(
+            self._worker_id,
+            job,
+            outcome.to_bytes(),
+            device_ms=outcome.batch_ms / outcome.batch_size,
+            attached=data if job.awaited and len(data) <= MAX_ATTACHED_BYTES else b"",
+        )
+        if stands:
             log.info("job %s done in a batch of %d", job.id, len(drawn.rows))
             self._metrics.delivered(job.model, task.width * task.height, encoded - start, stored - encoded)
         else:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.calibration import batch_sizes, load_student
@@ -34,6 +34,8 @@ from flashbulb_service.timing import Tau
 from flashbulb_service.worker_metrics import WorkerMetrics, serve_metrics
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 IDLE_S = 5.0  # longest single wait for work; a wake-up ends it at once
 CLEAN_INTERVAL_S = 600.0
@@ -132,23 +134,26 @@ class Worker:
 
     async def _serve(self, stop: asyncio.Event) -> None:
         outage = OutageLog(log, "queue out of reach, trying again")
+        more = True  # as far as we know
         while not stop.is_set():
             try:
                 await _unless(stop, self._pipeline.room())
-                if stop.is_set():
-                    break
-                models = dict(self._models)  # the scan may change it while we wait
-                names = list(models)
+                names = list(self._models)
                 if not names:  # all of them were removed
                     await _unless(stop, asyncio.sleep(SCAN_INTERVAL_S))
                     continue
-                most = max(loaded.cap for loaded in models.values())
-                jobs = await self._queue.claim(self.id, names, most, self._lease_s, plan=self._plan)
+                wake = None if more else await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
+                if stop.is_set():
+                    break
+                models = dict(self._models)  # the scan may change it while we wait
+                names, most = list(models), max((loaded.cap for loaded in models.values()), default=1)
+                taken = await self._queue.claim_next(
+                    self.id, names, most, self._lease_s, plan=self._plan, wake=wake
+                )
                 outage.worked()
-                if jobs:
-                    self._pipeline.submit(models[jobs[0].model], jobs)
-                else:
-                    await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
+                more = taken.more
+                if taken.jobs:
+                    self._pipeline.submit(models[taken.jobs[0].model], taken.jobs)
             except QueueUnavailable as error:
                 outage.failed(error)
                 await _unless(stop, asyncio.sleep(OUTAGE_BACKOFF_S))
@@ -271,13 +276,12 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
                 one.student.backend.close()
 
 
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> None:
-    """Await `work`, but no longer than until `stop` is set; raise what the work raised."""
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """Await `work`, but no longer than until `stop` is set (then None); raise what the work raised."""
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
+        return working.result() if working.done() else None
     finally:
         await _cancel([working, stopping])
 

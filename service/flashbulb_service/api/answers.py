@@ -23,6 +23,7 @@ class Picture:
     outcome: ImageOutcome
     queue_ms: float
     total_ms: float
+    data: bytes | None = None  # its file, where it came with the news of its end
 
 
 def finished(view: JobView) -> Picture:
@@ -40,7 +41,12 @@ def finished(view: JobView) -> Picture:
         raise JobFailed(view.id, code, message)
     waited_s = (view.started_at or view.enqueued_at) - view.enqueued_at
     total_s = (view.finished_at or view.enqueued_at) - view.enqueued_at
-    return Picture(ImageOutcome.from_bytes(view.result), max(0.0, waited_s * 1000), max(0.0, total_s * 1000))
+    return Picture(
+        ImageOutcome.from_bytes(view.result),
+        max(0.0, waited_s * 1000),
+        max(0.0, total_s * 1000),
+        view.attached,
+    )
 
 
 def summarise(pictures: Sequence[Picture]) -> dict[str, float]:
@@ -94,7 +100,7 @@ async def stream_events(
         events.append(
             {
                 "type": "image_generation.completed",
-                "b64_json": await _base64(context, picture.outcome.file),
+                "b64_json": await _base64(context, picture),
                 "created_at": int(views[0].enqueued_at),
                 "size": record.size,
                 "quality": record.quality,
@@ -123,11 +129,13 @@ async def _content(
 ) -> dict[str, Any]:
     if record.response_format == "url":
         return {"url": address_of(picture.outcome.file)}
-    return {"b64_json": await _base64(context, picture.outcome.file)}
+    return {"b64_json": await _base64(context, picture)}
 
 
-async def _base64(context: Context, name: str) -> str:
-    data = await context.results.get(name)
+async def _base64(context: Context, picture: Picture) -> str:
+    name, data = picture.outcome.file, picture.data
+    if data is None:
+        data = await context.results.get(name)
     if data is None:
         raise ResultNotFound(f"the picture {name!r} is no longer in the result store: draw it again")
     return base64.b64encode(data).decode()

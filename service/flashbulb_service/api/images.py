@@ -23,6 +23,7 @@ from flashbulb_service.api.plan import Plan, body_digest, check_webhook, keep, m
 from flashbulb_service.api.schemas import ERRORS, MAX_KEY_CHARS, ImagesRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound, QueueUnavailable, ServiceError
 from flashbulb_service.jobs import JobView
+from flashbulb_service.queue import Expected
 from flashbulb_service.queue.queue import KeyMode
 from flashbulb_service.results import media_type
 from flashbulb_service.safety import check_prompt
@@ -83,7 +84,7 @@ async def generate_images(
         return StreamingResponse(
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
-    views = await _wait(context, request, queued.ids, keep=key.keeps)
+    views = await _wait(context, request, queued, keep=key.keeps)
     answer, receipt = await images_answer(context, queued.record, views, address_of(context, request))
     _count(context, queued, views, start)
     return JSONResponse(answer, headers={**headers, **receipt.headers()})
@@ -120,6 +121,7 @@ class Queued:
     ids: tuple[str, ...]
     record: RequestRecord
     replayed: bool
+    expected: Expected | None = None  # where the news of their end arrives
 
 
 def choose_key(body: ImagesRequest, header: str | None, retry_count: str | None) -> Key:
@@ -159,8 +161,9 @@ async def enqueue(
     *,
     listed: bool = False,
     events: bool = False,
+    awaited: bool = True,
 ) -> Queued:
-    """Queue a planned request, or find the earlier one that it repeats."""
+    """Queue a planned request, or find the earlier one that it repeats; `awaited` as in `Queue.enqueue`."""
     check_prompt(context.words, body.prompt)
     check_webhook(body, context.settings)
     kept = key.text is not None or listed or events or body.webhook_url is not None
@@ -171,9 +174,10 @@ async def enqueue(
         mode=key.mode,
         window_s=RETRY_WINDOW_S,
         keep=keep(plan.record, caller, listed=listed, events=events) if kept else None,
+        awaited=awaited,
     )
     if enqueued.created:
-        return Queued(enqueued.ids, plan.record, replayed=False)
+        return Queued(enqueued.ids, plan.record, replayed=False, expected=enqueued.expected)
     first = await context.queue.request(enqueued.ids[0])
     if first is None:
         raise JobNotFound(enqueued.ids[0])
@@ -188,7 +192,8 @@ def answer_headers(plan: Plan, *, replayed: bool) -> dict[str, str]:
 
 async def _stream(context: Context, queued: Queued, start: float, *, keep: bool) -> AsyncIterator[bytes]:
     """Send a ping now and then, the pictures when they are there, an error in the client library's form."""
-    waiting = asyncio.create_task(context.queue.wait(queued.ids, context.settings.request_timeout_s))
+    timeout_s = context.settings.request_timeout_s
+    waiting = asyncio.create_task(context.queue.wait(queued.ids, timeout_s, expected=queued.expected))
     answered = False
     try:
         while not waiting.done():
@@ -242,13 +247,13 @@ def address_of(context: Context, request: Request) -> AddressOf:
     return address
 
 
-async def _wait(context: Context, request: Request, ids: Sequence[str], *, keep: bool) -> list[JobView]:
+async def _wait(context: Context, request: Request, queued: Queued, *, keep: bool) -> list[JobView]:
     """Wait for jobs as long as the client does; cancel them when nobody will read them.
 
     With `keep` (an idempotency key) the client may come back for them, so they run on.
     """
     timeout_s = context.settings.request_timeout_s
-    waiting = asyncio.create_task(context.queue.wait(ids, timeout_s))
+    waiting = asyncio.create_task(context.queue.wait(queued.ids, timeout_s, expected=queued.expected))
     leaving = asyncio.create_task(_disconnect(request))
     answered = False
     try:
@@ -265,7 +270,7 @@ async def _wait(context: Context, request: Request, ids: Sequence[str], *, keep:
         leaving.cancel()
         await asyncio.gather(waiting, leaving, return_exceptions=True)
         if not answered and not keep:
-            await abandon(context, ids)
+            await abandon(context, queued.ids)
 
 
 async def _disconnect(request: Request) -> None:

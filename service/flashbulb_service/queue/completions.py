@@ -1,18 +1,21 @@
 """Hears that jobs have ended: one subscription per process, for any number of waiters.
 
-The event is a hint and the job's hash is the truth. After every (re)connection, and after a long silence,
-all waited-for jobs are read again, so a lost event costs time but never a result.
+An event tells all of a job, but it may be lost: the job's hash is the truth. After every (re)connection, and after
+a long silence, all waited-for jobs are read again, so a lost event costs time but never a result.
 """
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from flashbulb_service.errors import QueueUnavailable
+from flashbulb_service.jobs import JobView
 from flashbulb_service.outages import OutageLog
+from flashbulb_service.queue.views import read_news
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +23,15 @@ QUIET_S = 15.0  # a connection may be dead without either side noticing
 MAX_BACKOFF_S = 2.0
 
 ReadEnded = Callable[[Sequence[str]], Awaitable[set[str]]]
+
+
+class Expected:
+    """Jobs that are about to be stored by this process; collects the news of their end until it is dropped."""
+
+    def __init__(self, subscription: int) -> None:
+        """Remember which subscription stood before the jobs were stored; 0: none."""
+        self.subscription = subscription
+        self.news: dict[str, JobView] = {}
 
 
 class Completions:
@@ -32,19 +44,37 @@ class Completions:
         self._client = client
         self._channel = channel
         self._read_ended = read_ended
-        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._waiters: dict[str, set[asyncio.Future[JobView | None]]] = {}
+        self._expected: WeakValueDictionary[str, Expected] = WeakValueDictionary()
+        self._subscriptions = 0  # that were made so far
+        self._stands = False
         self._reader: asyncio.Task[None] | None = None
 
-    async def wait(self, ids: Iterable[str]) -> None:
-        """Return when all jobs have ended or are gone; the caller sets the time limit."""
+    def expect(self, ids: Iterable[str]) -> Expected:
+        """Listen for jobs that are about to be stored, for as long as the caller keeps what is returned."""
+        expected = Expected(self._subscriptions if self._stands else 0)
+        self._expected.update(dict.fromkeys(ids, expected))
+        return expected
+
+    async def wait(self, ids: Iterable[str], expected: Expected | None = None) -> dict[str, JobView]:
+        """Return when all jobs have ended or are gone; the caller sets the time limit.
+
+        Returns:
+            id -> the job as it ended, of those whose event came; the others are to be read.
+        """
         futures = {job_id: asyncio.get_running_loop().create_future() for job_id in ids}
         for job_id, future in futures.items():
             self._waiters.setdefault(job_id, set()).add(future)
         try:
             self._start_reader()
-            # Only now: a job that ends before the subscription stands is found when it does.
-            self._resolve(await self._read_ended(tuple(futures)))
+            if expected is not None and self._stands and expected.subscription == self._subscriptions:
+                for view in expected.news.values():
+                    self._resolve(view.id, view)
+            else:
+                # Only now: a job that ends before the subscription stands is found when it does.
+                await self._look(futures)
             await asyncio.gather(*futures.values())
+            return {job_id: view for job_id, future in futures.items() if (view := future.result())}
         finally:
             for job_id, future in futures.items():
                 self._forget(job_id, future)
@@ -56,18 +86,33 @@ class Completions:
             reader.cancel()
             await asyncio.wait([reader])
 
-    def _forget(self, job_id: str, future: asyncio.Future[None]) -> None:
+    def _forget(self, job_id: str, future: asyncio.Future[JobView | None]) -> None:
         future.cancel()
         waiting = self._waiters[job_id]
         waiting.discard(future)
         if not waiting:
             del self._waiters[job_id]
 
-    def _resolve(self, ids: Iterable[str]) -> None:
-        for job_id in ids:
-            for future in self._waiters.get(job_id, ()):
-                if not future.done():
-                    future.set_result(None)
+    async def _look(self, ids: Iterable[str]) -> None:
+        """Read whether jobs have ended."""
+        for job_id in await self._read_ended(tuple(ids)):
+            self._resolve(job_id, None)
+
+    def _resolve(self, job_id: str, view: JobView | None) -> None:
+        for future in self._waiters.get(job_id, ()):
+            if not future.done():
+                future.set_result(view)
+
+    async def _hear(self, message: bytes) -> None:
+        try:
+            view = read_news(message)
+        except ValueError as error:  # of another release, perhaps: it says at least that something happened
+            log.warning("event of an ended job not understood: %s", error)
+            await self._look(self._waiters)
+            return
+        if (expected := self._expected.get(view.id)) is not None:
+            expected.news[view.id] = view
+        self._resolve(view.id, view)
 
     def _start_reader(self) -> None:
         if self._reader is None:
@@ -97,12 +142,17 @@ class Completions:
                     while True:
                         message = await subscription.get_message(timeout=QUIET_S)
                         if message is not None and message["type"] == "message":
-                            self._resolve([message["data"].decode()])
-                        elif self._waiters:  # (re)subscribed, or silence
-                            self._resolve(await self._read_ended(tuple(self._waiters)))
+                            await self._hear(message["data"])
+                            continue
+                        if message is not None:  # subscribed, perhaps again
+                            self._subscriptions += 1
+                            self._stands = True
+                        if self._waiters:  # an event may have been lost before this, or by a dead connection
+                            await self._look(self._waiters)
                         backoff_s = 0.05
                         outage.worked()
             except (RedisError, OSError, QueueUnavailable) as error:
+                self._stands = False
                 outage.failed(error)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

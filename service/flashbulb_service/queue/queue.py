@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, NoReturn, Self, cast
 
@@ -44,10 +44,12 @@ from flashbulb_service.errors import (
 from flashbulb_service.jobs import Job, JobError, JobState, JobView, NewJob
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.queue import scripts
-from flashbulb_service.queue.completions import Completions
+from flashbulb_service.queue.completions import Completions, Expected
 from flashbulb_service.queue.events import Event, Events
 from flashbulb_service.queue.keys import Keys, digest
-from flashbulb_service.scheduler import BucketFacts, BucketWindow, Plan, Waiting, Window, lane_of, plan_batch
+from flashbulb_service.queue.views import VIEW_FIELDS, make_view
+from flashbulb_service.queue.windows import bucket_window, lone_window, pairs, used_ms
+from flashbulb_service.scheduler import BucketFacts, Plan, Window, lane_of, plan_batch
 from flashbulb_service.timing import Tau
 
 log = logging.getLogger(__name__)
@@ -80,10 +82,29 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Enqueued:
-    """ids: one per job, in the order given. created: False when an idempotency key replayed them."""
+    """ids: one per job, in the order given. created: False when an idempotency key replayed them.
+
+    expected: hears of their end from before they were stored; pass it to `Queue.wait`.
+    """
 
     ids: tuple[str, ...]
     created: bool
+    expected: Expected | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The jobs of a claim, and whether more work waited when it was made."""
+
+    jobs: list[Job]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """A model may have work. lone: a window on the one job that waited, if that was all."""
+
+    lone: Window | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +236,7 @@ class Queue:
         mode: KeyMode = "replay",
         window_s: float = 0.0,
         keep: Kept | None = None,
+        awaited: bool = True,
         now: float | None = None,
     ) -> Enqueued:
         """Store all jobs of one request, or none.
@@ -224,7 +246,8 @@ class Queue:
         remembered only for admitted requests, as long as the results are. "The same" is decided by a hash
         of the jobs; pass request_digest (of what the client sent) when payloads hold fresh random draws.
         With mode "record" the key is only remembered; with "attach" it replays jobs that are live or ended
-        well within the last window_s, and otherwise does as "record".
+        well within the last window_s, and otherwise does as "record". Who does not wait for the jobs says
+        so with awaited=False, and saves the news of their end.
 
         Raises:
             DeadlineUnreachable: the jobs would not be done by their deadline; a QueueFull.
@@ -237,13 +260,14 @@ class Queue:
         tenants = {job.tenant for job in jobs}
         if len(tenants) > 1:
             raise ValueError(f"the jobs of one request must have one tenant, got {sorted(tenants)}")
+        ids = [new_id() for _ in jobs]
         rows: list[str | bytes | float] = []
-        for job in jobs:
+        for job_id, job in zip(ids, jobs, strict=True):
             priority = max(-self.limits.max_priority_ms, min(job.priority_ms, self.limits.max_priority_ms))
             deadline = "" if job.deadline_s is None else _ms(job.deadline_s)
             target_s = self.limits.default_slo_s if job.deadline_s is None else job.deadline_s
             rows += [
-                new_id(),
+                job_id,
                 job.model,
                 job.bucket,
                 job.payload,
@@ -253,11 +277,12 @@ class Queue:
                 deadline,
                 job.max_attempts,
             ]
+        expected = self._completions.expect(ids) if awaited else None
         reply = await self._run(
             "enqueue",
             _time(now),
             jobs[0].tenant,
-            self.instance,
+            self.instance if awaited else "",
             self.limits.max_queued,
             self.limits.max_queued_per_tenant,
             "" if idempotency_key is None else digest(idempotency_key),
@@ -284,7 +309,8 @@ class Queue:
             self._raise_late(*rest)
         if outcome == b"full":
             self._raise_full(jobs[0].tenant, *rest)
-        return Enqueued(ids=tuple(job_id.decode() for job_id in rest), created=outcome == b"created")
+        created = outcome == b"created"
+        return Enqueued(tuple(job_id.decode() for job_id in rest), created, expected if created else None)
 
     async def get(self, job_id: str) -> JobView | None:
         """Read a job; None when there is none, or its result has expired."""
@@ -346,8 +372,12 @@ class Queue:
         async with _unavailable():
             return await self.events.past(request_id, after=after)
 
-    async def wait(self, ids: Sequence[str], timeout_s: float) -> list[JobView]:
+    async def wait(
+        self, ids: Sequence[str], timeout_s: float, *, expected: Expected | None = None
+    ) -> list[JobView]:
         """Wait until all jobs are done, failed or cancelled; completion is pushed, not polled.
+
+        expected: what `enqueue` returned with the ids; it saves asking for their state first.
 
         Returns:
             their views, in the order of ids.
@@ -357,8 +387,11 @@ class Queue:
         """
         async with asyncio.timeout(timeout_s):
             while True:
-                await self._completions.wait(ids)
-                views = await self._views(ids)
+                news = await self._completions.wait(ids, expected)
+                unread = [job_id for job_id in dict.fromkeys(ids) if job_id not in news]
+                read = dict(zip(unread, await self._views(unread), strict=True)) if unread else {}
+                views = [news.get(job_id) or read.get(job_id) for job_id in ids]
+                expected = None
                 ended = [view for view in views if view is not None and view.state.is_terminal]
                 if len(ended) == len(ids):
                     return ended
@@ -426,14 +459,34 @@ class Queue:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         decide = plan or (lambda window: plan_batch(window, lambda _model, _bucket: BucketFacts(max_batch)))
+        return (await self.claim_next(worker_id, models, max_batch, lease_s, plan=decide, now=now)).jobs
+
+    async def claim_next(
+        self,
+        worker_id: str,
+        models: Sequence[str],
+        max_batch: int,
+        lease_s: float,
+        *,
+        plan: Callable[[Window], Plan | None],
+        wake: Wake | None = None,
+        now: float | None = None,
+    ) -> Taken:
+        """Do as `claim`; with the wake that led here, in one round trip where its job is still all that waits."""
+        if wake is not None and wake.lone is not None:
+            decision = plan(wake.lone)
+            if decision is not None and decision.take:
+                taken = await self.take(worker_id, decision, lease_s, models=models, lone=wake.lone, now=now)
+                if taken.jobs:
+                    return taken
         while models:
-            decision = decide(await self.window(worker_id, models, 2 * max_batch, now=now))
+            decision = plan(await self.window(worker_id, models, 2 * max_batch, now=now))
             if decision is None:
-                return []
-            jobs = await self.take(worker_id, decision, lease_s, now=now)
-            if jobs:
-                return jobs
-        return []
+                break
+            taken = await self.take(worker_id, decision, lease_s, models=models, now=now)
+            if taken.jobs:
+                return taken
+        return Taken([], more=False)
 
     async def window(
         self, worker_id: str, models: Sequence[str], max_rows: int, *, now: float | None = None
@@ -445,24 +498,32 @@ class Queue:
         moment, workers, num_long, lanes, buckets = await self._run(
             "window", _time(now), worker_id, min(max_rows, MAX_WINDOW_ROWS), *models
         )
-        used: dict[str, float] = {}
-        for _model, _bucket, _count, accounts, _rows in buckets:
-            used |= {name.decode(): float(ms) for name, ms in _pairs(accounts)}
         return Window(
             now_ms=float(moment),
-            buckets=tuple(_bucket_window(bucket) for bucket in buckets),
-            used_ms=used,
-            lane_used_ms={name.decode(): float(ms) for name, ms in _pairs(lanes) if name != b"at"},
+            buckets=tuple(bucket_window(bucket) for bucket in buckets),
+            used_ms=used_ms(buckets),
+            lane_used_ms={name.decode(): float(ms) for name, ms in pairs(lanes) if name != b"at"},
             num_long=num_long,
             num_workers=max(1, workers),
         )
 
     async def take(
-        self, worker_id: str, plan: Plan, lease_s: float, *, now: float | None = None
-    ) -> list[Job]:
-        """Lease the planned jobs that are still there, and fail those that the plan drops."""
+        self,
+        worker_id: str,
+        plan: Plan,
+        lease_s: float,
+        *,
+        models: Sequence[str] = (),
+        lone: Window | None = None,
+        now: float | None = None,
+    ) -> Taken:
+        """Lease the planned jobs that are still there, and fail those that the plan drops.
+
+        models: the worker's, to tell whether more waits for them. lone: the window of a wake that the plan was
+        made for; nothing is taken if more has come since.
+        """
         charged = [part for row in zip(plan.take, map(repr, plan.charges_ms), strict=True) for part in row]
-        rows = await self._run(
+        more, *rows = await self._run(
             "take",
             _time(now),
             worker_id,
@@ -473,11 +534,14 @@ class Queue:
             lane_of(plan.bucket),
             round(plan.predicted_ms),
             repr(plan.clock_ms),
+            "" if lone is None else round(lone.now_ms),
+            len(models),
             len(plan.take),
+            *models,
             *charged,
             *plan.drop,
         )
-        return [
+        jobs = [
             Job(
                 id=job_id.decode(),
                 model=model.decode(),
@@ -487,9 +551,11 @@ class Queue:
                 attempt=attempt,
                 burnt=burnt,
                 enqueued_at=enqueued_ms / 1000,
+                awaited=bool(awaited),
             )
-            for job_id, model, bucket, tenant, payload, attempt, burnt, enqueued_ms in rows
+            for job_id, model, bucket, tenant, payload, attempt, burnt, enqueued_ms, awaited in rows
         ]
+        return Taken(jobs, more=bool(more))
 
     async def publish_times(
         self,
@@ -510,18 +576,20 @@ class Queue:
         ]
         await self._run("publish", _time(now), worker_id, _ms(alive_s), *rows)
 
-    async def wait_for_work(self, models: Sequence[str], timeout_s: float) -> bool:
+    async def wait_for_work(self, models: Sequence[str], timeout_s: float) -> Wake | None:
         """Block until a model may have work; claim next in either case.
 
         Returns:
-            True when woken, False after timeout_s. Waking is a hint: the claim may still be empty.
+            what woke us, None after timeout_s. Waking is a hint: the claim may still be empty.
         """
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be > 0 (0 would block for ever), got {timeout_s}")
         # The margin ends a wait on a connection that died without a word.
         async with _unavailable(timeout_s + CONNECT_TIMEOUT_S):
-            token = await self._patient.blpop([self.keys.wake(model) for model in models], timeout=timeout_s)
-        return token is not None
+            found: Any = await self._patient.blpop(
+                [self.keys.wake(model) for model in models], timeout=timeout_s
+            )
+        return None if found is None else Wake(lone_window(found[1]))
 
     async def heartbeat(
         self, worker_id: str, jobs: Sequence[Job], lease_s: float, *, now: float | None = None
@@ -543,11 +611,13 @@ class Queue:
         result: bytes,
         *,
         device_ms: float = 0.0,
+        attached: bytes = b"",
         now: float | None = None,
     ) -> bool:
         """Store the result, if this worker still holds this attempt, and charge its tenant's API key for it.
 
         device_ms: this job's share of its batch's time on the device.
+        attached: what those who wait for the job get with the result, and nobody later; keep it small.
 
         Returns:
             True when the result stands (also when a repeated call finds its own), False when it was refused.
@@ -561,6 +631,7 @@ class Queue:
             result,
             _ms(self.limits.result_ttl_s),
             round(device_ms * 1000),
+            attached,
         )
         return bool(stands)
 
@@ -700,9 +771,9 @@ class Queue:
     async def _views(self, ids: Sequence[str]) -> list[JobView | None]:
         async with _unavailable(), self._client.pipeline(transaction=False) as pipe:
             for job_id in ids:
-                pipe.hmget(self.keys.job(job_id), _VIEW_FIELDS)
+                pipe.hmget(self.keys.job(job_id), VIEW_FIELDS)
             rows = await pipe.execute()
-        return [_view(job_id, row) for job_id, row in zip(ids, rows, strict=True)]
+        return [make_view(job_id, row) for job_id, row in zip(ids, rows, strict=True)]
 
     def _raise_late(self, predicted_ms: int, allowed_ms: int) -> NoReturn:
         """Tell the caller when the queue will be short enough, if nothing else comes."""
@@ -730,19 +801,6 @@ class Queue:
             scope=scope.decode(),
         )
 
-
-_VIEW_FIELDS = (
-    "state",
-    "model",
-    "bucket",
-    "attempt",
-    "enqueued",
-    "started",
-    "finished",
-    "result",
-    "code",
-    "message",
-)
 
 # Redis itself is well but refuses to write: full, a replica, or its disk is failing.
 _REFUSALS = ("MISCONF", "NOREPLICAS", "OOM", "READONLY", "LOADING", "MASTERDOWN")
@@ -796,27 +854,6 @@ def _held(jobs: Sequence[Job]) -> list[str | int]:
     return [part for job in jobs for part in (job.id, job.attempt)]
 
 
-def _pairs(flat: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _bucket_window(reply: Sequence[Any]) -> BucketWindow:
-    model, bucket, count, _accounts, flat = reply
-    rows = tuple(
-        Waiting(
-            id=job_id.decode(),
-            tenant=tenant.decode(),
-            due_ms=float(due),
-            deadline_ms=float(deadline) if deadline else None,
-            cost=float(cost),
-            weight=float(weight),
-            is_suspect=int(burnt) > 0,
-        )
-        for job_id, tenant, due, deadline, cost, weight, burnt in zip(*[iter(flat)] * 7, strict=True)
-    )
-    return BucketWindow(model.decode(), bucket.decode(), rows, count)
-
-
 def _hash(jobs: Sequence[NewJob]) -> str:
     """Hash all that a request asks for."""
     rows = [
@@ -833,21 +870,3 @@ def _hash(jobs: Sequence[NewJob]) -> str:
         for job in jobs
     ]
     return digest(json.dumps(rows))
-
-
-def _view(job_id: str, row: Sequence[bytes | None]) -> JobView | None:
-    state, model, bucket, attempt, enqueued, started, finished, result, code, message = row
-    if state is None or model is None or bucket is None or attempt is None or enqueued is None:
-        return None
-    return JobView(
-        id=job_id,
-        state=JobState(state.decode()),
-        model=model.decode(),
-        bucket=bucket.decode(),
-        attempt=int(attempt),
-        enqueued_at=int(enqueued) / 1000,
-        started_at=None if started is None else int(started) / 1000,
-        finished_at=None if finished is None else int(finished) / 1000,
-        result=result,
-        error=None if code is None else JobError(code.decode(), (message or b"").decode()),
-    )

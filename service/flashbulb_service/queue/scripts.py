@@ -4,6 +4,7 @@ from functools import cache
 from importlib import resources
 
 from flashbulb_service.queue.keys import TEMPLATES
+from flashbulb_service.queue.views import VIEW_FIELDS
 
 NAMES = (
     "enqueue",
@@ -39,4 +40,5 @@ def behind_lib(package: str, name: str) -> str:
     lib = (resources.files("flashbulb_service.queue") / "lua" / "lib.lua").read_text(encoding="utf-8")
     body = (resources.files(package) / "lua" / f"{name}.lua").read_text(encoding="utf-8")
     templates = ", ".join(f"{key} = '{template}'" for key, template in TEMPLATES.items())
-    return f"local TEMPLATES = {{{templates}}}\n{lib}\n{body}"
+    fields = ", ".join(f"'{name}'" for name in VIEW_FIELDS)
+    return f"local TEMPLATES = {{{templates}}}\nlocal VIEW_FIELDS = {{{fields}}}\n{lib}\n{body}"

@@ -160,8 +160,8 @@ async def test_only_what_is_still_queued_is_taken(queue):
     plan = plan_batch(window, lambda _model, _bucket: BucketFacts(cap=4))
     await queue.cancel(ids[0])
     await queue.claim("other", ["emoji@1"], 1, 60)
-    assert [job.id for job in await queue.take("w", plan, 60)] == list(ids[2:])
-    assert await queue.take("w", plan, 60) == []
+    assert [job.id for job in (await queue.take("w", plan, 60)).jobs] == list(ids[2:])
+    assert (await queue.take("w", plan, 60)).jobs == []
 
 
 async def test_planned_drop_ends_the_job_once(queue):
@@ -171,7 +171,7 @@ async def test_planned_drop_ends_the_job_once(queue):
         await queue.window("w", ["emoji@1"], 8, now=100.0), lambda _model, _bucket: BucketFacts(4, tau)
     )
     assert (plan.take, plan.drop) == ((fine,), (hopeless,))
-    assert [job.id for job in await queue.take("w", plan, 60, now=100.0)] == [fine]
+    assert [job.id for job in (await queue.take("w", plan, 60, now=100.0)).jobs] == [fine]
     assert (await queue.get(hopeless)).error.code == "deadline_exceeded"
 
 
@@ -266,3 +266,70 @@ async def test_drained_queue_does_not_wake_anybody(queue):
     await queue.enqueue([new()] * 3)
     await drain(queue)
     assert not await queue.wait_for_work(["emoji@1"], 0.02)
+
+
+def take_all(window):
+    return plan_batch(window, lambda _model, _bucket: BucketFacts(cap=4))
+
+
+@pytest.fixture
+def windows(queue, monkeypatch):
+    """Collect the windows that are read."""
+    read, look = [], queue.window
+
+    async def window(*args, **kwargs):
+        read.append(await look(*args, **kwargs))
+        return read[-1]
+
+    monkeypatch.setattr(queue, "window", window)
+    return read
+
+
+async def test_the_only_job_is_claimed_by_its_wake_without_a_look_at_the_queue(queue, windows):
+    [job_id] = (await queue.enqueue([new(tenant="a", deadline_s=50.0, weight=2.0)])).ids
+    wake = await queue.wait_for_work(["other@1", "emoji@1"], 5)
+    taken = await queue.claim_next("w", ["other@1", "emoji@1"], 4, 60, plan=take_all, wake=wake)
+    assert [job.id for job in taken.jobs] == [job_id]
+    assert not taken.more and not windows
+    await queue.release("w", taken.jobs)
+    await queue.window("w", ["emoji@1"], 8)
+    [told], [looked] = wake.lone.buckets, windows[0].buckets
+    assert told == looked  # the token says what the window does
+    assert wake.lone.used_ms.keys() == windows[0].used_ms.keys()
+
+
+async def test_a_wake_is_not_trusted_when_other_work_has_come(queue, windows):
+    first = (await queue.enqueue([new()])).ids
+    wake = await queue.wait_for_work(["emoji@1", "other@1"], 5)
+    second = (await queue.enqueue([new()])).ids
+    taken = await queue.claim_next("w", ["emoji@1", "other@1"], 4, 60, plan=take_all, wake=wake)
+    assert [job.id for job in taken.jobs] == [*first, *second]  # one batch, not two
+    assert len(windows) == 1
+
+    await queue.enqueue([new(), new(model="other@1")])
+    await queue.enqueue([new(model="other@1")])
+    wake = await queue.wait_for_work(["emoji@1", "other@1"], 5)
+    taken = await queue.claim_next("w", ["emoji@1", "other@1"], 4, 60, plan=take_all, wake=wake)
+    assert taken.jobs and taken.more
+    assert len(windows) == 2
+
+
+async def test_a_wake_is_not_trusted_when_it_is_old_or_its_model_is_paused(queue, windows):
+    await queue.enqueue([new()], now=100.0)
+    wake = await queue.wait_for_work(["emoji@1"], 5)
+    [job] = (await queue.claim_next("w", ["emoji@1"], 4, 60, plan=take_all, wake=wake, now=101.0)).jobs
+    assert len(windows) == 1
+    await queue.complete("w", job, b"ok")
+    await queue.enqueue([new()])
+    wake = await queue.wait_for_work(["emoji@1"], 5)
+    assert wake.lone is not None
+    await queue.set_gate("emoji@1", "paused")
+    assert (await queue.claim_next("w", ["emoji@1"], 4, 60, plan=take_all, wake=wake)).jobs == []
+
+
+async def test_long_work_is_not_claimed_by_a_wake(queue):
+    """How much of it may run depends on what the other workers do."""
+    await queue.enqueue([new(bucket="64x64:long")])
+    wake = await queue.wait_for_work(["emoji@1"], 5)
+    assert wake is not None
+    assert wake.lone is None

@@ -29,10 +29,10 @@ async def test_workers_of_a_paused_model_sleep_and_resume_wakes_them(queue):
     await queue.set_gate("emoji@1", "paused")
     await queue.enqueue([new()])
     await queue.reap()  # it would put a lost token back
-    assert await queue.wait_for_work(["emoji@1"], 0.05) is False
+    assert await queue.wait_for_work(["emoji@1"], 0.05) is None
     waiting = asyncio.create_task(queue.wait_for_work(["emoji@1"], 10))
     await queue.set_gate("emoji@1", None)
-    assert await waiting is True
+    assert await waiting is not None
 
 
 async def test_a_batch_in_hand_survives_a_pause(queue):

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from flashbulb_service.errors import QueueFull
 from flashbulb_service.jobs import LEGAL_MOVES, TERMINAL, Job, JobError, JobState, NewJob
 from flashbulb_service.queue import Limits, Queue
+from flashbulb_service.queue.views import read_news
 
 MODELS = ("a@1", "b@1")
 LEASE_S = 10.0
@@ -263,7 +264,7 @@ class QueueMachine(RuleBasedStateMachine):
             await self.queue._client.publish(self.queue.keys.done(self.queue.instance), "marker")
             got = []
             while (message := await self.subscription.get_message(timeout=5))["data"] != b"marker":
-                got.append(message["data"].decode())
+                got.append(read_news(message["data"]).id)
             return got
 
         assert sorted(self.run(heard())) == sorted(self.ended)

@@ -1,12 +1,14 @@
 """Waiting for jobs: pushed, once, and safe against lost events."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from flashbulb_service.errors import JobNotFound
 from flashbulb_service.jobs import JobError, JobState, NewJob
 from flashbulb_service.queue import Queue, completions
+from flashbulb_service.queue.views import read_news
 
 MODELS = ["emoji@1"]
 
@@ -48,7 +50,7 @@ async def events(subscription, client, queue) -> list[str]:
     while (message := await subscription.get_message(timeout=5)) is not None:
         if message["data"] == b"marker":
             return got
-        got.append(message["data"].decode())
+        got.append(read_news(message["data"]).id)
     raise AssertionError("the marker did not come back")
 
 
@@ -182,3 +184,86 @@ async def test_retry_and_release_publish_nothing(queue, client):
     await queue.reap(now=200.0)
     assert await events(subscription, client, queue) == []
     await subscription.aclose()
+
+
+async def test_news_of_an_end_tells_what_the_hash_does(queue, client):
+    subscription = await subscribe(client, queue)
+    done, failed, cancelled = (await queue.enqueue([new()] * 3)).ids
+    await queue.cancel(cancelled)
+    first, second = await queue.claim("w", MODELS, 3, 5)
+    await queue.complete("w", first, b"a\0:-\xff", attached=b"3:-\0")
+    await queue.fail("w", second, JobError("boom", "größer 5:-"), retry=False)
+    told = []
+    for _ in range(3):
+        told.append(read_news((await subscription.get_message(timeout=5))["data"]))
+    assert {view.id: view.attached for view in told} == {done: b"3:-\0", failed: None, cancelled: None}
+    stored = {view.id: view for view in await queue.views([done, failed, cancelled])}
+    assert {view.id: replace(view, attached=None) for view in told} == stored
+    await subscription.aclose()
+
+
+@pytest.mark.parametrize(
+    "message", [b"", b"x", b"1:a", b"9:a", b"-5:a", b"1:a" + b"-" * 11, b"1:a4:done" + b"-" * 9]
+)
+def test_what_is_no_news_is_refused(message):
+    with pytest.raises(ValueError, match=r"expected|invalid literal|not found"):
+        read_news(message)
+
+
+async def subscribed_queue(queue, wait_until) -> None:
+    """Wait for a job, so that the subscription of this process stands."""
+    [job_id] = (await queue.enqueue([new()])).ids
+    await queue.cancel(job_id)
+    await queue.wait([job_id], 5)
+    await wait_until(lambda: truth(queue._completions._stands))
+
+
+async def truth(value: bool) -> bool:
+    return value
+
+
+async def test_who_expects_the_end_reads_nothing(make_queue, count_reads, wait_until):
+    api, worker = make_queue(), make_queue()
+    await subscribed_queue(api, wait_until)
+    reads = count_reads(api)
+    enqueued = await api.enqueue([new()] * 2)
+    first, second = await worker.claim("w", MODELS, 2, 5)
+    await worker.complete("w", first, b"one", attached=b"picture")  # before anybody waits
+    waiting = asyncio.create_task(api.wait(enqueued.ids, 5, expected=enqueued.expected))
+    await worker.complete("w", second, b"two")
+    assert [(view.result, view.attached) for view in await waiting] == [(b"one", b"picture"), (b"two", None)]
+    assert reads == [0]
+
+
+async def test_an_end_that_was_expected_through_a_broken_connection_is_read(
+    make_queue, client, count_reads, wait_until
+):
+    api, worker = make_queue(), make_queue()
+    await subscribed_queue(api, wait_until)
+    reads = count_reads(api)
+    enqueued = await api.enqueue([new()])
+    [reader] = [c for c in await client.client_list(_type="pubsub") if c["sub"] == "1"]
+    before = api._completions._subscriptions
+    await client.client_kill_filter(_id=reader["id"])
+    [job] = await worker.claim("w", MODELS, 1, 5)
+    await worker.complete("w", job, b"ok")
+    await wait_until(lambda: truth(api._completions._subscriptions > before))
+    [view] = await api.wait(enqueued.ids, 5, expected=enqueued.expected)
+    assert view.result == b"ok"
+    assert reads[0] == 1
+
+
+async def test_jobs_that_nobody_awaits_are_not_told_of(make_queue, client):
+    api, worker = make_queue(), make_queue()
+    subscription = await subscribe(client, api)
+    await api.enqueue([new()], awaited=False)
+    [job] = await worker.claim("w", MODELS, 1, 5)
+    assert not job.awaited
+    await worker.complete("w", job, b"ok", attached=b"picture")
+    assert await events(subscription, client, api) == []
+    await subscription.aclose()
+
+
+async def test_nothing_is_kept_of_jobs_whose_end_nobody_expects_any_more(queue):
+    await queue.enqueue([new()])
+    assert len(queue._completions._expected) == 0

@@ -1,4 +1,5 @@
--- Store a result, fenced. ARGV: now, worker, id, attempt, result, result_ttl, device_us. Returns 1 when it stands.
+-- Store a result, fenced. Returns 1 when it stands.
+-- ARGV: now, worker, id, attempt, result, result_ttl, device_us, bytes that only those who wait get or ''.
 
 local now = now_ms(ARGV[1])
 local worker, id, attempt, result, result_ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
@@ -10,6 +11,6 @@ end
 call('ZREM', key('leases'), id)
 call('HSET', key('job', id), 'result', result)
 call('HDEL', key('job', id), 'payload', 'code', 'message')
-finish(id, 'done', now, result_ttl)
+finish(id, 'done', now, result_ttl, ARGV[8] ~= '' and ARGV[8])
 charge(call('HGET', key('job', id), 'tenant'), now, ARGV[7])
 return 1

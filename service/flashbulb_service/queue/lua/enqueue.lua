@@ -165,7 +165,7 @@ for _, job in ipairs(jobs) do
     call('HSET', key('job', job.id), 'deadline', job.deadline)
   end
   enter(job.id, job.model, job.bucket, tenant, job.due, now, job.deadline)
-  settle(job.model)
+  settle(job.model, #jobs == 1 and job.bucket, now)
 end
 call('HINCRBY', key('inuse'), '', #jobs)
 call('HINCRBY', key('inuse'), tenant, #jobs)

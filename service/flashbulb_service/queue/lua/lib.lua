@@ -70,14 +70,50 @@ local function gate_of(model)
   return call('HGET', key('gates'), model)
 end
 
+-- Device time that a tenant was charged for, over its weight. One that comes (back) to a model's backlog starts
+-- level with the least of those that wait there: neither with a claim on what it missed, nor behind the others.
+local function used_by(model, tenant)
+  local clock = tonumber(call('HGET', key('clock'), model) or 0)
+  return math.max(clock, tonumber(call('ZSCORE', key('used'), tenant) or 0))
+end
+
+-- One bucket's part of a window: {model, bucket, waiting, {tenant, used, ...},
+--   {id, tenant, due, deadline or '', cost, weight, burnt, ...}}.
+-- The tenants that are owed most come first, each with its share of the rows: nobody can fill the window.
+local MAX_WINDOW_TENANTS = 16
+
+local function look_into(model, bucket, most_rows)
+  local names = call('ZRANGE', key('tenants', model, bucket), 0, MAX_WINDOW_TENANTS - 1)
+  local each = math.ceil(most_rows / #names)
+  local used, rows = {}, {}
+  for _, tenant in ipairs(names) do
+    used[#used + 1] = tenant
+    used[#used + 1] = string.format('%.3f', used_by(model, tenant))
+    local heads = call('ZRANGE', key('bucket', model, bucket, tenant), 0, each - 1, 'WITHSCORES')
+    for i = 1, #heads, 2 do
+      local job = call('HMGET', key('job', heads[i]), 'deadline', 'cost', 'weight', 'burnt')
+      for _, value in ipairs({ heads[i], tenant, heads[i + 1], job[1] or '', job[2], job[3], job[4] }) do
+        rows[#rows + 1] = value
+      end
+    end
+  end
+  return { model, bucket, call('ZCARD', key('due', model, bucket)), used, rows }
+end
+
+-- Is this job all that waits for its model?
+local function is_alone(model, bucket)
+  return call('ZCARD', key('ready', model)) == 1 and call('ZCARD', key('due', model, bucket)) == 1
+end
+
 -- After a model's backlog changed. One token is enough to wake everybody: whoever claims and leaves work
--- behind puts the next one. With the last backlog go the accounts: nobody waits, so nobody is owed anything.
-local function settle(model)
+-- behind puts the next one. A token may say what there is to take, while that is one job. With the last backlog go the accounts: nobody waits, so nobody is owed anything.
+local function settle(model, lone_bucket, now)
   local wake = key('wake', model)
   if call('EXISTS', key('ready', model)) == 1 then
     call('SADD', key('models'), model)
     if call('LLEN', wake) == 0 and gate_of(model) ~= 'paused' then
-      call('RPUSH', wake, '1')
+      local lone = lone_bucket and is_alone(model, lone_bucket)
+      call('RPUSH', wake, lone and cjson.encode({ now, look_into(model, lone_bucket, 1) }) or '1')
     end
   else
     call('DEL', wake)
@@ -87,13 +123,6 @@ local function settle(model)
       call('DEL', key('used'), key('lanes'))
     end
   end
-end
-
--- Device time that a tenant was charged for, over its weight. One that comes (back) to a model's backlog starts
--- level with the least of those that wait there: neither with a claim on what it missed, nor behind the others.
-local function used_by(model, tenant)
-  local clock = tonumber(call('HGET', key('clock'), model) or 0)
-  return math.max(clock, tonumber(call('ZSCORE', key('used'), tenant) or 0))
 end
 
 -- Put a job whose hash is written into its bucket. The caller settles the model.
@@ -142,8 +171,20 @@ end
 
 local WINDOW_MS = 10000
 
+-- What a waiting process reads of a job that has ended: its id, the fields of a view, and bytes that came with the
+-- result. Each is its length, a colon and itself; '-' where there is none.
+local function news(id, attached)
+  local view = call('HMGET', key('job', id), unpack(VIEW_FIELDS))
+  local parts = {}
+  for i, value in ipairs({ id, unpack(view) }) do
+    parts[i] = value and #value .. ':' .. value or '-'
+  end
+  parts[#parts + 1] = attached and #attached .. ':' .. attached or '-'
+  return table.concat(parts)
+end
+
 -- The one way into done, failed and cancelled: counts, expiry and the one event per waiting process.
-local function finish(id, state, now, ttl_ms)
+local function finish(id, state, now, ttl_ms, attached)
   local job = key('job', id)
   local fields = call('HMGET', job, 'tenant', 'reply')
   call('HSET', job, 'state', state, 'finished', now)
@@ -160,7 +201,7 @@ local function finish(id, state, now, ttl_ms)
   note(id, state, now)
   hook_due(id, now)
   for instance in string.gmatch(fields[2] or '', '%S+') do
-    call('PUBLISH', key('done', instance), id)
+    call('PUBLISH', key('done', instance), news(id, attached))
   end
 end
 

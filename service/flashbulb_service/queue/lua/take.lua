@@ -1,20 +1,44 @@
 -- Lease planned jobs that are still queued, and fail those planned to be dropped.
--- ARGV: now, worker, lease, result_ttl, model, bucket, lane, predicted ms, clock, number to take,
---       then per job to take: id, charge; then ids to drop.
--- Returns {{id, model, bucket, tenant, payload, attempt, burnt, enqueued}, ...}.
+-- ARGV: now, worker, lease, result_ttl, model, bucket, lane, predicted ms, clock, when a lone job was seen or '',
+--       number of models, number to take, then the worker's models, then per job to take: id, charge;
+--       then ids to drop.
+-- Returns {whether more waits for these models, {id, model, bucket, tenant, payload, attempt, burnt, enqueued,
+--          whether somebody waits for its end}, ...}; nothing, if the job that was alone is so no longer.
 
 local now = now_ms(ARGV[1])
 local worker, lease, result_ttl = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local model, bucket, lane, predicted, clock = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9])
-local num = tonumber(ARGV[10])
+local seen, num_models, num = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
+local first = 13 + num_models
 local MAX_REFRESHED, KEPT_MS, HALF_LIFE_MS = 16, 3600000, 60000
+local MAX_SEEN_AGO_MS = 100
+
+local function more_waits()
+  for i = 13, first - 1 do
+    if call('EXISTS', key('ready', ARGV[i])) == 1 then
+      return 1
+    end
+  end
+  return 0
+end
+
+-- A plan for one job holds while nothing has come beside it; else the whole window is to be read.
+if seen then
+  local others = gate_of(model) == 'paused' or not is_alone(model, bucket)
+  for i = 13, first - 1 do
+    others = others or (ARGV[i] ~= model and call('EXISTS', key('ready', ARGV[i])) == 1)
+  end
+  if others or now - seen > MAX_SEEN_AGO_MS then
+    return { 1 }
+  end
+end
 
 local function is_here(id)
   local job = call('HMGET', key('job', id), 'state', 'model', 'bucket')
   return job[1] == 'queued' and job[2] == model and job[3] == bucket
 end
 
-for i = 11 + 2 * num, #ARGV do
+for i = first + 2 * num, #ARGV do
   if is_here(ARGV[i]) then
     leave(ARGV[i], model, bucket, call('HGET', key('job', ARGV[i]), 'tenant'))
     fail_overdue(ARGV[i], now, result_ttl)
@@ -22,10 +46,10 @@ for i = 11 + 2 * num, #ARGV do
 end
 
 local batch = {}
-for i = 11, 10 + 2 * num, 2 do
+for i = first, first - 1 + 2 * num, 2 do
   local id, charge = ARGV[i], tonumber(ARGV[i + 1])
   if is_here(id) then
-    local job = call('HMGET', key('job', id), 'tenant', 'payload', 'enqueued', 'burnt')
+    local job = call('HMGET', key('job', id), 'tenant', 'payload', 'enqueued', 'burnt', 'reply')
     local total = used_by(model, job[1]) + charge
     leave(id, model, bucket, job[1])
     call('ZADD', key('used'), total, job[1])
@@ -35,7 +59,8 @@ for i = 11, 10 + 2 * num, 2 do
     call('ZADD', key('leases'), now + lease, id)
     call('ZREM', key('deadlines'), id)
     note(id, 'running', now, 'attempt', attempt)
-    batch[#batch + 1] = { id, model, bucket, job[1], job[2], attempt, tonumber(job[4]), tonumber(job[3]) }
+    local awaited = (job[5] or '') ~= '' and 1 or 0
+    batch[#batch + 1] = { id, model, bucket, job[1], job[2], attempt, tonumber(job[4]), tonumber(job[3]), awaited }
   end
 end
 
@@ -67,4 +92,4 @@ if #batch > 0 then
   end
 end
 settle(model)
-return batch
+return { more_waits(), unpack(batch) }
