@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import KernelUnavailable
 from .availability import why_not_triton
+from .preparation import Preparation
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 Layout = Literal["bhnd", "bnhd"]
@@ -24,6 +25,7 @@ def attention(
     *,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
+    preparation: Preparation | None = None,
     layout: Layout = "bhnd",
     impl: Impl = "auto",
 ) -> Tensor:
@@ -35,12 +37,14 @@ def attention(
             fp16, bf16 or fp32, one dtype for all; sums are in fp32.
         scale: factor of the scores before the softmax; d ** -0.5 by default.
         key_padding_mask: [b, m] bool, True where a key may be seen. A query without any key gets zeros.
+        preparation: the norm and the rotary embedding that q and k pass through first; the kernels do both as they
+            load q and k.
         layout: the order of dimensions of q, k, v and of the result.
         impl: "triton" runs the kernels or raises; "auto" runs them where they can run, else "torch", and logs once why;
             "torch" is PyTorch's scaled_dot_product_attention; "reference" is the definition, in fp32.
     Returns:
-        o: shape, layout and dtype of q. Gradients of q, k and v exist for every impl. With "triton" and "reference",
-        a sample's bytes do not depend on the rest of the batch.
+        o: shape, layout and dtype of q. Gradients of q, k, v and of a norm's weights exist for every impl. With
+        "triton" and "reference", a sample's bytes do not depend on the rest of the batch.
     Raises:
         KernelUnavailable: impl="triton" cannot run here.
         ValueError: shapes, dtypes or devices do not fit together.
@@ -50,15 +54,37 @@ def attention(
     elif layout != "bhnd":
         raise ValueError(f"layout: expected 'bhnd' or 'bnhd', got {layout!r}")
     _check(q, k, v, key_padding_mask)
+    if preparation is not None:
+        preparation.check(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose(impl, q)
     if chosen == "torch":
+        q, k = (q, k) if preparation is None else preparation.prepare(q, k)
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        from . import operators  # noqa: F401  registers the operator
+        from . import operators
 
-        o = torch.ops.flashbulb.attention(q, k, v, key_padding_mask, scale, chosen)[0]
+        if preparation is None:
+            o, _ = operators.attention(q, k, v, key_padding_mask, scale, chosen)
+        else:
+            p = preparation
+            affine = p.q_weight, p.q_bias, p.k_weight, p.k_bias
+            o, _ = operators.attention_fused(
+                q,
+                k,
+                v,
+                key_padding_mask,
+                *affine,
+                p.cos,
+                p.sin,
+                p.norm,
+                p.eps,
+                p.split,
+                p.rope_start,
+                scale,
+                chosen,
+            )
     return o.transpose(1, 2) if layout == "bnhd" else o
 
 

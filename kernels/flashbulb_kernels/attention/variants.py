@@ -9,6 +9,7 @@ from typing import Any
 
 from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .forward import forward_kernel
+from .fused import fused_kernel
 from .launch import block_d
 
 # How the table of tiles, Triton's signatures and torch name a dtype, and how tl.dot multiplies it.
@@ -34,7 +35,8 @@ class Entry:
     ) -> dict[str, Any]:
         """Return the value of every compile-time argument.
 
-        `flags` are those that the launch chooses, like HAS_MASK; a mask pointer that is not used is None.
+        `flags` are those that the launch chooses: HAS_MASK, and for the entry "fused" NORM ("none", "rms", "layer"),
+        SPLIT and HAS_ROPE. A pointer that they leave unused is None.
         """
         known: dict[str, Any] = {
             "D": head_dim,
@@ -43,11 +45,18 @@ class Entry:
             "BLOCK_N": block_n,
             "HAS_MASK": False,
             "PRECISION": PRECISIONS[dtype],
+            "NORM": "none",
+            "SPLIT": False,
+            "HAS_ROPE": False,
         } | flags
+        unused = {
+            "p_mask": not known["HAS_MASK"],
+            **dict.fromkeys(("p_q_weight", "p_k_weight"), known["NORM"] == "none"),
+            **dict.fromkeys(("p_q_bias", "p_k_bias"), known["NORM"] != "layer"),
+            **dict.fromkeys(("p_cos", "p_sin"), not known["HAS_ROPE"]),
+        }
         values = {name: known[name] for name in self.kernel.arg_names if name not in self.types}
-        if "p_mask" in self.types and not known["HAS_MASK"]:
-            values["p_mask"] = None
-        return values
+        return values | {name: None for name in self.types if unused.get(name)}
 
     def signature(self, dtype: str, constants: Mapping[str, Any]) -> dict[str, str]:
         """Return Triton's signature: the type of every argument, in order."""
@@ -82,6 +91,16 @@ ENTRIES: dict[str, Entry] = {
         {"p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_o": "*T", "p_lse": "*fp32"},
         (*_QKV, *_strides("o")),
         {"stride_mb": "i32"} | _SIZES,
+    ),
+    "fused": _entry(
+        fused_kernel,
+        {
+            "p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8",
+            **dict.fromkeys(("p_q_weight", "p_q_bias", "p_k_weight", "p_k_bias", "p_cos", "p_sin"), "*fp32"),
+            "p_o": "*T", "p_lse": "*fp32",
+        },
+        (*_QKV, *_strides("o")),
+        {"stride_mb": "i32", "scale": "fp32", "eps": "fp32", "split": "i32", "rope_start": "i32"} | _SIZES,
     ),
     "delta": _entry(
         delta_kernel,
