@@ -1,7 +1,7 @@
 """The stages of a worker, overlapped: while a batch is encoded, stored and committed, the next one already runs.
 
-    claim ─► text ─► denoise ─► decode ─► encode and store each picture ─► complete (fenced)
-             a thread per batch,          a pool of threads               event loop
+    claim ─► text ─► denoise ─► decode ─► check, encode and store each picture ─► complete (fenced)
+             a thread per batch,          that thread, and a pool of others      event loop
              a lock per stage
 
 A batch keeps its thread from stage to stage: a change of threads costs more than a stage of a small model. At most
@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -27,15 +27,14 @@ from flashbulb_service.backends import Embeddings, ImageRequest, OnStep, Student
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.catalog import Model
 from flashbulb_service.errors import BackendError, OutOfMemory, QueueUnavailable
-from flashbulb_service.images import encode_image
+from flashbulb_service.finishing import Finished, Finisher, Undeliverable
 from flashbulb_service.jobs import Job, JobError
 from flashbulb_service.observability import job_context
 from flashbulb_service.outages import OutageLog
-from flashbulb_service.provenance import Marker, Origin
+from flashbulb_service.provenance import Marker
 from flashbulb_service.queue import Queue
-from flashbulb_service.results import ResultStore, result_id
-from flashbulb_service.safety import CODE as CONTENT_POLICY
-from flashbulb_service.safety import ImageChecker, PictureHeldBack, check_picture
+from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import ImageChecker
 from flashbulb_service.scheduler import Scheduler, halves
 from flashbulb_service.tasks import ImageOutcome, ImageTask
 from flashbulb_service.worker_metrics import WorkerMetrics
@@ -95,11 +94,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One finished batch."""
+    """One drawn batch, whose pictures are being finished."""
 
-    rows: list[tuple[Job, ImageTask]]
-    pictures: np.ndarray
+    size: int  # rows that were drawn
+    rows: "list[tuple[Job, ImageTask, Future[Finished]]]"  # those that are still wanted
     stages_ms: dict[str, float]
+    drawn_at: float  # by the monotonic clock
 
 
 class Pipeline:
@@ -128,13 +128,11 @@ class Pipeline:
             server_time: seconds since the epoch by the queue's clock.
         """
         self._queue = queue
-        self._results = results
         self._scheduler = scheduler
         self._worker_id = worker_id
         self._backend_name = backend_name
         self._lease_s = lease_s
-        self._marker = marker
-        self._checker = checker
+        self._finisher = Finisher(results, marker, checker)
         self._metrics = metrics
         self._cache = cache
         self._server_time = server_time
@@ -259,9 +257,8 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
             await self._after_failure(claim, rows, error)
         else:
-            start = time.monotonic()
             await self._deliver(claim, drawn)
-            self._deliveries_ms.append((time.monotonic() - start) * 1000)
+            self._deliveries_ms.append((time.monotonic() - drawn.drawn_at) * 1000)
 
     async def _draw(self, claim: Claim, rows: list[tuple[Job, ImageTask]], *, is_whole: bool) -> Drawn:
         loop, started_at = asyncio.get_running_loop(), self._server_time()
@@ -271,8 +268,6 @@ class Pipeline:
                 loop.call_soon_threadsafe(self._note_drawn, claim, stages_ms)
 
         drawn = await loop.run_in_executor(self._drawers, self._run_stages, claim, rows, note_denoised)
-        if len(drawn.pictures) != len(rows):
-            raise BackendError(f"expected {len(rows)} pictures of the backend, got {len(drawn.pictures)}")
         self._note_batch(claim.loaded, [job for job, _ in rows], drawn.stages_ms, started_at)
         return drawn
 
@@ -298,7 +293,31 @@ class Pipeline:
         watch = self._watch(claim, rows)
         latents = stage("denoise", lambda: student.denoise(requests, embeddings, watch))
         note_denoised(dict(clock))
-        return Drawn(rows, stage("decode", lambda: student.decode(latents)), clock)
+        pictures = stage("decode", lambda: student.decode(latents))
+        if len(pictures) != len(rows):
+            raise BackendError(f"expected {len(rows)} pictures of the backend, got {len(pictures)}")
+        drawn_at = time.monotonic()
+        wanted = [
+            (job, task, pixels)
+            for (job, task), pixels in zip(rows, pictures, strict=True)
+            if job.id not in claim.lost
+        ]
+        return Drawn(len(rows), self._start_finishing(claim.loaded.model, wanted), clock, drawn_at)
+
+    def _start_finishing(
+        self, model: Model, pictures: list[tuple[Job, ImageTask, np.ndarray]]
+    ) -> "list[tuple[Job, ImageTask, Future[Finished]]]":
+        """Finish the first picture here, the shortest way for a batch of one, and the others on other threads."""
+
+        def finish(job: Job, task: ImageTask, pixels: np.ndarray) -> Finished:
+            return self._finisher.finish(model, job.id, task, pixels)
+
+        others = [
+            (job, task, self._encoders.submit(finish, job, task, pixels))
+            for job, task, pixels in pictures[1:]
+        ]
+        first = [(job, task, _settled(finish, job, task, pixels)) for job, task, pixels in pictures[:1]]
+        return first + others
 
     def _encode_prompts(self, loaded: LoadedModel, requests: list[ImageRequest]) -> Embeddings:
         if self._cache is None:
@@ -356,57 +375,32 @@ class Pipeline:
             await self._run_batch(claim, part)
 
     async def _deliver(self, claim: Claim, drawn: Drawn) -> None:
-        deliveries = [
-            self._deliver_row(claim, job, task, pixels, drawn)
-            for (job, task), pixels in zip(drawn.rows, drawn.pictures, strict=True)
-            if job.id not in claim.lost
-        ]
+        deliveries = [self._deliver_row(claim, drawn, *row) for row in drawn.rows]
         for ended in await asyncio.gather(*deliveries, return_exceptions=True):
             if isinstance(ended, BaseException):
                 raise ended
 
     async def _deliver_row(
-        self, claim: Claim, job: Job, task: ImageTask, pixels: np.ndarray, drawn: Drawn
+        self, claim: Claim, drawn: Drawn, job: Job, task: ImageTask, finishing: "Future[Finished]"
     ) -> None:
-        """Check, encode, store, then commit: a result that is announced can be read."""
+        """Finish, store, then commit: a result that is announced can be read."""
         with job_context(job, task.request_id):
-            if await self._allowed(job, pixels):
-                await self._store(claim, job, task, pixels, drawn)
+            try:
+                finished = await asyncio.wrap_future(finishing)
+                finished = await self._finisher.store_remotely(finished)
+            except Undeliverable as error:
+                await self._fail(job, error.code, error.reason, retry=error.retry)
+            else:
+                await self._commit(claim, drawn, job, task, finished)
 
-    async def _allowed(self, job: Job, pixels: np.ndarray) -> bool:
-        """Check a picture; one that is not allowed, or cannot be checked, ends without a result."""
-        if self._checker is None:
-            return True
-        try:
-            await asyncio.get_running_loop().run_in_executor(
-                self._encoders, check_picture, self._checker, pixels
-            )
-        except PictureHeldBack as error:
-            await self._fail(job, CONTENT_POLICY, error, retry=False)
-        except Exception as error:  # noqa: BLE001  a checker may raise anything, and then it has not allowed it
-            await self._fail(job, "safety_check_failed", error, retry=True)
-        else:
-            return True
-        return False
-
-    async def _store(self, claim: Claim, job: Job, task: ImageTask, pixels: np.ndarray, drawn: Drawn) -> None:
-        start = time.perf_counter()
-        try:
-            file = result_id(job.id, task.image_format)
-            data, encoded = await asyncio.get_running_loop().run_in_executor(
-                self._encoders, self._encode, claim.loaded.model, task, pixels, file
-            )
-            if not self._results.is_local:
-                await self._results.put(file, data)
-        except Exception as error:  # noqa: BLE001  so does what a store raises
-            await self._fail(job, "store_failed", error, retry=True)
-            return
-        stored = time.perf_counter()
+    async def _commit(
+        self, claim: Claim, drawn: Drawn, job: Job, task: ImageTask, finished: Finished
+    ) -> None:
         outcome = ImageOutcome(
-            file=file,
-            batch_size=len(drawn.rows),
+            file=finished.file,
+            batch_size=drawn.size,
             batch_ms=sum(drawn.stages_ms.values()),
-            encode_ms=(stored - start) * 1000,
+            encode_ms=(finished.encode_s + finished.store_s) * 1000,
             stages_ms=drawn.stages_ms,
             bundle_sha256=claim.loaded.model.bundle.sha256,
             backend=self._backend_name,
@@ -416,24 +410,14 @@ class Pipeline:
             job,
             outcome.to_bytes(),
             device_ms=outcome.batch_ms / outcome.batch_size,
-            attached=data if job.awaited and len(data) <= MAX_ATTACHED_BYTES else b"",
+            attached=finished.data if job.awaited and len(finished.data) <= MAX_ATTACHED_BYTES else b"",
         )
         if stands:
-            log.info("job %s done in a batch of %d", job.id, len(drawn.rows))
-            self._metrics.delivered(job.model, task.width * task.height, encoded - start, stored - encoded)
+            log.info("job %s done in a batch of %d", job.id, drawn.size)
+            self._metrics.delivered(job.model, task.width * task.height, finished.encode_s, finished.store_s)
         else:
             self._metrics.commit_rejected(job.model)
             log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
-
-    def _encode(self, model: Model, task: ImageTask, pixels: np.ndarray, file: str) -> tuple[bytes, float]:
-        """Make a file of a picture, and write it where that takes no network; also tell when it was encoded."""
-        origin = Origin(model.id, model.bundle.sha256, task.seed, task.index, task.prompt)
-        data = encode_image(pixels, task.image_format, task.quality)
-        data = self._marker.apply(data, task.image_format, origin)
-        encoded = time.perf_counter()
-        if self._results.is_local:
-            self._results.write(file, data)
-        return data, encoded
 
     async def _fail(
         self, job: Job, code: str, error: Exception, *, retry: bool, task: ImageTask | None = None
@@ -467,6 +451,16 @@ class Pipeline:
         finally:
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
+
+
+def _settled(work: Callable[..., Result], *args: object) -> "Future[Result]":
+    """Do work on this thread, and return it as if another one had done it."""
+    future: Future[Result] = Future()
+    try:
+        future.set_result(work(*args))
+    except Exception as error:  # noqa: BLE001  whoever reads the future gets it
+        future.set_exception(error)
+    return future
 
 
 def _stop_if_abandoned(claim: Claim, rows: Sequence[tuple[Job, ImageTask]]) -> None:

@@ -6,6 +6,7 @@ a bucket has lifecycle rules for that.
 
 import contextlib
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from obstore.store import LocalStore, ObjectStore, from_url
 
 from flashbulb_service.errors import InvalidRequest, ServerStartError
 from flashbulb_service.formats import MEDIA_TYPES, ImageFormat
+
+PART = ".part"  # ends the names of files that are being written
 
 # One path segment of safe characters: nothing that a file system or a URL could read as a direction.
 _RESULT_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(png|jpeg|webp)$")
@@ -74,7 +77,16 @@ class ResultStore:
         Raises:
             ValueError: the name is no result id.
         """
-        obstore.put(self._store, _checked(name), data)
+        if self._folder is None:
+            obstore.put(self._store, _checked(name), data)
+            return
+        part = self._folder / f".{_checked(name)}.{secrets.token_hex(4)}{PART}"
+        try:
+            part.write_bytes(data)
+            part.replace(self._folder / name)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
     async def put(self, name: str, data: bytes) -> None:
         """Write a picture from the event loop; otherwise as `write`."""
@@ -97,6 +109,10 @@ class ResultStore:
         oldest = (time.time() if now is None else now) - self.ttl_s
         kept_bytes = 0
         removed = 0
+        for part in self._folder.glob(f".*{PART}"):  # of a worker that was killed while it wrote
+            with contextlib.suppress(FileNotFoundError):
+                if part.stat().st_mtime < oldest:
+                    part.unlink()
         for modified, size, path in sorted(_pictures(self._folder), reverse=True):  # the newest first
             kept_bytes += size
             if modified < oldest or kept_bytes > self.max_bytes:

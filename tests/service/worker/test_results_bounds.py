@@ -23,3 +23,21 @@ async def test_a_folder_of_results_is_closed_to_others(tmp_path: Path) -> None:
     store = ResultStore((tmp_path / "results").as_uri(), ttl_s=100)
     await store.put("a.png", b"picture")
     assert (tmp_path / "results").stat().st_mode & 0o077 == 0
+
+
+async def test_what_a_killed_worker_was_writing_is_cleaned_and_never_served(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    store = ResultStore(folder.as_uri(), ttl_s=100)
+    for age, name in ((0, ".a.png.1234.part"), (200, ".b.png.5678.part")):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (1000 - age, 1000 - age))
+    store.clean(now=1000)
+    assert [path.name for path in folder.iterdir()] == [".a.png.1234.part"]
+    assert await store.get(".a.png.1234.part") is None
+
+
+def test_a_written_picture_is_whole_and_alone(tmp_path: Path) -> None:
+    store = ResultStore((tmp_path / "results").as_uri(), ttl_s=100)
+    store.write("a.png", b"first")
+    store.write("a.png", b"second")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()} == {"a.png": b"second"}
