@@ -1,10 +1,15 @@
 """flashbulb distill: from a teacher to a verified bundle."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .run import Run
 
 app = typer.Typer(
     help="Distil a diffusion teacher into a one-step or few-step student.", no_args_is_help=True
@@ -17,6 +22,12 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override one value of the recipe, like --set adm.steps=100")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/<name> by default")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", help="what trains: auto, cpu, cuda or cuda:N; each process of torchrun has its own"
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")]
 
 
@@ -27,16 +38,22 @@ def distill() -> None:
 
 @app.command(
     epilog="Examples:  flashbulb distill run distill/recipes/emoji.yaml  |  "
-    "flashbulb distill run my.yaml --set adm.steps=100 --out runs/try --resume"
+    "flashbulb distill run my.yaml --set adm.steps=100 --out runs/try --resume  |  "
+    "torchrun --nproc-per-node=8 --no-python flashbulb distill run my.yaml --resume"
 )
-def run(recipe: RecipePath, set_: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+def run(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    device: Device = "auto",
+) -> None:
     """Run all stages: pairs, regression (where asked for), adp, adm, evaluate, export with its parity gate."""
-    from .run import start_run
-    from .train.recipe import load_recipe
-
-    loaded = load_recipe(recipe, set_ or ())
-    started = start_run(loaded, out or Path("runs") / loaded.name, resume=resume)
-    parity = started.export()
+    with _started(recipe, set_, out, resume=resume, device=device) as started:
+        parity = started.export()
+    if not started.ranks.is_first:
+        return
+    loaded = started.recipe
     table = started.out / "evaluation" / "table.md"
     if table.exists():
         print(table.read_text())
@@ -48,15 +65,28 @@ def run(recipe: RecipePath, set_: Overrides = None, out: Out = None, resume: Res
     )
 
 
-def _stage(name: str, text: str) -> None:
-    def command(recipe: RecipePath, set_: Overrides = None, out: Out = None) -> None:
-        from .run import start_run
-        from .train.recipe import load_recipe
+@contextmanager
+def _started(
+    recipe: Path, overrides: list[str] | None, out: Path | None, *, resume: bool, device: str
+) -> Iterator["Run"]:
+    """Join the other processes, if torchrun started several, and prepare the run."""
+    from .ranks import joined, own_device
+    from .run import start_run
+    from .train.recipe import load_recipe
 
-        loaded = load_recipe(recipe, set_ or ())
-        started = start_run(loaded, out or Path("runs") / loaded.name, resume=True)
-        getattr(started, name)()
-        print(f"{name}: done, in {started.out}")
+    loaded = load_recipe(recipe, overrides or ())
+    where = own_device(device)
+    folder = out or Path("runs") / loaded.name
+    with joined(where) as ranks:
+        yield start_run(loaded, folder, resume=resume, ranks=ranks, device=where)
+
+
+def _stage(name: str, text: str) -> None:
+    def command(recipe: RecipePath, set_: Overrides = None, out: Out = None, device: Device = "auto") -> None:
+        with _started(recipe, set_, out, resume=True, device=device) as started:
+            getattr(started, name)()
+        if started.ranks.is_first:
+            print(f"{name}: done, in {started.out}")
 
     command.__doc__ = text
     app.command(name.replace("_", "-"))(command)

@@ -3,12 +3,13 @@
     <out>/recipe.json           the resolved recipe
     <out>/pairs/                index.jsonl, shards
     <out>/regression/           as adp/, where the recipe asks for it
-    <out>/adp/, <out>/adm/      metrics.jsonl, checkpoint.safetensors, student.safetensors
+    <out>/adp/, <out>/adm/      metrics.jsonl, checkpoint-*.safetensors, student.safetensors
     <out>/teacher/              evaluation.json: the teacher's own figures
     <out>/evaluation/           teacher.json, student.json, table.md, grid.png
     <out>/bundle/<name>/<version>/
 
 A stage that is done leaves stage.json with the hash of all that it was made from; it runs again only if that changed.
+Pairs and training run on all ranks and their devices; evaluation and export on the first rank's CPU.
 """
 
 import json
@@ -38,6 +39,7 @@ from .export.generate import Generate, student_images, teacher_images
 from .export.parity import Parity
 from .pairs.generate import generate_pairs
 from .pairs.store import read_pairs
+from .ranks import ALONE, Ranks
 from .teachers.denoiser import Condition
 from .teachers.emoji import EmojiDenoiser, EmojiTeacher, load_emoji_teacher
 from .train.build import build_adm, build_adp, build_regression, student_of
@@ -46,6 +48,7 @@ from .train.trainer import Method, train
 
 STUDENT = "student.safetensors"
 GRID_COLUMNS = 10
+CPU = torch.device("cpu")
 
 
 class Progress:
@@ -79,10 +82,21 @@ class Run:
     recipe: Recipe
     out: Path
     progress: Progress
+    ranks: Ranks = ALONE
+    device: torch.device = CPU
+
+    @cached_property
+    def trained_teacher(self) -> EmojiTeacher:
+        """The frozen teacher on the device of the training."""
+        if self.device == CPU:
+            return self.teacher
+        return load_emoji_teacher(
+            self.recipe.teacher, bf16=self.recipe.precision == "bfloat16", device=self.device
+        )
 
     @cached_property
     def teacher(self) -> EmojiTeacher:
-        """The frozen teacher."""
+        """The frozen teacher on the CPU."""
         return load_emoji_teacher(self.recipe.teacher, bf16=self.recipe.precision == "bfloat16")
 
     @cached_property
@@ -107,12 +121,12 @@ class Run:
     @cached_property
     def condition(self) -> Condition:
         """The prompts' embeddings."""
-        return self.teacher.encode(self.prompts)
+        return self.trained_teacher.encode(self.prompts)
 
     @cached_property
     def uncond(self) -> Condition:
         """The empty prompt's embedding."""
-        return self.teacher.encode([""])
+        return self.trained_teacher.encode([""])
 
     @property
     def measures(self) -> EvaluateRecipe:
@@ -143,7 +157,7 @@ class Run:
         self._claim(folder, identity)
         generate_pairs(
             folder,
-            self.teacher.denoiser,
+            self.trained_teacher.denoiser,
             self.prompts,
             self.condition,
             self.uncond,
@@ -153,6 +167,7 @@ class Run:
             guidance=recipe.pairs.guidance,
             draws=Draws(recipe.seed),
             batch_size=recipe.pairs.batch_size,
+            ranks=self.ranks,
             progress=lambda done, total: self.progress("pairs", done, total),
         )
         return self._finish(folder, identity)
@@ -167,7 +182,7 @@ class Run:
 
         def build() -> Method:
             pairs = read_pairs(self.out / "pairs")
-            return build_regression(recipe, stage, self.teacher, pairs, self.condition)
+            return build_regression(recipe, stage, self.trained_teacher, pairs, self.condition, self.ranks)
 
         return self._train("regression", identity, build, stage.steps, stage.ema, average_from=0)
 
@@ -179,7 +194,8 @@ class Run:
 
         def build() -> Method:
             start = None if recipe.regression is None else load_file(self.out / "regression" / STUDENT)
-            return build_adp(recipe, self.teacher, read_pairs(self.out / "pairs"), self.condition, start)
+            pairs = read_pairs(self.out / "pairs")
+            return build_adp(recipe, self.trained_teacher, pairs, self.condition, start, self.ranks)
 
         return self._train("adp", identity, build, recipe.adp.steps, recipe.adp.ema, recipe.adp.warmup_steps)
 
@@ -192,7 +208,7 @@ class Run:
 
         def build() -> Method:
             start = load_file(self.out / "adp" / STUDENT)
-            return build_adm(recipe, self.teacher, self.condition, self.uncond, start)
+            return build_adm(recipe, self.trained_teacher, self.condition, self.uncond, start, self.ranks)
 
         return self._train("adm", identity, build, recipe.adm.steps, recipe.adm.ema, recipe.adm.warmup_steps)
 
@@ -201,6 +217,9 @@ class Run:
         parent = self.adm()
         if self.recipe.evaluate is None:
             return parent, None
+        return self.ranks.first(lambda: self._evaluate(parent))
+
+    def _evaluate(self, parent: str) -> tuple[str, Comparison]:
         teacher = self.evaluate_teacher()
         identity = digest(
             {
@@ -238,8 +257,11 @@ class Run:
 
     def export(self) -> list[Parity]:
         """Export the student as a verified bundle; the parity gate must pass. [] where the bundle is there already."""
-        recipe = self.recipe
         _, comparison = self.evaluate()
+        return self.ranks.first(lambda: self._export(comparison))
+
+    def _export(self, comparison: Comparison | None) -> list[Parity]:
+        recipe = self.recipe
         metrics: dict[str, float] = {}
         if comparison is not None:
             for name, estimate in comparison:
@@ -310,8 +332,10 @@ class Run:
             identity=identity,
             average_from=average_from,
             report=self.progress,
+            ranks=self.ranks,
         )
-        save_file({name: value.contiguous() for name, value in averages.items()}, folder / STUDENT)
+        if self.ranks.is_first:
+            save_file({name: value.contiguous() for name, value in averages.items()}, folder / STUDENT)
         return self._finish(folder, identity)
 
     def _measure(
@@ -351,29 +375,46 @@ class Run:
     # A stage's folder.
 
     def _done(self, folder: Path, identity: str) -> bool:
+        return self.ranks.first(lambda: self._is_done(folder, identity))
+
+    def _is_done(self, folder: Path, identity: str) -> bool:
         path = folder / "stage.json"
         if not path.exists():
             return False
         found = json.loads(path.read_text())
         if found["identity"] != identity:
+            keys = differing_keys(found.get("recipe", {}), self.recipe.model_dump(mode="json"))
+            what = f"a recipe with other {', '.join(keys)}" if keys else "another teacher or other data"
             raise RecipeError(
-                f"{folder}: was made from another recipe, teacher or data; "
-                "choose another --out, or delete this folder and those after it"
+                f"{folder}: was made from {what}; choose another --out, or delete this folder and those after it"
             )
         return bool(found["done"])
 
     def _claim(self, folder: Path, identity: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write(folder, identity, done=False)
+        self.ranks.first(lambda: self._write(folder, identity, done=False))
 
     def _finish(self, folder: Path, identity: str) -> str:
-        self._write(folder, identity, done=True)
+        self.ranks.first(lambda: self._write(folder, identity, done=True))
         return identity
 
     def _write(self, folder: Path, identity: str, *, done: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".stage.json.tmp"
-        temporary.write_text(json.dumps({"identity": identity, "done": done}) + "\n")
+        record = {"identity": identity, "done": done, "recipe": self.recipe.model_dump(mode="json")}
+        temporary.write_text(json.dumps(record) + "\n")
         temporary.replace(folder / "stage.json")
+
+
+def differing_keys(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> list[str]:
+    """Return the keys, written like adm.steps, in which two recipes differ."""
+    keys: list[str] = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.append(prefix + key)
+    return keys
 
 
 def code_version() -> str:
@@ -385,12 +426,20 @@ def code_version() -> str:
         return "unknown"
 
 
-def start_run(recipe: Recipe, out: Path, *, resume: bool) -> Run:
+def start_run(
+    recipe: Recipe, out: Path, *, resume: bool, ranks: Ranks = ALONE, device: torch.device = CPU
+) -> Run:
     """Prepare a run's folder and write what is needed to repeat the run.
 
     Raises:
         RecipeError: the folder holds a run and `resume` was not asked for.
     """
+    ranks.first(lambda: _prepare(recipe, out, resume=resume))
+    torch.manual_seed(recipe.seed)
+    return Run(recipe, out, Progress(), ranks, device)
+
+
+def _prepare(recipe: Recipe, out: Path, *, resume: bool) -> None:
     if out.exists() and any(out.iterdir()) and not resume:
         raise RecipeError(
             f"{out}: expected a new folder, found files; pass --resume to go on, or another --out"
@@ -405,5 +454,3 @@ def start_run(recipe: Recipe, out: Path, *, resume: bool) -> Run:
         "versions": versions,
     }
     (out / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
-    torch.manual_seed(recipe.seed)
-    return Run(recipe, out, Progress())

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from flashbulb_distill.bundle import hash_file
 from flashbulb_distill.teachers.patch_codec import PatchCodec, fit_linear, to_pixels
 from flashbulb_distill.teachers.text import encode_prompts, load_text_encoder, load_tokenizer
-from flashbulb_distill.train.checkpoint import load_checkpoint, save_checkpoint
+from flashbulb_distill.train.checkpoint import State, load_checkpoint, save_checkpoint
 
 HERE = Path(__file__).parent
 SEED = 20261122
@@ -121,10 +121,9 @@ def main() -> None:
     modules, optimizers = {"teacher": model}, {"teacher": optimizer_of(model)}
     optimizer = optimizers["teacher"]
     identity = f"steps {args.steps}, data {hash_file(args.data / 'train.safetensors')}"
-    step = 0
-    newest = args.run / "checkpoint.safetensors"
-    if newest.exists():
-        step = load_checkpoint(newest, modules, optimizers, averages, identity)
+    state = State(modules, optimizers, averages)
+    step = load_checkpoint(args.run, state, identity)
+    if step:
         print(f"going on from step {step}")
 
     log = (args.run / "log.jsonl").open("a")
@@ -176,7 +175,7 @@ def main() -> None:
             print(json.dumps(line), file=log, flush=True)
             print(line, flush=True)
         if step % args.save_every == 0 or step == stop_at:
-            save_checkpoint(newest, step, modules, optimizers, averages, identity)
+            save_checkpoint(args.run, step, state, identity)
     if step == args.steps and args.export:
         export(args.export, model, averages, PatchCodec.from_pretrained(args.run / "codec"))
 

@@ -122,3 +122,28 @@ def test_a_gpu_worker_asks_for_one_gpu() -> None:
     container = find("gpu", "Deployment", "worker")["spec"]["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert container["image"].startswith("flashbulb-worker-gpu:")
+
+
+TRAINING = KUBERNETES.parent / "training"
+
+
+def test_the_training_job_fits_its_schema_and_starts_what_there_is() -> None:
+    from typer.testing import CliRunner
+
+    from flashbulb_distill.cli import app
+
+    service, job = yaml.safe_load_all((TRAINING / "kubernetes.yaml").read_text(encoding="utf-8"))
+    for one in (service, job):
+        kubernetes_validate.validate(one, "1.31", strict=True)
+    pod = job["spec"]["template"]["spec"]
+    arguments = pod["containers"][0]["args"]
+    # Every pod finds the first one by the job's name, its index and the headless service.
+    assert f"--rdzv-endpoint={job['metadata']['name']}-0.{service['metadata']['name']}:29400" in arguments
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert f"--nnodes={job['spec']['parallelism']}" in arguments
+    assert f"--nproc-per-node={pod['containers'][0]['resources']['limits']['nvidia.com/gpu']}" in arguments
+    command = arguments[arguments.index("flashbulb") :]
+    assert command[:3] == ["flashbulb", "distill", "run"]
+    told = CliRunner().invoke(app, ["run", "--help"]).output
+    assert all(option.split("=")[0] in told for option in command if option.startswith("--"))
+    assert "--resume" in command

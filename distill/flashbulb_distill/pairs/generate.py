@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..core.draws import Draws
 from ..core.sampler import sample_ode
+from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, guided_x0
-from .store import append_shard, start_store
+from .store import add_to_index, start_store, write_shard
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def sample_teacher(
     """Sample clean latents from unit noise [b, ...] by the teacher's guided probability-flow ODE."""
 
     def denoise(xt: Tensor, t: float) -> Tensor:
-        return guided_x0(denoiser, xt, torch.full((len(xt),), t), cond, uncond, guidance)
+        return guided_x0(denoiser, xt, torch.full((len(xt),), t, device=xt.device), cond, uncond, guidance)
 
     x_0: Tensor = sample_ode(denoise, noise, num_steps, prediction="x0", schedule=denoiser.schedule)
     return x_0
@@ -38,20 +39,34 @@ def generate_pairs(
     guidance: float,
     draws: Draws,
     batch_size: int = 64,
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Fill a store with `count` pairs, going on where it ends; pair i depends on (seed, i) alone.
+
+    Several ranks make a batch each at a time; the store is the same, byte for byte, however many there are.
 
     Args:
         cond: the prompts' embeddings, one row each.   uncond: one row, the empty prompt's.
         progress: called with (pairs done, pairs wanted).
     """
-    done = start_store(folder, prompts)
+    device = next(denoiser.parameters(), torch.empty(0)).device
+    done, num_shards = ranks.first(lambda: start_store(folder, prompts))
     while done < count:
-        samples = range(done, min(done + batch_size, count))
-        prompt = torch.from_numpy(draws.integers("pairs/prompt", 0, samples, len(prompts)))
-        x_T = torch.from_numpy(draws.normal("pairs/noise", 0, samples, latent_shape))
-        x_0 = sample_teacher(denoiser, x_T, cond.take(prompt), uncond, num_steps=num_steps, guidance=guidance)
-        append_shard(folder, x_T, x_0, prompt)
-        done += len(samples)
-        progress(done, count)
+        starts = range(done, count, batch_size)[: ranks.count]
+        entry = None
+        if ranks.index < len(starts):
+            samples = range(starts[ranks.index], min(starts[ranks.index] + batch_size, count))
+            prompt = torch.from_numpy(draws.integers("pairs/prompt", 0, samples, len(prompts)))
+            x_T = torch.from_numpy(draws.normal("pairs/noise", 0, samples, latent_shape)).to(device)
+            x_0 = sample_teacher(
+                denoiser, x_T, cond.take(prompt), uncond, num_steps=num_steps, guidance=guidance
+            )
+            entry = write_shard(folder, num_shards + ranks.index, x_T, x_0, prompt)
+        entries = [made for made in ranks.gather(entry) if made is not None]
+        if ranks.is_first:
+            add_to_index(folder, entries)
+        num_shards += len(entries)
+        done += sum(made["count"] for made in entries)
+        if ranks.is_first:
+            progress(done, count)

@@ -5,6 +5,7 @@ index ends.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ class Pairs:
         return len(self.prompt)
 
 
-def start_store(folder: Path, prompts: tuple[str, ...]) -> int:
-    """Create the store or check that an existing one has the same prompts; return how many pairs it holds.
+def start_store(folder: Path, prompts: tuple[str, ...]) -> tuple[int, int]:
+    """Create the store or check that an existing one has the same prompts; return how many pairs and shards it holds.
 
     Raises:
         ValueError: the folder holds pairs of other prompts.
@@ -48,19 +49,25 @@ def start_store(folder: Path, prompts: tuple[str, ...]) -> int:
     else:
         path.write_text(json.dumps(prompts))
     _drop_torn_line(folder / INDEX)
-    return sum(entry["count"] for entry in _entries(folder))
+    entries = _entries(folder)
+    return sum(entry["count"] for entry in entries), len(entries)
 
 
-def append_shard(folder: Path, x_T: Tensor, x_0: Tensor, prompt: Tensor) -> None:
-    """Write one shard and then its line in the index."""
-    name = f"shard-{len(_entries(folder)):05d}.safetensors"
+def write_shard(folder: Path, number: int, x_T: Tensor, x_0: Tensor, prompt: Tensor) -> dict[str, Any]:
+    """Write one shard and return its entry, which `add_to_index` makes count."""
+    name = f"shard-{number:05d}.safetensors"
     temporary = folder / f".{name}.tmp"
     tensors = {"x_T": x_T.half(), "x_0": x_0.half(), "prompt": prompt}
     save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
     entry = {"file": name, "count": len(prompt), "sha256": hash_file(temporary)}
     temporary.replace(folder / name)
+    return entry
+
+
+def add_to_index(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Make written shards part of the store."""
     with (folder / INDEX).open("a") as index:
-        index.write(json.dumps(entry) + "\n")
+        index.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 def read_pairs(folder: Path) -> Pairs:

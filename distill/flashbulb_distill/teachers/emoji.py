@@ -31,7 +31,7 @@ class EmojiDenoiser(Denoiser):
 
     def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Return the network's estimate of x0, float32 [b, 64, 8, 8]."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.transformer(
                 hidden_states=xt,
                 timestep=t * TIMESTEP_SCALE,
@@ -89,12 +89,14 @@ class EmojiTeacher:
 
     def new_denoiser(self, *, bf16: bool) -> EmojiDenoiser:
         """Return a trainable copy of the teacher's network."""
-        copy = load_transformer(self.folder)
-        return EmojiDenoiser(copy, bf16=bf16)
+        copy = EmojiDenoiser(load_transformer(self.folder), bf16=bf16)
+        return copy.to(next(self.denoiser.parameters()).device)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts, any number of them."""
-        return Condition(*encode_prompts(self.text_encoder, self.tokenizer, prompts))
+        """Encode prompts, any number of them, for the network's device. The text encoder stays on the CPU."""
+        device = next(self.denoiser.parameters()).device
+        tokens, pooled = encode_prompts(self.text_encoder, self.tokenizer, prompts)
+        return Condition(tokens.to(device), pooled.to(device))
 
     def sha256(self) -> dict[str, str]:
         """Return the hashes of the teacher's weight files, by path in its folder."""
@@ -110,8 +112,10 @@ def load_transformer(folder: Path) -> SD3Transformer2DModel:
     return cast(SD3Transformer2DModel, model)
 
 
-def load_emoji_teacher(folder: Path, *, bf16: bool = False) -> EmojiTeacher:
-    """Load a teacher of the demo family, frozen.
+def load_emoji_teacher(
+    folder: Path, *, bf16: bool = False, device: torch.device | None = None
+) -> EmojiTeacher:
+    """Load a teacher of the demo family, frozen, onto a device.
 
     Raises:
         FileNotFoundError: the folder is not a teacher folder.
@@ -126,6 +130,6 @@ def load_emoji_teacher(folder: Path, *, bf16: bool = False) -> EmojiTeacher:
     codec = PatchCodec.from_pretrained(
         folder, subfolder="codec", torch_dtype=torch.float32, local_files_only=True
     )
-    denoiser.requires_grad_(False).eval()
-    codec.requires_grad_(False).eval()
+    denoiser.requires_grad_(False).eval().to(device)
+    codec.requires_grad_(False).eval().to(device)
     return EmojiTeacher(folder, denoiser, cast(PatchCodec, codec), load_text_encoder(), load_tokenizer())

@@ -16,9 +16,10 @@ from ..core.sampler import sample_steps
 from ..core.schedule import Schedule, add_noise, alpha_sigma, ode_step
 from ..core.times import adm_times
 from ..losses import discriminator_hinge, generator_hinge, velocity_loss
+from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
 from .recipe import AdmRecipe
-from .step import accuracy_by_time, update
+from .step import accuracy_by_time, device_of, sender, update
 
 
 def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -50,6 +51,7 @@ class Adm:
     fake: Denoiser
     latent: nn.Module
     optimizers: Mapping[str, Optimizer]
+    ranks: Ranks = ALONE
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -59,7 +61,7 @@ class Adm:
     def step(self, step: int) -> dict[str, float]:
         """Update the fake score and the heads, and the student after the warm-up, every `update_ratio` steps."""
         recipe, draws = self.recipe, self.draws
-        rows = range(recipe.batch_size)
+        rows, send = self.ranks.rows(recipe.batch_size), sender(device_of(self.student))
         moves = step >= recipe.warmup_steps and step % recipe.update_ratio == 0
 
         picks = torch.from_numpy(draws.integers("adm/prompt", step, rows, len(self.cond)))
@@ -72,9 +74,9 @@ class Adm:
         # One noised student sample, two short steps down the flow: by the teacher and by the fake score.
         low, high = recipe.time_range
         uniform = draws.uniform("adm/time", step, rows)
-        t = torch.from_numpy(adm_times(uniform, low=max(low, recipe.delta_t), high=high)).float()
+        t = send(adm_times(uniform, low=max(low, recipe.delta_t), high=high)).float()
         s = (t - recipe.delta_t).clamp(min=0)
-        eps = torch.from_numpy(draws.normal("adm/noise", step, rows, x_0.shape[1:]))
+        eps = send(draws.normal("adm/noise", step, rows, x_0.shape[1:]))
         xt = add_noise(self.teacher.schedule, x_0, eps, spread(t, x_0))  # float32, as both steps must be
         with torch.no_grad():
             real_x0 = guided_x0(self.teacher, xt, t, cond, self.uncond, recipe.guidance)
@@ -92,13 +94,13 @@ class Adm:
         twice = Condition(cond.tokens.repeat(2, 1, 1), cond.pooled.repeat(2, 1))
         real, guess = self.latent(torch.cat([x_real, x_fake.detach()]), torch.cat([s, s]), twice).chunk(2)
         loss = discriminator_hinge(real, guess)
-        update(loss, [self.optimizers["latent"]], recipe.clip)
+        update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
         logs |= {"latent_hinge": loss.item(), "margin": (real - guess).mean().item()}
         logs |= accuracy_by_time(real, guess, s)
 
         if moves:
             adversarial = generator_hinge(self.latent(x_fake, s, cond))
-            logs["student_norm"] = update(adversarial, [self.optimizers["student"]], recipe.clip)
+            logs["student_norm"] = update(adversarial, [self.optimizers["student"]], recipe.clip, self.ranks)
             logs["student_loss"] = adversarial.item()
         return logs
 
@@ -108,15 +110,14 @@ class Adm:
 
     def _generate(self, step: int, rows: range, cond: Condition) -> Tensor:
         """Sample the student as it is used, up to a drawn step; only that step carries a gradient."""
+        send = sender(device_of(self.student))
         last = int(self.draws.integers("adm/stop", step, [0], len(self.time_steps))[0])
         shape = self.latent_shape
-        noises = [
-            torch.from_numpy(self.draws.normal(f"adm/start/{i}", step, rows, shape)) for i in range(last + 1)
-        ]
+        noises = [send(self.draws.normal(f"adm/start/{i}", step, rows, shape)) for i in range(last + 1)]
 
         def denoise(xt: Tensor, t: float) -> Tensor:
             with torch.set_grad_enabled(torch.is_grad_enabled() and t == self.time_steps[last]):
-                out: Tensor = self.student(xt, torch.full((len(xt),), t), cond)
+                out: Tensor = self.student(xt, torch.full((len(xt),), t, device=xt.device), cond)
                 return out
 
         *_, x_0 = sample_steps(
@@ -131,13 +132,13 @@ class Adm:
 
     def _update_fake(self, step: int, rows: range, x_0: Tensor, cond: Condition) -> dict[str, float]:
         """Train the fake score on the student's samples, by the teacher's own denoising loss."""
-        losses = []
+        losses, send = [], sender(x_0.device)
         for index in range(self.recipe.fake_updates):
             name = f"adm/fake/{index}"
-            t = torch.from_numpy(self.draws.uniform(f"{name}/time", step, rows)).float().clamp(min=1e-3)
-            eps = torch.from_numpy(self.draws.normal(f"{name}/noise", step, rows, x_0.shape[1:]))
+            t = send(self.draws.uniform(f"{name}/time", step, rows)).float().clamp(min=1e-3)
+            eps = send(self.draws.normal(f"{name}/noise", step, rows, x_0.shape[1:]))
             xt = add_noise(self.fake.schedule, x_0, eps, spread(t, x_0))
             loss = velocity_loss(self.fake.x0(xt, t, cond), x_0, t)
-            update(loss, [self.optimizers["fake"]], self.recipe.clip)
+            update(loss, [self.optimizers["fake"]], self.recipe.clip, self.ranks)
             losses.append(loss.item())
         return {"fake_loss": sum(losses) / len(losses)}

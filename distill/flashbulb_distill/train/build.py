@@ -10,21 +10,28 @@ from ..core.draws import Draws
 from ..networks.discriminators import LatentDiscriminator, PixelDiscriminator
 from ..networks.lite0 import BLOCK_CHANNELS, load_lite0
 from ..pairs.store import Pairs
+from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition
 from ..teachers.emoji import EmojiDenoiser, EmojiTeacher
 from .adm import Adm
 from .adp import Adp
 from .recipe import Rates, Recipe, RegressionRecipe
 from .regression import Regression
+from .step import device_of
 
 
 def build_regression(
-    recipe: Recipe, stage: RegressionRecipe, teacher: EmojiTeacher, pairs: Pairs, cond: Condition
+    recipe: Recipe,
+    stage: RegressionRecipe,
+    teacher: EmojiTeacher,
+    pairs: Pairs,
+    cond: Condition,
+    ranks: Ranks = ALONE,
 ) -> Regression:
     """Build the regression on the pairs: the student starts as the teacher."""
     student = teacher.new_denoiser(bf16=recipe.precision == "bfloat16")
     optimizer = AdamW(student.parameters(), lr=stage.rate, betas=stage.betas, weight_decay=0.0)
-    return Regression(stage, Draws(recipe.seed), pairs, cond, student, {"student": optimizer})
+    return Regression(stage, Draws(recipe.seed), pairs, cond, student, {"student": optimizer}, ranks)
 
 
 def build_adp(
@@ -33,6 +40,7 @@ def build_adp(
     pairs: Pairs,
     cond: Condition,
     start: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Adp:
     """Build ADP: the student starts from `start` (the regression's average), else as the teacher; heads at random."""
     stage = recipe.adp
@@ -44,7 +52,9 @@ def build_adp(
     pixel = None
     if stage.lambda_pixel > 0:
         channels = [BLOCK_CHANNELS[tap] for tap in stage.pixel_taps]
-        pixel = PixelDiscriminator(load_lite0(), stage.pixel_taps, channels, size=stage.pixel_size)
+        backbone = load_lite0().to(device_of(student))
+        pixel = PixelDiscriminator(backbone, stage.pixel_taps, channels, size=stage.pixel_size)
+        pixel.to(device_of(student))
     trained: dict[str, nn.Module] = {"student": student, "latent": latent}
     trained |= {"pixel": pixel} if pixel is not None else {}
     return Adp(
@@ -57,11 +67,17 @@ def build_adp(
         pixel=pixel,
         decode=teacher.codec.decode,
         optimizers=_optimizers(trained, stage.rates),
+        ranks=ranks,
     )
 
 
 def build_adm(
-    recipe: Recipe, teacher: EmojiTeacher, cond: Condition, uncond: Condition, start: Mapping[str, Tensor]
+    recipe: Recipe,
+    teacher: EmojiTeacher,
+    cond: Condition,
+    uncond: Condition,
+    start: Mapping[str, Tensor],
+    ranks: Ranks = ALONE,
 ) -> Adm:
     """Build ADM: the student starts from `start` (ADP's average), the fake score as the teacher, heads at random."""
     stage = recipe.adm
@@ -83,6 +99,7 @@ def build_adm(
         fake=fake,
         latent=latent,
         optimizers=_optimizers({"student": student, "fake": fake, "latent": latent}, stage.rates),
+        ranks=ranks,
     )
 
 
@@ -107,7 +124,8 @@ def student_of(teacher: EmojiTeacher, values: Mapping[str, Tensor]) -> EmojiDeno
 
 def _latent_discriminator(teacher: EmojiTeacher, taps: tuple[int, ...]) -> LatentDiscriminator:
     channels, denoiser = teacher.latent_shape[0], teacher.denoiser
-    return LatentDiscriminator(denoiser, taps, channels=channels, width=denoiser.width)
+    heads = LatentDiscriminator(denoiser, taps, channels=channels, width=denoiser.width)
+    return heads.to(device_of(denoiser))
 
 
 def _optimizers(modules: Mapping[str, nn.Module], rates: Rates) -> dict[str, Optimizer]:

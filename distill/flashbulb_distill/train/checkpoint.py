@@ -1,7 +1,15 @@
-"""Checkpoints: one safetensors file with every module, average and optimiser state, replaced atomically."""
+"""Checkpoints: a safetensors file with every module, average and optimiser state, named by step and content.
 
+A file is written whole, synced and renamed; the two newest are kept. One that does not hash to its name is passed
+over for the one before.
+"""
+
+import json
+import logging
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,72 +18,112 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..bundle import hash_file
+
 Tensors = dict[str, Tensor]
+NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{16})\.safetensors")
+KEPT = 2
+
+log = logging.getLogger(__name__)
 
 
-def save_checkpoint(
-    path: Path,
-    step: int,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Optimizer],
-    averages: Tensors,
-    identity: str,
-) -> None:
-    """Write a checkpoint that `load_checkpoint` restores bit for bit.
+@dataclass
+class State:
+    """All that a step changes: what a checkpoint holds."""
+
+    modules: Mapping[str, nn.Module]
+    optimizers: Mapping[str, Optimizer]
+    averages: Tensors
+    sums: dict[str, list[float]] = field(default_factory=dict)  # scalars that were not logged yet
+
+
+def save_checkpoint(folder: Path, step: int, state: State, identity: str) -> Path:
+    """Write a checkpoint that `load_checkpoint` restores bit for bit, and drop all but the one before it.
 
     Args:
         identity: the hash of what the run is made of; a checkpoint of another identity is refused at load.
     """
-    tensors: Tensors = {f"average/{name}": value for name, value in averages.items()}
-    for role, module in modules.items():
+    tensors: Tensors = {f"average/{name}": value for name, value in state.averages.items()}
+    for role, module in state.modules.items():
         tensors |= {f"module/{role}/{name}": value for name, value in module.state_dict().items()}
-    for role, optimizer in optimizers.items():
-        for index, state in optimizer.state_dict()["state"].items():
-            for key, value in state.items():
+    for role, optimizer in state.optimizers.items():
+        for index, values in optimizer.state_dict()["state"].items():
+            for key, value in values.items():
                 tensors[f"optimizer/{role}/{index}/{key}"] = value
-    temporary = path.with_suffix(".tmp")
-    metadata = {"step": str(step), "identity": identity}
+    temporary = folder / ".checkpoint.tmp"
+    metadata = {"step": str(step), "identity": identity, "sums": json.dumps(state.sums)}
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
+    path = folder / f"checkpoint-{step:08d}-{hash_file(temporary)[:16]}.safetensors"
     temporary.replace(path)
+    for old in checkpoints(folder)[KEPT:]:
+        old.unlink()
+    return path
 
 
-def load_checkpoint(
-    path: Path,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Optimizer],
-    averages: Tensors,
-    identity: str,
-) -> int:
-    """Restore everything in place and return the step.
+def load_checkpoint(folder: Path, state: State, identity: str) -> int:
+    """Restore the newest good checkpoint in place and return its step; 0 when there is none.
 
     Raises:
-        ValueError: the file is damaged, or belongs to another run.
+        ValueError: it belongs to another run, or there are checkpoints and all are damaged.
     """
+    found = checkpoints(folder)
+    for path in found:
+        if not _is_good(path):
+            log.warning("%s is damaged: going on from the checkpoint before it", path)
+            continue
+        _restore(path, state, identity)
+        return _step(path)
+    if found:
+        raise ValueError(
+            f"{folder}: expected a good checkpoint, all {len(found)} are damaged; delete them to begin anew"
+        )
+    return 0
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return a folder's checkpoints, the newest first."""
+    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    found = NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1])
+
+
+def _is_good(path: Path) -> bool:
+    found = NAME.fullmatch(path.name)
+    assert found is not None
+    return hash_file(path).startswith(found[2])
+
+
+def _restore(path: Path, state: State, identity: str) -> None:
     try:
         with safe_open(path, "pt") as handle:
             metadata = handle.metadata() or {}
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a checkpoint, got a damaged file ({error}); delete it") from error
+        raise ValueError(f"{path}: expected a checkpoint, got something else ({error}); delete it") from error
     if metadata.get("identity") != identity:
         raise ValueError(
             f"{path}: made by another recipe, teacher or data; choose another --out, or delete it"
         )
     with torch.no_grad():
-        for name, value in averages.items():
+        for name, value in state.averages.items():
             value.copy_(tensors[f"average/{name}"])
-    for role, module in modules.items():
+    for role, module in state.modules.items():
         module.load_state_dict(_under(tensors, f"module/{role}/"))
-    for role, optimizer in optimizers.items():
+    for role, optimizer in state.optimizers.items():
         states: dict[int, Tensors] = {}
         for name, value in _under(tensors, f"optimizer/{role}/").items():
             index, key = name.split("/")
             states.setdefault(int(index), {})[key] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})
-    return int(metadata["step"])
+    state.sums.clear()
+    state.sums.update(json.loads(metadata.get("sums", "{}")))
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:

@@ -16,9 +16,10 @@ from ..core.schedule import add_noise
 from ..core.times import biased_times
 from ..losses import velocity_loss
 from ..pairs.store import Pairs
+from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import RegressionRecipe
-from .step import update
+from .step import device_of, sender, update
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Regression:
     cond: Condition  # one row for each of the pairs' prompts
     student: Denoiser
     optimizers: Mapping[str, Optimizer]
+    ranks: Ranks = ALONE
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -39,13 +41,14 @@ class Regression:
 
     def step(self, step: int) -> dict[str, float]:
         """Update the student towards the endpoints of drawn pairs, from points on their straight lines."""
-        draws, rows = self.draws, range(self.recipe.batch_size)
+        draws, rows = self.draws, self.ranks.rows(self.recipe.batch_size)
+        device = device_of(self.student)
         picks = torch.from_numpy(draws.integers("regression/pair", step, rows, len(self.pairs)))
-        x_0, x_T = self.pairs.x_0[picks], self.pairs.x_T[picks]
+        x_0, x_T = self.pairs.x_0[picks].to(device), self.pairs.x_T[picks].to(device)
         cond = self.cond.take(self.pairs.prompt[picks])
         uniform = draws.uniform("regression/time", step, rows)
-        t = torch.from_numpy(biased_times(uniform, self.recipe.time_power)).float()
+        t = sender(device)(biased_times(uniform, self.recipe.time_power)).float()
         xt = add_noise("rectified-flow", x_0, x_T, spread(t, x_0))
         loss = velocity_loss(self.student.x0(xt, t, cond), x_0, t)
-        norm = update(loss, [self.optimizers["student"]], self.recipe.clip)
+        norm = update(loss, [self.optimizers["student"]], self.recipe.clip, self.ranks)
         return {"loss": loss.item(), "student_norm": norm}

@@ -1,21 +1,37 @@
 """Pieces that the methods' steps share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ..ranks import ALONE, Ranks
 
 TIME_BINS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.01))
 
 
-def update(loss: Tensor, optimizers: Sequence[Optimizer], clip: float) -> float:
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a network's parameters."""
+    return next(module.parameters()).device
+
+
+def sender(device: torch.device) -> Callable[[NDArray[np.generic]], Tensor]:
+    """Return a function that makes drawn numbers a tensor on the device: draws are the same on every device."""
+    return lambda drawn: torch.from_numpy(drawn).to(device)
+
+
+def update(loss: Tensor, optimizers: Sequence[Optimizer], clip: float, ranks: Ranks = ALONE) -> float:
     """Move the optimisers' parameters down the gradient of `loss`, and nothing else; return the gradient's norm.
 
     Gradients are taken of those parameters only, so that a network which the loss merely passes through keeps none.
+    With several ranks it is the gradient of the mean of their losses.
     """
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    ranks.average(gradients)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)

@@ -1,14 +1,17 @@
 """The loop: exact resume, averages, refusals."""
 
 import json
+import logging
+import os
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from flashbulb_distill.core.draws import Draws
-from flashbulb_distill.train.checkpoint import load_checkpoint
-from flashbulb_distill.train.trainer import train
+from flashbulb_distill.train.checkpoint import State, checkpoints, load_checkpoint
+from flashbulb_distill.train.trainer import Stopped, train
 
 
 class Regression:
@@ -42,7 +45,7 @@ def test_an_interrupted_run_ends_bitwise_where_the_unbroken_one_does(tmp_path):
         run(Regression(stop_at=13), tmp_path / "parts")
     parts = run(Regression(), tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    a, b = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    a, b = (load_file(checkpoints(tmp_path / name)[0]) for name in ("whole", "parts"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a), "weights, optimiser states and averages"
 
@@ -69,13 +72,59 @@ def test_a_checkpoint_of_another_run_and_a_damaged_one_are_refused(tmp_path):
     run(Regression(), tmp_path)
     with pytest.raises(ValueError, match="another recipe"):
         run(Regression(), tmp_path, identity="b")
-    path = tmp_path / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
+    for path in checkpoints(tmp_path):
+        path.write_bytes(path.read_bytes()[:100])
     method = Regression()
     with pytest.raises(ValueError, match="damaged"):
-        load_checkpoint(path, method.modules, method.optimizers, {}, "a")
+        load_checkpoint(tmp_path, State(method.modules, method.optimizers, {}), "a")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="step 7"):
         run(Regression(fault_at=7), tmp_path)
+
+
+def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, caplog):
+    whole = run(Regression(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(stop_at=17), tmp_path / "parts", save_every=5)
+    newest, before = checkpoints(tmp_path / "parts")
+    assert ("00000015" in newest.name, "00000010" in before.name) == (True, True)
+    newest.write_bytes(newest.read_bytes()[:-7])
+    with caplog.at_level(logging.WARNING):
+        parts = run(Regression(), tmp_path / "parts", save_every=5)
+    assert "is damaged: going on from the checkpoint before it" in caplog.text
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_logged_scalars_are_those_of_the_unbroken_run(tmp_path):
+    def scalars(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+    run(Regression(), tmp_path / "whole", save_every=7)
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(stop_at=16), tmp_path / "parts", save_every=7)  # logged at 15, saved at 14
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "torn')
+    run(Regression(), tmp_path / "parts", save_every=7)
+    assert scalars(tmp_path / "parts") == scalars(tmp_path / "whole")
+
+
+class Signalled(Regression):
+    """The same, but a signal arrives in the middle of a step."""
+
+    def step(self, step):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().step(step)
+
+
+def test_a_signal_ends_the_run_between_two_steps_with_a_checkpoint(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM; go on with --resume"):
+        run(Signalled(), tmp_path / "parts")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "00000007" in checkpoints(tmp_path / "parts")[0].name
+    whole, parts = run(Regression(), tmp_path / "whole"), run(Regression(), tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
