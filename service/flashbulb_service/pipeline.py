@@ -250,6 +250,7 @@ class Pipeline:
                 await self._fail(job, "invalid_task", error, retry=False)
         if not rows:
             return
+        started_at = self._server_time()
         try:
             drawn = await self._draw(claim, rows, is_whole=is_whole)
         except Abandoned:
@@ -257,19 +258,20 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
             await self._after_failure(claim, rows, error)
         else:
-            await self._deliver(claim, drawn)
-            self._deliveries_ms.append((time.monotonic() - drawn.drawn_at) * 1000)
+            try:
+                await self._deliver(claim, drawn)
+                self._deliveries_ms.append((time.monotonic() - drawn.drawn_at) * 1000)
+            finally:  # behind the delivery, which somebody waits for
+                self._note_batch(claim.loaded, [job for job, _ in rows], drawn.stages_ms, started_at)
 
     async def _draw(self, claim: Claim, rows: list[tuple[Job, ImageTask]], *, is_whole: bool) -> Drawn:
-        loop, started_at = asyncio.get_running_loop(), self._server_time()
+        loop = asyncio.get_running_loop()
 
         def note_denoised(stages_ms: dict[str, float]) -> None:
             if is_whole:
                 loop.call_soon_threadsafe(self._note_drawn, claim, stages_ms)
 
-        drawn = await loop.run_in_executor(self._drawers, self._run_stages, claim, rows, note_denoised)
-        self._note_batch(claim.loaded, [job for job, _ in rows], drawn.stages_ms, started_at)
-        return drawn
+        return await loop.run_in_executor(self._drawers, self._run_stages, claim, rows, note_denoised)
 
     def _run_stages(
         self,

@@ -66,9 +66,13 @@ def overhead_ms(pictures: Sequence[Picture], total_ms: float) -> float:
 
 
 async def images_answer(
-    context: Context, record: RequestRecord, views: Sequence[JobView], address_of: AddressOf
+    context: Context,
+    record: RequestRecord,
+    views: Sequence[JobView],
+    address_of: AddressOf,
+    used: dict[str, Any] | None,
 ) -> tuple[dict[str, Any], Receipt]:
-    """Build the answer of the images route, and its receipt."""
+    """Build the answer of the images route, and its receipt; `used` is its usage."""
     pictures = [finished(view) for view in views]
     receipt = make_receipt(record.model, [picture.outcome for picture in pictures], summarise(pictures))
     answer = {
@@ -81,7 +85,7 @@ async def images_answer(
         "output_format": record.image_format,
         "quality": record.quality,
         "size": record.size,
-        "usage": usage(context, record, record.n),
+        "usage": used,
         "model": record.model,
         "timings": dict(receipt.timings),
         "batch_size": receipt.batch_size,

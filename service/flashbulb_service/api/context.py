@@ -31,7 +31,7 @@ class Context:
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set: this process stops soon
 
 
-def context_of(request: Request) -> Context:
+async def context_of(request: Request) -> Context:  # FastAPI would give a plain function a thread
     """Return the context of the app that serves the request."""
     return cast(Context, request.app.state.context)
 

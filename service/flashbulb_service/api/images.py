@@ -14,7 +14,14 @@ from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import format_sse_event
 
-from flashbulb_service.api.answers import AddressOf, finished, images_answer, overhead_ms, stream_events
+from flashbulb_service.api.answers import (
+    AddressOf,
+    finished,
+    images_answer,
+    overhead_ms,
+    stream_events,
+    usage,
+)
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import ClientGone, RequestTimeout, ResultNotFound, describe
 from flashbulb_service.api.identity import Caller, caller_of
@@ -84,8 +91,9 @@ async def generate_images(
         return StreamingResponse(
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
+    used = usage(context, queued.record, queued.record.n)  # counted now, while a worker draws
     views = await _wait(context, request, queued, keep=key.keeps)
-    answer, receipt = await images_answer(context, queued.record, views, address_of(context, request))
+    answer, receipt = await images_answer(context, queued.record, views, address_of(context, request), used)
     _count(context, queued, views, start)
     return JSONResponse(answer, headers={**headers, **receipt.headers()})
 
