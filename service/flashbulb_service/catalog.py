@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashbulb_distill.bundle import Bundle, BundleError, list_models, open_bundle
+from flashbulb_distill.bundle import Bundle, BundleError, hash_file, list_models, open_bundle
 from flashbulb_service.errors import BundleRejected, InvalidRequest, UnknownModel
 
 # Names that clients have built in.
@@ -110,18 +110,22 @@ class Catalog:
         models = [open_model(path, name, version, verify=verify) for name, version, path in found]
         return cls(models, default=default, aliases=aliases, openai_aliases=openai_aliases)
 
-    def refresh(self, models_dir: Path, is_served: Callable[[str], bool]) -> None:
-        """Follow the repository: drop what is gone, and add what is new as soon as a worker has it ready.
+    def refresh(self, models_dir: Path, is_served: Callable[[str, str], bool]) -> None:
+        """Follow the repository: drop what is gone, and take what is new or replaced once a worker has it ready.
 
         A bundle that cannot be read is left out; the workers, which verify it, say why in their log.
+
+        Args:
+            is_served: (name@version, sha256 of its manifest) -> whether a worker draws with it.
         """
         known = {model.id: model for model in self.models}
         models = []
         for name, version, path in list_models(models_dir):
             model = known.get(f"{name}@{version}")
-            if model is None and is_served(f"{name}@{version}"):
-                with contextlib.suppress(BundleRejected):
-                    model = open_model(path, name, version, verify=False)
+            with contextlib.suppress(BundleRejected, OSError):
+                if model is None or hash_file(path / "manifest.json") != model.bundle.sha256:
+                    found = open_model(path, name, version, verify=False)
+                    model = found if is_served(found.id, found.bundle.sha256) else model
             if model is not None:
                 models.append(model)
         self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))

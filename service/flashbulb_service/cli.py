@@ -248,9 +248,9 @@ def list_models_command(models: Models = None) -> None:
         sizes = " ".join(f"{width}x{height}" for width, height in model.sizes)
         manifest = model.bundle.manifest
         size_mb = sum(file.bytes for file in manifest.files.values()) / 1e6
-        steps = len(manifest.time_steps)
+        steps = " ".join(map(str, manifest.offered_steps))
         typer.echo(
-            f"{model.id}\t{sizes}\t{steps} step{'s' * (steps > 1)}\t{size_mb:.1f} MB\t{manifest.licence}"
+            f"{model.id}\t{sizes}\t{steps} step{'s' * (steps != '1')}\t{size_mb:.1f} MB\t{manifest.licence}"
         )
 
 

@@ -19,6 +19,7 @@ ServiceError                        has a stable `code` and a message for people
 ├── BackendError                    a batch failed; carries its job ids
 │   └── OutOfMemory                 the device ran out of memory: a smaller batch may pass
 ├── BundleRejected                  hash or schema mismatch; the worker refuses to serve it
+├── BundleReplaced                  a job's model was exported again under the same version
 ├── QueueUnavailable                Redis does not answer; nothing was accepted
 └── ServerStartError                the embedded Valkey server cannot be started
 """
@@ -203,6 +204,12 @@ class BundleRejected(ServiceError):
     """A model bundle is damaged or of another schema; it is not served."""
 
     code = "bundle_rejected"
+
+
+class BundleReplaced(ServiceError):
+    """The model that a job asked for was replaced by another one of the same name and version."""
+
+    code = "model_replaced"
 
 
 class QueueUnavailable(ServiceError):

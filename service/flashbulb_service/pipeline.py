@@ -26,17 +26,18 @@ import numpy as np
 from flashbulb_service.backends import Embeddings, ImageRequest, OnStep, Student
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.catalog import Model
-from flashbulb_service.errors import BackendError, OutOfMemory, QueueUnavailable
+from flashbulb_service.errors import BackendError, BundleReplaced, OutOfMemory, QueueUnavailable
 from flashbulb_service.finishing import Finished, Finisher, Undeliverable
 from flashbulb_service.jobs import Job, JobError
 from flashbulb_service.observability import job_context
 from flashbulb_service.outages import OutageLog
+from flashbulb_service.previews import Estimate, due_previews
 from flashbulb_service.provenance import Marker
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
 from flashbulb_service.safety import ImageChecker
 from flashbulb_service.scheduler import Scheduler, halves
-from flashbulb_service.tasks import ImageOutcome, ImageTask
+from flashbulb_service.tasks import ImageOutcome, ImageTask, Preview
 from flashbulb_service.worker_metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
@@ -55,12 +56,6 @@ KNOWN_DELIVERIES = 64
 MIN_HIDDEN_CHARS = 3  # to hide a prompt of one letter would spoil the message and protect nobody
 
 Result = TypeVar("Result")
-
-OnPreview = Callable[[Sequence[tuple[Job, ImageTask]], int, int, Callable[[], np.ndarray]], None]
-"""Called after each step but the last with (rows, step from 0, num_steps, decode); decode() -> uint8 [b, h, w, 3].
-
-It runs on the device's thread: decode only where somebody looks, and hand the pictures over without waiting.
-"""
 
 
 class Abandoned(Exception):
@@ -85,6 +80,7 @@ class Claim:
     jobs: list[Job]
     lost: set[str] = field(default_factory=set)  # cancelled, or another attempt owns them
     drawn: bool = False
+    previews: list["asyncio.Task[None]"] = field(default_factory=list)  # on their way to those who watch
 
     @property
     def suspect(self) -> bool:
@@ -119,7 +115,6 @@ class Pipeline:
         metrics: WorkerMetrics,
         cache: EmbeddingCache | None,
         server_time: Callable[[], float],
-        on_preview: OnPreview | None = None,
     ) -> None:
         """Keep the parts; threads start with the first batch.
 
@@ -136,7 +131,6 @@ class Pipeline:
         self._metrics = metrics
         self._cache = cache
         self._server_time = server_time
-        self._on_preview = on_preview
         self._drawers = ThreadPoolExecutor(MAX_DRAWING + MAX_DELIVERING, "draw")
         self._stages = {stage: threading.Lock() for stage in ("text", "denoise", "decode")}
         self._encoders = ThreadPoolExecutor(min(MAX_ENCODERS, os.cpu_count() or 1), "encode")
@@ -238,6 +232,9 @@ class Pipeline:
             with contextlib.suppress(QueueUnavailable):
                 await self._queue.release(self._worker_id, claim.jobs)
             raise
+        finally:
+            for sending in claim.previews:
+                sending.cancel()
 
     async def _run_batch(self, claim: Claim, jobs: list[Job], *, is_whole: bool = False) -> None:
         rows: list[tuple[Job, ImageTask]] = []
@@ -245,9 +242,14 @@ class Pipeline:
             if job.id in claim.lost:
                 continue
             try:
-                rows.append((job, ImageTask.from_bytes(job.payload)))
+                task = ImageTask.from_bytes(job.payload)
+                check_bundle(claim.loaded.model, task)
             except ValueError as error:
                 await self._fail(job, "invalid_task", error, retry=False)
+            except BundleReplaced as error:
+                await self._fail(job, BundleReplaced.code, error, retry=False)
+            else:
+                rows.append((job, task))
         if not rows:
             return
         started_at = self._server_time()
@@ -258,6 +260,8 @@ class Pipeline:
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
             await self._after_failure(claim, rows, error)
         else:
+            # A picture comes after its previews.
+            await asyncio.gather(*claim.previews, return_exceptions=True)
             try:
                 await self._deliver(claim, drawn)
                 self._deliveries_ms.append((time.monotonic() - drawn.drawn_at) * 1000)
@@ -271,17 +275,21 @@ class Pipeline:
             if is_whole:
                 loop.call_soon_threadsafe(self._note_drawn, claim, stages_ms)
 
-        return await loop.run_in_executor(self._drawers, self._run_stages, claim, rows, note_denoised)
+        def show(estimates: list[Estimate]) -> None:
+            loop.call_soon_threadsafe(self._show, claim, estimates)
+
+        return await loop.run_in_executor(self._drawers, self._run_stages, claim, rows, note_denoised, show)
 
     def _run_stages(
         self,
         claim: Claim,
         rows: list[tuple[Job, ImageTask]],
         note_denoised: Callable[[dict[str, float]], None],
+        show: Callable[[list[Estimate]], None],
     ) -> Drawn:
         """Draw a batch on the calling thread; each stage waits until no other batch is in it."""
         student, clock = claim.loaded.student, dict[str, float]()
-        requests = [ImageRequest(t.prompt, t.seed, t.index, t.width, t.height) for _, t in rows]
+        requests = [ImageRequest(t.prompt, t.seed, t.index, t.width, t.height, t.steps) for _, t in rows]
 
         def stage(name: str, work: Callable[[], Result]) -> Result:
             with self._stages[name]:
@@ -292,8 +300,9 @@ class Pipeline:
                 return result
 
         embeddings = stage("text", lambda: self._encode_prompts(claim.loaded, requests))
-        watch = self._watch(claim, rows)
+        watch = self._watch(claim, rows, clock, show)
         latents = stage("denoise", lambda: student.denoise(requests, embeddings, watch))
+        clock["denoise"] -= clock.get("preview", 0.0)
         note_denoised(dict(clock))
         pictures = stage("decode", lambda: student.decode(latents))
         if len(pictures) != len(rows):
@@ -353,13 +362,49 @@ class Pipeline:
         )
         self._changed.set()
 
-    def _watch(self, claim: Claim, rows: list[tuple[Job, ImageTask]]) -> OnStep:
+    def _watch(
+        self,
+        claim: Claim,
+        rows: list[tuple[Job, ImageTask]],
+        clock: dict[str, float],
+        show: Callable[[list[Estimate]], None],
+    ) -> OnStep:
+        """Return what stops an abandoned batch between its steps, and decodes estimates that somebody wants to see."""
+
         def on_step(step: int, num_steps: int, x0: np.ndarray) -> None:
             _stop_if_abandoned(claim, rows)
-            if self._on_preview is not None and step + 1 < num_steps:
-                self._on_preview(rows, step, num_steps, lambda: claim.loaded.student.decode(x0))
+            due = due_previews(rows, step + 1, num_steps)
+            if not due:
+                return
+            start = time.perf_counter()
+            with self._stages["decode"]:
+                pictures = claim.loaded.student.decode(x0)
+            clock["preview"] = clock.get("preview", 0.0) + (time.perf_counter() - start) * 1000
+            show([Estimate(*rows[row], index, step + 1, num_steps, pictures[row]) for row, index in due])
 
         return on_step
+
+    def _show(self, claim: Claim, estimates: list[Estimate]) -> None:
+        claim.previews += [asyncio.create_task(self._send_preview(claim, one)) for one in estimates]
+
+    async def _send_preview(self, claim: Claim, estimate: Estimate) -> None:
+        """Store an estimate and tell those who watch; the picture itself does not depend on it."""
+        job, task = estimate.job, estimate.task
+        name = f"{job.id}-p{estimate.index}"
+        try:
+            finished = await asyncio.get_running_loop().run_in_executor(
+                self._encoders, self._finisher.finish, claim.loaded.model, name, task, estimate.pixels
+            )
+            finished = await self._finisher.store_remotely(finished)
+            told = Preview(
+                file=finished.file,
+                partial_image_index=estimate.index,
+                step=estimate.step,
+                steps=estimate.num_steps,
+            )
+            await self._queue.progress(self._worker_id, job, told.to_bytes().decode())
+        except (Undeliverable, QueueUnavailable) as error:
+            log.warning("a preview of job %s was left out: %s", job.id, error)
 
     async def _after_failure(self, claim: Claim, rows: list[tuple[Job, ImageTask]], error: Exception) -> None:
         """Halve the batch until the row that spoils it is alone, so that innocent rows burn no attempt."""
@@ -468,6 +513,19 @@ def _settled(work: Callable[..., Result], *args: object) -> "Future[Result]":
 def _stop_if_abandoned(claim: Claim, rows: Sequence[tuple[Job, ImageTask]]) -> None:
     if claim.lost.issuperset(job.id for job, _ in rows):
         raise Abandoned
+
+
+def check_bundle(model: Model, task: ImageTask) -> None:
+    """Refuse to draw with another student than the one that was asked for under the same name and version.
+
+    Raises:
+        BundleReplaced: the bundle was exported again while the job waited.
+    """
+    if task.bundle_sha256 not in (None, model.bundle.sha256):
+        raise BundleReplaced(
+            f"expected the bundle {task.bundle_sha256[:12]} of {model.id}, which was replaced by "
+            f"{model.bundle.sha256[:12]} while the job waited: send the request again"
+        )
 
 
 def hide_prompt(message: str, prompt: str) -> str:

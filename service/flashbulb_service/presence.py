@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Self, cast
 
 from redis.asyncio import Redis
@@ -31,6 +31,7 @@ class LiveWorker:
     id: str
     models: tuple[str, ...]  # name@version
     backend: str
+    bundles: tuple[str, ...] = ()  # sha256 of each model's manifest, in their order
 
 
 class Presence:
@@ -112,20 +113,21 @@ class Presence:
         return int(seconds) + int(micros) / 1e6
 
 
-def serves(workers: Sequence[LiveWorker], model: str) -> bool:
-    """Tell whether a live worker serves the model (name@version)."""
-    return any(model in worker.models for worker in workers)
+def serves(workers: Sequence[LiveWorker], model: str, bundle: str | None = None) -> bool:
+    """Tell whether a live worker serves the model (name@version), and if given, from this very bundle (sha256)."""
+    if bundle is None:
+        return any(model in worker.models for worker in workers)
+    return any((model, bundle) in zip(worker.models, worker.bundles, strict=False) for worker in workers)
 
 
 def _to_member(worker: LiveWorker) -> str:
-    return json.dumps(
-        {"id": worker.id, "models": list(worker.models), "backend": worker.backend}, sort_keys=True
-    )
+    return json.dumps(asdict(worker), sort_keys=True)
 
 
 def _from_member(member: bytes) -> LiveWorker:
     fields = json.loads(member)
-    return LiveWorker(id=fields["id"], models=tuple(fields["models"]), backend=fields["backend"])
+    bundles = tuple(fields.get("bundles", ()))
+    return LiveWorker(fields["id"], tuple(fields["models"]), fields["backend"], bundles)
 
 
 @asynccontextmanager

@@ -94,6 +94,11 @@ def lane_of(bucket: str) -> str:
     return LONG if bucket.endswith(LONG_SUFFIX) else SHORT
 
 
+def steps_of(bucket: str) -> int:
+    """Return the number of steps that a bucket's name says."""
+    return int(bucket.removesuffix(LONG_SUFFIX).rpartition(":")[2])
+
+
 def choose_lane(task: str, calibration: Mapping[int, float] | None = None) -> str:
     """Put videos, and whatever takes long for a single row, into the long lane."""
     single_ms = (calibration or {}).get(1, 0.0)
@@ -319,19 +324,34 @@ def batch_cap(max_batch: int, limit: int, calibration: Mapping[int, float] | Non
     return min(size for size, rate in rates.items() if rate >= KNEE_SHARE * best)
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    cap: int
+    calibration: Mapping[int, float]
+    num_steps: int | None
+
+    def calibration_of(self, bucket: str) -> Mapping[int, float]:
+        return self.calibration if self.num_steps in (None, steps_of(bucket)) else {}
+
+
 class Scheduler:
     """What one worker has learnt: the time of its batches and how many rows fit; plans by `plan_batch`."""
 
     def __init__(self) -> None:
         """Know no model yet."""
-        self._models: dict[str, tuple[int, Mapping[int, float]]] = {}
+        self._models: dict[str, _Known] = {}
         self._times: dict[tuple[str, str], TimeModel] = {}
         self._memory: dict[tuple[str, str], LearnedCap] = {}
 
-    def add(self, model: str, cap: int, calibration: Mapping[int, float]) -> None:
-        """Start with a model's batch cap and its calibration: batch size -> ms, or nothing."""
+    def add(
+        self, model: str, cap: int, calibration: Mapping[int, float], num_steps: int | None = None
+    ) -> None:
+        """Start with a model's batch cap and its calibration: batch size -> ms, or nothing.
+
+        num_steps: of which buckets the calibration tells; None: of all.
+        """
         self.forget(model)
-        self._models[model] = (cap, calibration)
+        self._models[model] = _Known(cap, calibration, num_steps)
 
     def forget(self, model: str) -> None:
         """Drop what was learnt of a model. Batches of it that still run teach nothing more."""
@@ -353,7 +373,7 @@ class Scheduler:
         """Return the time model of a bucket."""
         key = (model, bucket)
         if key not in self._times:
-            self._times[key] = TimeModel(self._models[model][1])
+            self._times[key] = TimeModel(self._models[model].calibration_of(bucket))
         return self._times[key]
 
     def observe(self, model: str, bucket: str, num_rows: int, ms: float) -> float | None:
@@ -363,7 +383,7 @@ class Scheduler:
         times = self.times(model, bucket)
         times.observe(num_rows, ms)
         self._learned(model, bucket).passed(num_rows)
-        return times.drift if self._models[model][1] else None
+        return times.drift if self._models[model].calibration_of(bucket) else None
 
     def out_of_memory(self, model: str, bucket: str, num_rows: int) -> None:
         """Learn from a batch that did not fit."""
@@ -371,7 +391,7 @@ class Scheduler:
             self._learned(model, bucket).out_of_memory(num_rows)
 
     def _learned(self, model: str, bucket: str) -> LearnedCap:
-        return self._memory.setdefault((model, bucket), LearnedCap(self._models[model][0]))
+        return self._memory.setdefault((model, bucket), LearnedCap(self._models[model].cap))
 
 
 def halves(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flashbulb_service.formats import DEFAULT_QUALITY, ImageFormat
 
 MAX_SEED = 2**63 - 1
+MAX_PARTIAL_IMAGES = 3
 
 
 class Message(BaseModel):
@@ -40,9 +41,21 @@ class ImageTask(Message):
     index: int = Field(ge=0)  # which image of its request; the noise is drawn from (seed, index)
     width: int = Field(gt=0)
     height: int = Field(gt=0)
+    steps: int | None = Field(default=None, ge=1)  # None: the student's own number
+    partial_images: int = Field(default=0, ge=0, le=MAX_PARTIAL_IMAGES)
+    bundle_sha256: str | None = None  # the student that was asked for; None: whatever has the name
     image_format: ImageFormat = "png"
     quality: int = Field(default=DEFAULT_QUALITY, ge=0, le=100)
     request_id: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_-]*$")  # for the log only
+
+
+class Preview(Message):
+    """An estimate of a picture while it is drawn, as those who watch its request are told."""
+
+    file: str  # result id in the result store
+    partial_image_index: int = Field(ge=0, lt=MAX_PARTIAL_IMAGES)
+    step: int = Field(ge=1)  # steps done
+    steps: int
 
 
 class ImageOutcome(Message):

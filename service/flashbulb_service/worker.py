@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, TypeVar
 
 from flashbulb_service.backends.embeddings import EmbeddingCache
@@ -21,7 +22,7 @@ from flashbulb_service.catalog import Model
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.parts import load_catalog, open_parts
-from flashbulb_service.pipeline import LoadedModel, OnPreview, Pipeline
+from flashbulb_service.pipeline import LoadedModel, Pipeline
 from flashbulb_service.presence import INTERVAL_S, TTL_S, LiveWorker, Presence
 from flashbulb_service.provenance import Marker
 from flashbulb_service.queue import Queue
@@ -73,7 +74,6 @@ class Worker:
         metrics: WorkerMetrics | None = None,
         cache: EmbeddingCache | None = None,
         worker_id: str | None = None,
-        on_preview: OnPreview | None = None,
         repository: Repository | None = None,
     ) -> None:
         """Keep the parts; nothing runs before `run`."""
@@ -98,7 +98,6 @@ class Worker:
             metrics=self._metrics,
             cache=cache,
             server_time=lambda: time.time() + presence.clock_offset_s,
-            on_preview=on_preview,
         )
         self._backend_name = backend_name
         for loaded in models:
@@ -182,15 +181,16 @@ class Worker:
         for model_id, loaded in self._models.items():
             manifest = loaded.model.bundle.manifest
             lane = choose_lane(manifest.task, manifest.calibration.get(self._backend_name))
-            for shape in manifest.shapes:
-                bucket = bucket_name(model_id, shape.width, shape.height, len(manifest.time_steps), lane)
+            for shape, num_steps in product(manifest.shapes, manifest.offered_steps):
+                bucket = bucket_name(model_id, shape.width, shape.height, num_steps, lane)
                 facts = self._scheduler.facts(model_id, bucket)
                 if facts.tau is not None:
                     known[model_id, bucket] = (facts.tau, facts.cap)
         return known
 
     def _serve_model(self, loaded: LoadedModel) -> None:
-        self._scheduler.add(loaded.model.id, loaded.cap, loaded.times_ms)
+        num_steps = len(loaded.model.bundle.manifest.time_steps)
+        self._scheduler.add(loaded.model.id, loaded.cap, loaded.times_ms, num_steps)
         self._models[loaded.model.id] = loaded
 
     async def _keep_models(self) -> None:
@@ -218,7 +218,8 @@ class Worker:
 
     @property
     def _me(self) -> LiveWorker:
-        return LiveWorker(self.id, tuple(self._models), self._backend_name)
+        bundles = tuple(loaded.model.bundle.sha256 for loaded in self._models.values())
+        return LiveWorker(self.id, tuple(self._models), self._backend_name, bundles)
 
     async def _keep_clean(self) -> None:
         while True:

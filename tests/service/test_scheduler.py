@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashbulb_service.scheduler import (
+    LONG,
     BucketFacts,
     BucketWindow,
     Scheduler,
@@ -205,3 +206,14 @@ def test_fair_fill_keeps_tenants_within_a_quantum_and_a_row(drawn, num) -> None:
 def test_halves_keep_every_row_and_are_smaller(rows) -> None:
     first, second = halves(rows)
     assert first + second == rows and first and second
+
+
+def test_a_calibration_tells_only_of_its_own_number_of_steps() -> None:
+    scheduler = Scheduler()
+    scheduler.add("m@1", 4, {1: 10.0, 4: 25.0}, num_steps=1)
+    assert scheduler.facts("m@1", bucket_name("m@1", 64, 64, 1)).tau is not None
+    four = bucket_name("m@1", 64, 64, 4, LONG)
+    assert scheduler.facts("m@1", four).tau is None
+    scheduler.observe("m@1", four, 1, 40.0)
+    tau = scheduler.facts("m@1", four).tau
+    assert tau is not None and tau(1) == 40.0

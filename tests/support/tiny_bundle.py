@@ -22,8 +22,11 @@ LENGTH, WIDTH, CHANNELS, SIDE = 14, 384, 64, 8
 WORDS = ("red", "green", "blue", "apple", "heart", "rocket", "dog", "a")
 
 
-def make_tiny_bundle(folder: Path, *, name: str = "tiny", version: int = 1) -> Path:
-    """Write a bundle to `folder`/name/version and return that path; equal names and versions give equal bytes."""
+def make_tiny_bundle(folder: Path, *, name: str = "tiny", version: int = 1, **fields: object) -> Path:
+    """Write a bundle to `folder`/name/version and return that path; equal arguments give equal bytes.
+
+    fields: of the manifest, in place of those of a one-step student.
+    """
     path = folder / name / str(version)
     path.mkdir(parents=True)
     rng = np.random.Generator(np.random.Philox(version))
@@ -32,28 +35,29 @@ def make_tiny_bundle(folder: Path, *, name: str = "tiny", version: int = 1) -> P
     _save(_decoder(rng), path / "decoder.onnx")
     (path / "tokenizer.json").write_text(json.dumps(_tokenizer()))
     files = describe_files(path)
-    manifest = Manifest(
-        schema_version=1,
-        name=name,
-        version=version,
-        task="text-to-image",
-        family="emoji",
-        prediction="x0",
-        schedule="rectified-flow",
-        time_steps=(1.0,),
-        timestep_scale=1000.0,
-        guidance=Guidance(mode="baked", scale=2.0),
-        shapes=(Shape(width=64, height=64),),
-        max_batch=8,
-        latent=Latent(channels=CHANNELS, downscale=8),
-        text=Text(tokenizer="tokenizer.json", max_length=LENGTH),
-        dtype="float32",
-        components=Components(
+    given: dict[str, object] = {
+        "schema_version": 1,
+        "name": name,
+        "version": version,
+        "task": "text-to-image",
+        "family": "emoji",
+        "prediction": "x0",
+        "schedule": "rectified-flow",
+        "time_steps": (1.0,),
+        "timestep_scale": 1000.0,
+        "guidance": Guidance(mode="baked", scale=2.0),
+        "shapes": (Shape(width=64, height=64),),
+        "max_batch": 8,
+        "latent": Latent(channels=CHANNELS, downscale=8),
+        "text": Text(tokenizer="tokenizer.json", max_length=LENGTH),
+        "dtype": "float32",
+        "components": Components(
             text_encoder="text_encoder.onnx", denoiser="denoiser.onnx", decoder="decoder.onnx"
         ),
-        files=files,
-        licence="Apache-2.0",
-    )
+        "files": files,
+        "licence": "Apache-2.0",
+    }
+    manifest = Manifest.model_validate(given | fields)
     write_manifest(path, manifest)
     return path
 

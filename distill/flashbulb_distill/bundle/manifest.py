@@ -73,6 +73,7 @@ class Manifest(Strict):
     prediction: Literal["x0", "eps", "v", "flow"]
     schedule: Literal["rectified-flow", "variance-preserving"]
     time_steps: tuple[float, ...] = Field(min_length=1, max_length=1000)
+    step_schedules: dict[int, tuple[float, ...]] = {}  # other numbers of steps -> their times
     timestep_scale: float = Field(gt=0)
     guidance: Guidance
     shapes: tuple[Shape, ...] = Field(min_length=1)
@@ -92,9 +93,14 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
-        steps = self.time_steps
-        if any(not 0 < t <= 1 for t in steps) or any(a <= b for a, b in pairwise(steps)):
-            raise ValueError(f"time_steps: expected descending times in (0, 1], got {steps}")
+        _check_times("time_steps", self.time_steps)
+        for count, times in self.step_schedules.items():
+            _check_times("step_schedules", times)
+            if count != len(times) or count == len(self.time_steps):
+                raise ValueError(
+                    f"step_schedules: expected a number of steps other than that of time_steps, with as many times, "
+                    f"got {count}: {times}"
+                )
         named = [*self.components.model_dump().values(), self.text.tokenizer]
         for name in named:
             if name not in self.files:
@@ -103,3 +109,28 @@ class Manifest(Strict):
             if name.startswith("/") or ".." in name.split("/") or "\\" in name or name == "manifest.json":
                 raise ValueError(f"files: expected a path inside the bundle, got {name!r}")
         return self
+
+    @property
+    def offered_steps(self) -> tuple[int, ...]:
+        """Return the numbers of steps that the student was trained for, ascending."""
+        return tuple(sorted({len(self.time_steps), *self.step_schedules}))
+
+    def times(self, num_steps: int | None = None) -> tuple[float, ...]:
+        """Return the time steps of a number of steps; None is the student's own.
+
+        Raises:
+            ValueError: the student was not trained for that number.
+        """
+        if num_steps is None or num_steps == len(self.time_steps):
+            return self.time_steps
+        if num_steps not in self.step_schedules:
+            offered = ", ".join(map(str, self.offered_steps))
+            raise ValueError(
+                f"expected a number of steps that {self.name} offers ({offered}), got {num_steps}"
+            )
+        return self.step_schedules[num_steps]
+
+
+def _check_times(name: str, times: tuple[float, ...]) -> None:
+    if not times or any(not 0 < t <= 1 for t in times) or any(a <= b for a, b in pairwise(times)):
+        raise ValueError(f"{name}: expected descending times in (0, 1], got {times}")

@@ -26,6 +26,7 @@ from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import ClientGone, RequestTimeout, ResultNotFound, describe
 from flashbulb_service.api.identity import Caller, caller_of
 from flashbulb_service.api.media import expect_json
+from flashbulb_service.api.partials import check_room, partial_images
 from flashbulb_service.api.plan import Plan, body_digest, check_webhook, keep, make_plan
 from flashbulb_service.api.schemas import ERRORS, MAX_KEY_CHARS, ImagesRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound, QueueUnavailable, ServiceError
@@ -84,10 +85,13 @@ async def generate_images(
     caller = caller_of(request, body)
     plan = make_plan(body, context.catalog, caller, context.settings)
     key = choose_key(body, idempotency_key, retry_count)
-    queued = await enqueue(context, plan, body, caller, key)
+    watched = body.stream and body.partial_images > 0 and plan.record.steps > 1
+    if watched:
+        check_room(context)
+    queued = await enqueue(context, plan, body, caller, key, events=watched)
     headers = answer_headers(plan, replayed=queued.replayed)
     if body.stream:
-        events = _stream(context, queued, start, keep=key.keeps)
+        events = _stream(context, queued, start, keep=key.keeps, watched=watched)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
@@ -198,17 +202,22 @@ def answer_headers(plan: Plan, *, replayed: bool) -> dict[str, str]:
     return {**headers, "idempotent-replayed": "true"} if replayed else headers
 
 
-async def _stream(context: Context, queued: Queued, start: float, *, keep: bool) -> AsyncIterator[bytes]:
-    """Send a ping now and then, the pictures when they are there, an error in the client library's form."""
+async def _stream(
+    context: Context, queued: Queued, start: float, *, keep: bool, watched: bool
+) -> AsyncIterator[bytes]:
+    """Send pings and previews, the pictures when they are there, an error in the client library's form."""
     timeout_s = context.settings.request_timeout_s
     waiting = asyncio.create_task(context.queue.wait(queued.ids, timeout_s, expected=queued.expected))
     answered = False
     try:
-        while not waiting.done():
-            await asyncio.wait({waiting}, timeout=PING_S)
-            if not waiting.done():
-                yield format_sse_event(comment="ping")
         try:
+            if watched:
+                async for partial in partial_images(context, queued.ids, queued.record, waiting, PING_S):
+                    yield _sse(partial["type"], partial) if partial else format_sse_event(comment="ping")
+            while not waiting.done():
+                await asyncio.wait({waiting}, timeout=PING_S)
+                if not waiting.done():
+                    yield format_sse_event(comment="ping")
             views = waiting.result()
             answered = True
             for event in await stream_events(context, queued.record, views):

@@ -11,10 +11,10 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from flashbulb_service.api.answers import AddressOf, finished
 from flashbulb_service.api.context import Context, Shared
-from flashbulb_service.api.errors import TooManyStreams
 from flashbulb_service.api.identity import caller_of, owner_of
 from flashbulb_service.api.images import Key, address_of, answer_headers, choose_key, enqueue
 from flashbulb_service.api.media import expect_json
+from flashbulb_service.api.partials import check_room, preview_of
 from flashbulb_service.api.plan import make_plan
 from flashbulb_service.api.schemas import ERRORS, JobRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound, UnknownModel
@@ -25,7 +25,6 @@ from flashbulb_service.webhooks import Message, make_body
 
 router = APIRouter(responses=ERRORS)
 
-MAX_STREAMS = 1_000  # per process
 HEARTBEAT_S = 5.0
 _ID = re.compile(r"job_([0-9a-f]{32})")
 _EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
@@ -118,8 +117,7 @@ async def _watched(
             param="Last-Event-ID",
             code="invalid_value",
         )
-    if context.queue.events.watched >= MAX_STREAMS:
-        raise TooManyStreams(f"this process already serves {MAX_STREAMS} event streams: try again later")
+    check_room(context)
     return view, last_event_id or "0"
 
 
@@ -140,17 +138,24 @@ async def watch_job(
                 yield ServerSentEvent(event="job.status", data=described)
             else:
                 after = event.id
-                yield _as_sse(event, described)
+                yield _as_sse(context, request, event, described)
     finally:
         await watching.aclose()
     for event in await context.queue.past_events(view.id, after=after):
-        yield _as_sse(event, described)
+        yield _as_sse(context, request, event, described)
     yield ServerSentEvent(event=f"job.{described['status']}", data=described)
 
 
-def _as_sse(event: Event, described: Mapping[str, Any]) -> ServerSentEvent:
-    data = {"index": event.row, "at": event.at, **event.data, **_short(described)}
-    return ServerSentEvent(event=f"picture.{event.kind}", id=event.id, data=data)
+def _as_sse(
+    context: Context, request: Request, event: Event, described: Mapping[str, Any]
+) -> ServerSentEvent:
+    data = {"index": event.row, "at": event.at, **_short(described)}
+    preview = preview_of(event)
+    if preview is None:
+        return ServerSentEvent(event=f"picture.{event.kind}", id=event.id, data={**event.data, **data})
+    shown = preview.model_dump(exclude={"file"})
+    data |= {"url": address_of(context, request)(preview.file), **shown}
+    return ServerSentEvent(event="picture.preview", id=event.id, data=data)
 
 
 async def _describe(context: Context, request: Request, view: RequestView) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def describe_model(catalog: Catalog, model: Model) -> dict[str, Any]:
         "task": manifest.task,
         "sizes": [f"{width}x{height}" for width, height in model.sizes],
         "num_steps": len(manifest.time_steps),
+        "steps": list(manifest.offered_steps),
         "licence": manifest.licence,
         "attribution": manifest.attribution,
         "sha256": model.bundle.sha256,

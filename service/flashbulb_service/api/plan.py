@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from flashbulb_service.api.identity import Caller
-from flashbulb_service.api.schemas import ImagesRequest
+from flashbulb_service.api.schemas import ImagesRequest, JobRequest
 from flashbulb_service.catalog import Catalog, Model, choose_size
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.jobs import NewJob
@@ -42,7 +42,8 @@ def make_plan(body: ImagesRequest, catalog: Catalog, caller: Caller, settings: S
     model = catalog.find(body.model)
     _check_guidance(body, model)
     width, height = _choose_size(body, model)
-    steps = choose_steps(body, offered_steps(model))
+    manifest = model.bundle.manifest
+    steps = choose_steps(body, manifest.offered_steps, len(manifest.time_steps))
     record = RequestRecord(
         task="text-to-image",
         model=model.id,
@@ -59,7 +60,7 @@ def make_plan(body: ImagesRequest, catalog: Catalog, caller: Caller, settings: S
         webhook_url=body.webhook_url,
         webhook_events=body.webhook_events,
     )
-    return Plan(_jobs(body, model, record, caller, settings), record, _warnings(body, model, width, height))
+    return Plan(_jobs(body, model, record, caller, settings), record, _warnings(body, model, record))
 
 
 def check_webhook(body: ImagesRequest, settings: Settings) -> None:
@@ -92,13 +93,8 @@ def keep(record: RequestRecord, caller: Caller, *, listed: bool, events: bool) -
     )
 
 
-def offered_steps(model: Model) -> tuple[int, ...]:
-    """Return the numbers of steps that a student was trained for, ascending."""
-    return (len(model.bundle.manifest.time_steps),)
-
-
-def choose_steps(body: ImagesRequest, offered: tuple[int, ...]) -> int:
-    """Return the wanted number of steps, else the quality's, as far as the student goes.
+def choose_steps(body: ImagesRequest, offered: tuple[int, ...], own: int) -> int:
+    """Return the wanted number of steps, else the quality's as far as the student goes, else the student's own.
 
     Raises:
         InvalidRequest: the student does not offer the number.
@@ -113,7 +109,7 @@ def choose_steps(body: ImagesRequest, offered: tuple[int, ...]) -> int:
             )
         return body.steps
     if body.quality == "auto":
-        return offered[-1]
+        return own
     reachable = [steps for steps in offered if steps <= QUALITY_STEPS[body.quality]]
     return reachable[-1] if reachable else offered[0]
 
@@ -135,6 +131,9 @@ def _jobs(
                 index=index,
                 width=record.width,
                 height=record.height,
+                steps=record.steps,
+                partial_images=min(body.partial_images, record.steps - 1),
+                bundle_sha256=model.bundle.sha256,
                 image_format=body.output_format,
                 quality=body.output_compression,
                 request_id=current_request_id(),
@@ -215,13 +214,13 @@ def _distance(offered: tuple[int, int], wanted: tuple[int, int]) -> float:
     return sum(max(a / b, b / a) for a, b in zip(offered, wanted, strict=True))
 
 
-def _warnings(body: ImagesRequest, model: Model, width: int, height: int) -> tuple[str, ...]:
+def _warnings(body: ImagesRequest, model: Model, record: RequestRecord) -> tuple[str, ...]:
     ignored = set(body.ignored)
-    if body.quality != "auto" and len(offered_steps(model)) == 1:
+    if body.quality != "auto" and len(model.bundle.manifest.offered_steps) == 1:
         ignored.add("quality")
-    if body.partial_images and (not body.stream or max(offered_steps(model)) == 1):
+    if body.partial_images and (record.steps == 1 or not (body.stream or isinstance(body, JobRequest))):
         ignored.add("partial_images")
     warnings = [f"ignored: {', '.join(sorted(ignored))}"] if ignored else []
-    if body.size not in ("auto", f"{width}x{height}"):
-        warnings.append(f"size: {width}x{height} is the nearest that is offered")
+    if body.size not in ("auto", record.size):
+        warnings.append(f"size: {record.size} is the nearest that is offered")
     return tuple(warnings)

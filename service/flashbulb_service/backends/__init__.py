@@ -30,6 +30,7 @@ class ImageRequest:
     index: int  # which image of its request; the noise is drawn from (seed, index)
     width: int
     height: int
+    num_steps: int | None = None  # None: the student's own
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Backend(Protocol):
     def denoise(
         self, requests: Sequence[ImageRequest], embeddings: Embeddings, on_step: OnStep | None = None
     ) -> np.ndarray:
-        """Draw the latents of requests of one size: -> [b, c, h, w]."""
+        """Draw the latents of requests of one size and number of steps: -> [b, c, h, w]."""
         ...
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -94,9 +95,9 @@ class Student:
         """Draw latents, padded to the canonical size: requests -> [b, c, h, w].
 
         Raises:
-            ValueError: the batch is empty, mixes sizes, or is larger than the canonical size.
+            ValueError: the batch is empty, mixes sizes or numbers of steps, or is larger than the canonical size.
         """
-        _check_sizes(requests)
+        _check_alike(requests)
         count = len(requests)
         rows = self._rows(count)
         padded = Embeddings(embeddings.tokens[rows], embeddings.pooled[rows])
@@ -109,7 +110,7 @@ class Student:
 
     def generate(self, requests: Sequence[ImageRequest]) -> Generated:
         """Run all stages, one after another; more requests than the canonical size run as several batches."""
-        _check_sizes(requests)
+        _check_alike(requests)
         step = self.canonical or len(requests)
         watch = StageClock()
         images: list[np.ndarray] = []
@@ -141,9 +142,9 @@ class Student:
         return [min(row, count - 1) for row in range(self.canonical or count)]
 
 
-def _check_sizes(requests: Sequence[ImageRequest]) -> None:
-    if len({(request.width, request.height) for request in requests}) != 1:
-        raise ValueError("expected a batch of one size with at least one request")
+def _check_alike(requests: Sequence[ImageRequest]) -> None:
+    if len({(request.width, request.height, request.num_steps) for request in requests}) != 1:
+        raise ValueError("expected a batch of one size and number of steps with at least one request")
 
 
 class StageClock:

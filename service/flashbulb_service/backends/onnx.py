@@ -67,16 +67,17 @@ class OnnxBackend:
     def denoise(
         self, requests: Sequence[ImageRequest], embeddings: Embeddings, on_step: OnStep | None = None
     ) -> np.ndarray:
-        """Draw the latents of requests of one size: -> [b, c, h, w].
+        """Draw the latents of requests of one size and number of steps: -> [b, c, h, w].
 
         Args:
             on_step: called after each step with (step, num_steps, x0 latents); what it raises ends the batch.
 
         Raises:
             RuntimeError: no bundle is loaded.
+            ValueError: the student was not trained for the requests' number of steps.
         """
         manifest = self._ready().manifest
-        latent = manifest.latent
+        latent, times = manifest.latent, manifest.times(requests[0].num_steps)
         shape = (
             latent.channels,
             requests[0].height // latent.downscale,
@@ -98,7 +99,7 @@ class OnnxBackend:
         steps = sample_steps(
             network,
             noise(0),
-            manifest.time_steps,
+            times,
             prediction=manifest.prediction,
             schedule=manifest.schedule,
             renoise=noise,
@@ -106,7 +107,7 @@ class OnnxBackend:
         for step, estimate in enumerate(steps):
             x0 = np.asarray(estimate, dtype=np.float32)
             if on_step is not None:
-                on_step(step, len(manifest.time_steps), x0)
+                on_step(step, len(times), x0)
         return x0
 
     def decode(self, latents: np.ndarray) -> np.ndarray:

@@ -65,10 +65,12 @@ class SyntheticBackend:
             raise OutOfMemory(f"expected at most {device.memory_rows} rows in memory, got {size}")
         if device.bad_word and any(device.bad_word in request.prompt for request in requests):
             raise BackendError(f"told to fail on prompts with {device.bad_word!r}")
-        time.sleep(self._next_ms(size) / 1000)
+        num_steps, batch_s = requests[0].num_steps or 1, self._next_ms(size) / 1000
         pictures = np.stack([draw(request) for request in requests]).transpose(0, 3, 1, 2)
-        if on_step is not None:
-            on_step(0, 1, pictures)
+        for step in range(num_steps):
+            time.sleep(batch_s / num_steps)
+            if on_step is not None:
+                on_step(step, num_steps, pictures)
         return pictures
 
     def decode(self, latents: np.ndarray) -> np.ndarray:

@@ -96,3 +96,20 @@ def test_noise_and_sampler_run_without_torch():
         "sample(lambda x, t: x, draw_noise(0, 0, (2,)), (1.0,), prediction='flow', schedule='variance-preserving')"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_each_offered_number_of_steps_has_its_times(tmp_path):
+    path = make_tiny_bundle(
+        tmp_path, time_steps=(1.0,), step_schedules={4: (1.0, 0.75, 0.5, 0.25), 2: (1.0, 0.5)}
+    )
+    manifest = open_bundle(path).manifest
+    assert manifest.offered_steps == (1, 2, 4)
+    assert [manifest.times(steps) for steps in (None, 1, 2)] == [(1.0,), (1.0,), (1.0, 0.5)]
+    with pytest.raises(ValueError, match=r"offers \(1, 2, 4\), got 3"):
+        manifest.times(3)
+
+
+@pytest.mark.parametrize("schedules", [{2: (1.0,)}, {1: (0.9,)}, {2: (0.5, 1.0)}, {2: (1.0, 0.0)}, {0: ()}])
+def test_a_schedule_that_contradicts_itself_is_refused(tmp_path, schedules):
+    with pytest.raises(ValueError, match="step_schedules"):
+        make_tiny_bundle(tmp_path, step_schedules=schedules)

@@ -25,6 +25,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_tiny_bundle(folder)
     make_tiny_bundle(folder, version=2)
+    make_tiny_bundle(folder, name="tiny-few", step_schedules={2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)})
     return folder
 
 

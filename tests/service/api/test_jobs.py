@@ -8,7 +8,7 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Request
 
-from flashbulb_service.api import jobs as jobs_module
+from flashbulb_service.api import partials
 
 MakeApp = Callable[..., FastAPI]
 
@@ -50,6 +50,20 @@ def test_a_job_is_watched_to_its_end_and_has_the_pictures_of_the_images_route(ht
     ).json()
     for mine, theirs in zip(ended["data"], urls["data"], strict=True):
         assert http.get(mine["url"]).content == http.get(theirs["url"]).content
+
+
+def test_a_job_of_several_steps_tells_where_its_previews_are(http: httpx2.Client) -> None:
+    body = {"model": "tiny-few", "prompt": "dog", "n": 2, "seed": 5, "steps": 2, "partial_images": 3}
+    made = http.post("/v1/jobs", json=body)
+    assert "x-flashbulb-warning" not in made.headers
+    events = watch(http, made.json()["id"])
+    shown = [event["data"] for event in events if event["event"] == "picture.preview"]
+    assert sorted((one["index"], one["partial_image_index"], one["step"], one["steps"]) for one in shown) == [
+        (0, 0, 1, 2),
+        (1, 0, 1, 2),
+    ]
+    pictures = {http.get(one["url"]).content for one in [*shown, *events[-1]["data"]["data"]]}
+    assert len(pictures) == 4
 
 
 async def test_watching_goes_on_behind_the_last_event_seen(make_app: MakeApp) -> None:
@@ -130,7 +144,7 @@ async def test_another_owners_job_is_not_found(make_app: MakeApp) -> None:
 
 
 async def test_streams_are_bounded(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs_module, "MAX_STREAMS", 0)
+    monkeypatch.setattr(partials, "MAX_STREAMS", 0)
     async with client_of(make_app()) as client:
         job_id = (await client.post("/v1/jobs", json={"prompt": "dog"})).json()["id"]
         answer = await client.get(f"/v1/jobs/{job_id}/events")

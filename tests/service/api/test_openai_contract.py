@@ -162,7 +162,10 @@ def test_ignored_openai_fields_are_named_in_a_header(http: httpx2.Client) -> Non
 
 
 def test_models_are_listed_and_found(openai_client: OpenAI) -> None:
-    assert [(model.id, model.object) for model in openai_client.models.list()] == [("tiny", "model")]
+    assert [(model.id, model.object) for model in openai_client.models.list()] == [
+        ("tiny", "model"),
+        ("tiny-few", "model"),
+    ]
     older = openai_client.models.retrieve("tiny@1")
     assert older.model_extra is not None and older.model_extra["version"] == 1
     with pytest.raises(openai.NotFoundError) as caught:
@@ -229,8 +232,8 @@ async def test_metrics_count_pictures_and_requests(http: httpx2.Client, wait_unt
 def test_ready_names_the_models(http: httpx2.Client) -> None:
     assert http.get("/readyz").json() == {
         "status": "ready",
-        "models": ["tiny@1", "tiny@2"],
+        "models": ["tiny@1", "tiny@2", "tiny-few@1"],
         "workers": 1,
-        "backends": {"tiny@1": ["onnx"], "tiny@2": ["onnx"]},
+        "backends": {"tiny@1": ["onnx"], "tiny@2": ["onnx"], "tiny-few@1": ["onnx"]},
     }
     assert http.get("/livez").status_code == 200

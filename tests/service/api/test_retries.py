@@ -99,6 +99,24 @@ def test_one_step_student_streams_its_picture_only(openai_client: OpenAI) -> Non
     assert events[0].usage.total_tokens == events[0].usage.input_tokens + 16  # type: ignore[union-attr]
 
 
+def test_few_step_student_streams_previews_before_its_picture(openai_client: OpenAI) -> None:
+    asked = {"seed": 3, "steps": 4}
+    whole = openai_client.images.generate(model="tiny-few", prompt="dog", extra_body=asked).data
+    with openai_client.images.generate(
+        model="tiny-few", prompt="dog", stream=True, partial_images=2, extra_body=asked
+    ) as stream:
+        first, second, last = stream
+    assert whole is not None
+    assert [first.type, second.type, last.type] == [
+        *["image_generation.partial_image"] * 2,
+        "image_generation.completed",
+    ]
+    assert [first.partial_image_index, second.partial_image_index] == [0, 1]  # type: ignore[union-attr]
+    assert last.b64_json == whole[0].b64_json
+    assert len({first.b64_json, second.b64_json, last.b64_json}) == 3
+    assert base64.b64decode(first.b64_json).startswith(b"\x89PNG")
+
+
 async def test_async_client_streams_one_event_per_picture(server_url: str) -> None:
     async with AsyncOpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
         stream = await client.images.generate(prompt="dog", n=3, stream=True)

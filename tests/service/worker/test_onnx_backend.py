@@ -1,6 +1,7 @@
 """The onnxruntime backend against onnx's own reference evaluator, and its promise about seeds."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,3 +211,18 @@ def _with(folder: Path, **fields: object) -> Bundle:
     manifest = open_bundle(path).manifest.model_copy(update={**fields, "files": describe_files(path)})
     write_manifest(path, manifest)
     return open_bundle(path)
+
+
+def test_a_number_of_steps_draws_as_the_student_whose_own_it_is(tmp_path: Path) -> None:
+    schedules = {2: (1.0, 0.5)}
+    both, two = (OnnxBackend(threads=1) for _ in range(2))
+    both.load(open_bundle(make_tiny_bundle(tmp_path / "both", step_schedules=schedules)))
+    two.load(open_bundle(make_tiny_bundle(tmp_path / "two", time_steps=schedules[2])))
+    asked = replace(request(), num_steps=2)
+    (picture,) = Student(both).generate([asked]).images
+    np.testing.assert_array_equal(picture, Student(two).generate([request()]).images[0])
+    assert (picture != Student(both).generate([request()]).images[0]).mean() > 0.1
+    with pytest.raises(ValueError, match=r"offers \(1, 2\), got 3"):
+        Student(both).generate([replace(asked, num_steps=3)])
+    with pytest.raises(ValueError, match="number of steps"):
+        Student(both).generate([asked, request()])

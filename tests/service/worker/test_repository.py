@@ -59,12 +59,12 @@ def test_the_catalog_offers_a_new_version_once_a_worker_has_it(tmp_path: Path) -
     make_tiny_bundle(tmp_path)
     catalog = Catalog.load(tmp_path, verify=False)
     make_tiny_bundle(tmp_path, version=2)
-    catalog.refresh(tmp_path, lambda model: False)  # no worker yet: what was offered stays
+    catalog.refresh(tmp_path, lambda model, bundle: False)  # no worker yet: what was offered stays
     assert catalog.find("tiny").id == "tiny@1"
-    catalog.refresh(tmp_path, lambda model: True)
+    catalog.refresh(tmp_path, lambda model, bundle: True)
     assert (catalog.find("tiny").id, catalog.find("tiny@1").id) == ("tiny@2", "tiny@1")
     shutil.rmtree(tmp_path / "tiny")
-    catalog.refresh(tmp_path, lambda model: True)
+    catalog.refresh(tmp_path, lambda model, bundle: True)
     for wanted in ("tiny", None):
         with pytest.raises(UnknownModel):
             catalog.find(wanted)
