@@ -79,6 +79,7 @@ class Claim:
     loaded: LoadedModel
     jobs: list[Job]
     lost: set[str] = field(default_factory=set)  # cancelled, or another attempt owns them
+    held: "asyncio.Future[bool] | None" = None  # whether the jobs are ours after all; None: they are
     drawn: bool = False
     previews: list["asyncio.Task[None]"] = field(default_factory=list)  # on their way to those who watch
 
@@ -168,9 +169,21 @@ class Pipeline:
         delivery_ms = ordered[math.ceil(0.95 * len(ordered)) - 1] if ordered else 0.0
         return max(0.0, self._free_at - time.monotonic()) * 1000 + delivery_ms
 
-    def submit(self, loaded: LoadedModel, jobs: list[Job]) -> None:
-        """Draw and deliver claimed jobs; whatever happens, none of them stays leased when that ends."""
-        claim = Claim(loaded, jobs)
+    def submit(
+        self, loaded: LoadedModel, jobs: list[Job], *, held: "asyncio.Future[bool] | None" = None
+    ) -> None:
+        """Draw and deliver claimed jobs; whatever happens, none of them stays leased when that ends.
+
+        held: drawing starts while the claim is still on its way, and nothing is committed unless it succeeds.
+        """
+        claim = Claim(loaded, jobs, held=held)
+
+        def stop_unless_held(answer: "asyncio.Future[bool]") -> None:
+            if not answer.result():
+                claim.lost.update(job.id for job in jobs)
+
+        if held is not None:
+            held.add_done_callback(stop_unless_held)
         self._metrics.claimed(jobs)
         now = time.monotonic()
         self._free_at = max(now, self._free_at) + self._known_s.get((loaded.model.id, len(jobs)), 0.0)
@@ -228,7 +241,12 @@ class Pipeline:
                     while others := set(self._claims) - {asyncio.current_task()}:
                         await asyncio.wait(others)
                 await self._run_batch(claim, claim.jobs, is_whole=True)
+                if claim.held is not None and not await asyncio.shield(claim.held):
+                    # The answer may have been lost, and not the claim.
+                    await self._queue.release(self._worker_id, claim.jobs)
         except BaseException:  # finished jobs are no longer ours, so this hands back only the rest
+            if claim.held is not None:
+                await asyncio.shield(claim.held)
             with contextlib.suppress(QueueUnavailable):
                 await self._queue.release(self._worker_id, claim.jobs)
             raise
@@ -443,6 +461,9 @@ class Pipeline:
     async def _commit(
         self, claim: Claim, drawn: Drawn, job: Job, task: ImageTask, finished: Finished
     ) -> None:
+        if claim.held is not None and not await asyncio.shield(claim.held):
+            log.info("job %s was drawn in vain: its claim was refused", job.id)
+            return
         outcome = ImageOutcome(
             file=finished.file,
             batch_size=drawn.size,

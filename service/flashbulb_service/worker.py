@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.pipeline import LoadedModel, Pipeline
 from flashbulb_service.presence import INTERVAL_S, TTL_S, LiveWorker, Presence
 from flashbulb_service.provenance import Marker
-from flashbulb_service.queue import Queue
+from flashbulb_service.queue import Lone, Queue, Taken
 from flashbulb_service.repository import Repository
 from flashbulb_service.results import ResultStore
 from flashbulb_service.safety import ImageChecker, image_checker_of
@@ -144,22 +144,46 @@ class Worker:
                 wake = None if more else await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
                 if stop.is_set():
                     break
-                models = dict(self._models)  # the scan may change it while we wait
-                names, most = list(models), max((loaded.cap for loaded in models.values()), default=1)
-                taken = await self._queue.claim_next(
-                    self.id, names, most, self._lease_s, plan=self._plan, wake=wake
-                )
+                more = await self._claim(wake.lone if wake else None)
                 outage.worked()
-                more = taken.more
-                if taken.jobs:
-                    self._pipeline.submit(models[taken.jobs[0].model], taken.jobs)
             except QueueUnavailable as error:
                 outage.failed(error)
                 await _unless(stop, asyncio.sleep(OUTAGE_BACKOFF_S))
         await self._pipeline.drain()
 
+    async def _claim(self, lone: Lone | None) -> bool:
+        """Claim a batch and have it drawn; return whether more waits, as far as we know."""
+        models = dict(self._models)  # the scan may change it while we wait
+        names, most = list(models), max((loaded.cap for loaded in models.values()), default=1)
+        taken = await self._claim_lone(lone, models) if lone is not None else None
+        if taken is None:
+            taken = await self._queue.claim_next(self.id, names, most, self._lease_s, plan=self._plan)
+            if taken.jobs:
+                self._pipeline.submit(models[taken.jobs[0].model], taken.jobs)
+        return taken.more
+
+    async def _claim_lone(self, lone: Lone, models: Mapping[str, LoadedModel]) -> Taken | None:
+        """Begin to draw a job while its claim is on its way; None when it is to be claimed as any other."""
+        plan, loaded = self._decide(lone.window), models.get(lone.job.model)
+        if plan is None or loaded is None or plan.take != (lone.job.id,):
+            return None
+        held = asyncio.get_running_loop().create_future()
+        self._pipeline.submit(loaded, [lone.job], held=held)
+        try:
+            taken = await self._queue.take(self.id, plan, self._lease_s, models=list(models), lone=lone)
+            held.set_result(taken.jobs == [lone.job])
+        finally:
+            if not held.done():
+                held.set_result(False)
+        if not held.result() and taken.jobs:  # another attempt of it
+            self._pipeline.submit(loaded, taken.jobs)
+        return taken if taken.jobs else None
+
+    def _decide(self, window: Window) -> Plan | None:
+        return self._scheduler.plan(replace(window, now_ms=window.now_ms + self._pipeline.lead_ms))
+
     def _plan(self, window: Window) -> Plan | None:
-        plan = self._scheduler.plan(replace(window, now_ms=window.now_ms + self._pipeline.lead_ms))
+        plan = self._decide(window)
         if plan is not None and plan.drop:
             self._metrics.deadline_missed(plan.model, len(plan.drop))
         return plan

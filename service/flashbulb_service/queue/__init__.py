@@ -13,6 +13,7 @@ from flashbulb_service.queue.queue import (
     Taken,
     Wake,
 )
+from flashbulb_service.queue.windows import Lone
 
 __all__ = [
     "Enqueued",
@@ -21,6 +22,7 @@ __all__ = [
     "Gate",
     "Kept",
     "Limits",
+    "Lone",
     "Queue",
     "QueueStats",
     "RequestView",

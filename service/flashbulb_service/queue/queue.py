@@ -48,7 +48,7 @@ from flashbulb_service.queue.completions import Completions, Expected
 from flashbulb_service.queue.events import Event, Events
 from flashbulb_service.queue.keys import Keys, digest
 from flashbulb_service.queue.views import VIEW_FIELDS, make_view
-from flashbulb_service.queue.windows import bucket_window, lone_window, pairs, used_ms
+from flashbulb_service.queue.windows import Lone, bucket_window, claimed_job, pairs, read_token, used_ms
 from flashbulb_service.scheduler import BucketFacts, Plan, Window, lane_of, plan_batch
 from flashbulb_service.timing import Tau
 
@@ -102,9 +102,9 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """A model may have work. lone: a window on the one job that waited, if that was all."""
+    """A model may have work. lone: the one job that waited, if that was all; `Queue.take` it before it is yours."""
 
-    lone: Window | None = None
+    lone: Lone | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,16 +469,9 @@ class Queue:
         lease_s: float,
         *,
         plan: Callable[[Window], Plan | None],
-        wake: Wake | None = None,
         now: float | None = None,
     ) -> Taken:
-        """Do as `claim`; with the wake that led here, in one round trip where its job is still all that waits."""
-        if wake is not None and wake.lone is not None:
-            decision = plan(wake.lone)
-            if decision is not None and decision.take:
-                taken = await self.take(worker_id, decision, lease_s, models=models, lone=wake.lone, now=now)
-                if taken.jobs:
-                    return taken
+        """Do as `claim`, and tell whether more waits."""
         while models:
             decision = plan(await self.window(worker_id, models, 2 * max_batch, now=now))
             if decision is None:
@@ -514,13 +507,13 @@ class Queue:
         lease_s: float,
         *,
         models: Sequence[str] = (),
-        lone: Window | None = None,
+        lone: Lone | None = None,
         now: float | None = None,
     ) -> Taken:
         """Lease the planned jobs that are still there, and fail those that the plan drops.
 
-        models: the worker's, to tell whether more waits for them. lone: the window of a wake that the plan was
-        made for; nothing is taken if more has come since.
+        models: the worker's, to tell whether more waits for them. lone: what the plan was made for; nothing is taken if
+        more has come since.
         """
         charged = [part for row in zip(plan.take, map(repr, plan.charges_ms), strict=True) for part in row]
         more, *rows = await self._run(
@@ -534,28 +527,14 @@ class Queue:
             lane_of(plan.bucket),
             round(plan.predicted_ms),
             repr(plan.clock_ms),
-            "" if lone is None else round(lone.now_ms),
+            "" if lone is None else round(lone.window.now_ms),
             len(models),
             len(plan.take),
             *models,
             *charged,
             *plan.drop,
         )
-        jobs = [
-            Job(
-                id=job_id.decode(),
-                model=model.decode(),
-                bucket=bucket.decode(),
-                tenant=tenant.decode(),
-                payload=payload,
-                attempt=attempt,
-                burnt=burnt,
-                enqueued_at=enqueued_ms / 1000,
-                awaited=bool(awaited),
-            )
-            for job_id, model, bucket, tenant, payload, attempt, burnt, enqueued_ms, awaited in rows
-        ]
-        return Taken(jobs, more=bool(more))
+        return Taken([claimed_job(row) for row in rows], more=bool(more))
 
     async def publish_times(
         self,
@@ -589,7 +568,7 @@ class Queue:
             found: Any = await self._patient.blpop(
                 [self.keys.wake(model) for model in models], timeout=timeout_s
             )
-        return None if found is None else Wake(lone_window(found[1]))
+        return None if found is None else Wake(read_token(found[1]))
 
     async def heartbeat(
         self, worker_id: str, jobs: Sequence[Job], lease_s: float, *, now: float | None = None

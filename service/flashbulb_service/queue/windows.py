@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from flashbulb_service.jobs import Job
 from flashbulb_service.scheduler import SHORT, BucketWindow, Waiting, Window, lane_of
 
 
@@ -34,21 +36,49 @@ def used_ms(buckets: Sequence[Sequence[Any]]) -> dict[str, float]:
     }
 
 
-def lone_window(token: bytes) -> Window | None:
-    """Read what a token of a wake list tells: a window on the one short job that waited, or nothing."""
+@dataclass(frozen=True, slots=True)
+class Lone:
+    """The one job that waited when somebody was woken: what a window showed, and what its claim would return."""
+
+    window: Window
+    job: Job
+
+
+def read_token(token: bytes) -> Lone | None:
+    """Read a token of a wake list; None when it says only that there is work."""
     if token == b"1":
         return None
-    moment, (model, bucket, count, accounts, flat) = json.loads(token)
+    try:
+        moment, (model, bucket, count, accounts, flat), row = json.loads(token)
+    except ValueError:  # a payload that is no text
+        return None
     if lane_of(bucket) != SHORT:
         return None  # what long work may do depends on the other workers
     reply = (model.encode(), bucket.encode(), count, _bytes(accounts), _bytes(flat))
-    return Window(
+    window = Window(
         now_ms=float(moment),
         buckets=(bucket_window(reply),),
         used_ms=used_ms([reply]),
         lane_used_ms={},
         num_long=0,
         num_workers=1,
+    )
+    return Lone(window, claimed_job([*_bytes(row[:5]), *row[5:]]))
+
+
+def claimed_job(row: Sequence[Any]) -> Job:
+    """Read a claimed job, as `claimed` of lib.lua returns it."""
+    job_id, model, bucket, tenant, payload, attempt, burnt, enqueued_ms, awaited = row
+    return Job(
+        id=job_id.decode(),
+        model=model.decode(),
+        bucket=bucket.decode(),
+        tenant=tenant.decode(),
+        payload=payload,
+        attempt=attempt,
+        burnt=burnt,
+        enqueued_at=enqueued_ms / 1000,
+        awaited=bool(awaited),
     )
 
 

@@ -268,63 +268,53 @@ async def test_drained_queue_does_not_wake_anybody(queue):
     assert not await queue.wait_for_work(["emoji@1"], 0.02)
 
 
-def take_all(window):
-    return plan_batch(window, lambda _model, _bucket: BucketFacts(cap=4))
+async def take_lone(queue, lone, models=("emoji@1", "other@1"), **now):
+    plan = plan_batch(lone.window, lambda _model, _bucket: BucketFacts(cap=4))
+    assert plan.take == (lone.job.id,)
+    return await queue.take("w", plan, 60, models=models, lone=lone, **now)
 
 
-@pytest.fixture
-def windows(queue, monkeypatch):
-    """Collect the windows that are read."""
-    read, look = [], queue.window
-
-    async def window(*args, **kwargs):
-        read.append(await look(*args, **kwargs))
-        return read[-1]
-
-    monkeypatch.setattr(queue, "window", window)
-    return read
-
-
-async def test_the_only_job_is_claimed_by_its_wake_without_a_look_at_the_queue(queue, windows):
-    [job_id] = (await queue.enqueue([new(tenant="a", deadline_s=50.0, weight=2.0)])).ids
-    wake = await queue.wait_for_work(["other@1", "emoji@1"], 5)
-    taken = await queue.claim_next("w", ["other@1", "emoji@1"], 4, 60, plan=take_all, wake=wake)
-    assert [job.id for job in taken.jobs] == [job_id]
-    assert not taken.more and not windows
-    await queue.release("w", taken.jobs)
-    await queue.window("w", ["emoji@1"], 8)
-    [told], [looked] = wake.lone.buckets, windows[0].buckets
-    assert told == looked  # the token says what the window does
-    assert wake.lone.used_ms.keys() == windows[0].used_ms.keys()
+async def test_the_only_job_is_claimed_by_its_wake_without_a_look_at_the_queue(queue):
+    [job_id] = (await queue.enqueue([new("größer".encode(), tenant="a", deadline_s=50.0, weight=2.0)])).ids
+    looked = await queue.window("w", ["emoji@1"], 8)
+    lone = (await queue.wait_for_work(["other@1", "emoji@1"], 5)).lone
+    assert lone.window.buckets == looked.buckets  # the token says what the window does
+    assert lone.window.used_ms == looked.used_ms
+    taken = await take_lone(queue, lone)
+    assert taken.jobs == [lone.job]  # and it says what the claim returns
+    assert taken.jobs[0].id == job_id
+    assert not taken.more
 
 
-async def test_a_wake_is_not_trusted_when_other_work_has_come(queue, windows):
-    first = (await queue.enqueue([new()])).ids
-    wake = await queue.wait_for_work(["emoji@1", "other@1"], 5)
-    second = (await queue.enqueue([new()])).ids
-    taken = await queue.claim_next("w", ["emoji@1", "other@1"], 4, 60, plan=take_all, wake=wake)
-    assert [job.id for job in taken.jobs] == [*first, *second]  # one batch, not two
-    assert len(windows) == 1
-
-    await queue.enqueue([new(), new(model="other@1")])
-    await queue.enqueue([new(model="other@1")])
-    wake = await queue.wait_for_work(["emoji@1", "other@1"], 5)
-    taken = await queue.claim_next("w", ["emoji@1", "other@1"], 4, 60, plan=take_all, wake=wake)
-    assert taken.jobs and taken.more
-    assert len(windows) == 2
+async def test_a_wake_is_not_trusted_when_other_work_has_come(queue):
+    """Else two jobs would run as two batches, or the more urgent one of another model would wait."""
+    for other in (new(), new(model="other@1"), new(bucket="128x128")):
+        await queue.enqueue([new()])
+        lone = (await queue.wait_for_work(["emoji@1"], 5)).lone
+        await queue.enqueue([other])
+        taken = await take_lone(queue, lone)
+        assert (taken.jobs, taken.more) == ([], True)
+        await drain(queue, ["emoji@1", "other@1"], 4)
 
 
-async def test_a_wake_is_not_trusted_when_it_is_old_or_its_model_is_paused(queue, windows):
-    await queue.enqueue([new()], now=100.0)
-    wake = await queue.wait_for_work(["emoji@1"], 5)
-    [job] = (await queue.claim_next("w", ["emoji@1"], 4, 60, plan=take_all, wake=wake, now=101.0)).jobs
-    assert len(windows) == 1
-    await queue.complete("w", job, b"ok")
-    await queue.enqueue([new()])
-    wake = await queue.wait_for_work(["emoji@1"], 5)
-    assert wake.lone is not None
+async def test_a_wake_is_not_trusted_when_it_is_old_or_its_model_is_paused_or_its_job_is_gone(queue):
+    [job_id] = (await queue.enqueue([new()], now=100.0)).ids
+    lone = (await queue.wait_for_work(["emoji@1"], 5)).lone
+    assert (await take_lone(queue, lone, now=101.0)).jobs == []
     await queue.set_gate("emoji@1", "paused")
-    assert (await queue.claim_next("w", ["emoji@1"], 4, 60, plan=take_all, wake=wake)).jobs == []
+    assert (await take_lone(queue, lone, now=100.0)).jobs == []
+    await queue.set_gate("emoji@1", None)
+    await queue.cancel(job_id)
+    assert (await take_lone(queue, lone, now=100.0)).jobs == []
+
+
+@pytest.mark.parametrize("payload", [b"\xff\0", b"x" * 70_000])
+async def test_a_payload_that_is_no_short_text_does_not_travel_with_a_wake(queue, payload):
+    await queue.enqueue([new(payload)])
+    wake = await queue.wait_for_work(["emoji@1"], 5)
+    assert wake.lone is None
+    [job] = await queue.claim("w", ["emoji@1"], 4, 60)
+    assert job.payload == payload
 
 
 async def test_long_work_is_not_claimed_by_a_wake(queue):

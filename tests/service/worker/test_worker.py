@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from flashbulb_service.backends import ImageRequest
+from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.pipeline import MAX_DELIVERING, MAX_DRAWING
 from flashbulb_service.presence import Presence, serves
@@ -342,3 +343,71 @@ async def test_presence_begins_and_ends_with_the_worker(
 
 async def _truth(value: object) -> bool:
     return bool(value)
+
+
+async def test_a_lone_job_is_drawn_while_its_claim_is_on_its_way(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running = start_worker()
+    gate, take = asyncio.Event(), running.worker._queue.take
+
+    async def slow_take(*args: Any, **kwargs: Any) -> Any:
+        await gate.wait()
+        return await take(*args, **kwargs)
+
+    monkeypatch.setattr(running.worker._queue, "take", slow_take)
+    await wait_until(lambda: _truth(_sleeps(running)))
+    [job_id] = (await queue.enqueue([picture_job()])).ids
+    await wait_until(lambda: _truth(watched.batches))
+    assert (await queue.views([job_id]))[0].state is JobState.QUEUED  # type: ignore[union-attr]
+    gate.set()
+    [view] = await queue.wait([job_id], 10)
+    assert (view.state, view.attempt) == (JobState.DONE, 1)
+    assert len(watched.batches) == 1
+
+
+@pytest.mark.parametrize("fault", ["cancelled", "answer lost"])
+async def test_what_was_drawn_without_a_claim_is_not_delivered(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    running = start_worker()
+    gate, take, calls = asyncio.Event(), running.worker._queue.take, list[str]()
+
+    async def faulty_take(*args: Any, **kwargs: Any) -> Any:
+        await gate.wait()
+        taken = await take(*args, **kwargs)
+        calls.append("take")
+        if fault == "answer lost" and len(calls) == 1:
+            raise QueueUnavailable("planted")
+        return taken
+
+    monkeypatch.setattr(running.worker._queue, "take", faulty_take)
+    await wait_until(lambda: _truth(_sleeps(running)))
+    [job_id] = (await queue.enqueue([picture_job()])).ids
+    await wait_until(lambda: _truth(watched.batches))
+    if fault == "cancelled":
+        assert await queue.cancel(job_id)
+    gate.set()
+    [view] = await queue.wait([job_id], 10)
+    if fault == "cancelled":
+        assert (view.state, view.result, view.attempt) == (JobState.CANCELLED, None, 0)
+    else:  # it was handed back, and not left to its lease
+        assert (view.state, view.attempt) == (JobState.DONE, 2)
+    assert (await queue.stats()).running == 0
+    [after] = await queue.wait((await queue.enqueue([picture_job(seed=8)])).ids, 10)
+    assert after.state is JobState.DONE
+
+
+def _sleeps(running: Any) -> bool:
+    return bool(running.worker._queue._patient.connection_pool._in_use_connections)

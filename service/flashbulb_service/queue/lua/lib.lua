@@ -105,6 +105,25 @@ local function is_alone(model, bucket)
   return call('ZCARD', key('ready', model)) == 1 and call('ZCARD', key('due', model, bucket)) == 1
 end
 
+-- What a claim of a lone job will return, as far as it can be told before.
+local function claimed(id, model, bucket, attempt)
+  local job = call('HMGET', key('job', id), 'tenant', 'payload', 'burnt', 'enqueued', 'reply')
+  local awaited = (job[5] or '') ~= '' and 1 or 0
+  return { id, model, bucket, job[1], job[2], attempt, tonumber(job[3]), tonumber(job[4]), awaited }
+end
+
+local MAX_TOKEN_PAYLOAD = 65536
+
+local function lone_token(model, bucket, now)
+  local window = look_into(model, bucket, 1)
+  local id = window[5][1]
+  if call('HSTRLEN', key('job', id), 'payload') > MAX_TOKEN_PAYLOAD then
+    return '1'
+  end
+  local attempt = tonumber(call('HGET', key('job', id), 'attempt')) + 1
+  return cjson.encode({ now, window, claimed(id, model, bucket, attempt) })
+end
+
 -- After a model's backlog changed. One token is enough to wake everybody: whoever claims and leaves work
 -- behind puts the next one. A token may say what there is to take, while that is one job. With the last backlog go the accounts: nobody waits, so nobody is owed anything.
 local function settle(model, lone_bucket, now)
@@ -113,7 +132,7 @@ local function settle(model, lone_bucket, now)
     call('SADD', key('models'), model)
     if call('LLEN', wake) == 0 and gate_of(model) ~= 'paused' then
       local lone = lone_bucket and is_alone(model, lone_bucket)
-      call('RPUSH', wake, lone and cjson.encode({ now, look_into(model, lone_bucket, 1) }) or '1')
+      call('RPUSH', wake, lone and lone_token(model, lone_bucket, now) or '1')
     end
   else
     call('DEL', wake)

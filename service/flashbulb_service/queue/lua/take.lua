@@ -49,18 +49,17 @@ local batch = {}
 for i = first, first - 1 + 2 * num, 2 do
   local id, charge = ARGV[i], tonumber(ARGV[i + 1])
   if is_here(id) then
-    local job = call('HMGET', key('job', id), 'tenant', 'payload', 'enqueued', 'burnt', 'reply')
-    local total = used_by(model, job[1]) + charge
-    leave(id, model, bucket, job[1])
-    call('ZADD', key('used'), total, job[1])
-    call('ZADD', key('tenants', model, bucket), 'XX', total, job[1])
+    local tenant = call('HGET', key('job', id), 'tenant')
+    local total = used_by(model, tenant) + charge
+    leave(id, model, bucket, tenant)
+    call('ZADD', key('used'), total, tenant)
+    call('ZADD', key('tenants', model, bucket), 'XX', total, tenant)
     local attempt = call('HINCRBY', key('job', id), 'attempt', 1)
     call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now)
     call('ZADD', key('leases'), now + lease, id)
     call('ZREM', key('deadlines'), id)
     note(id, 'running', now, 'attempt', attempt)
-    local awaited = (job[5] or '') ~= '' and 1 or 0
-    batch[#batch + 1] = { id, model, bucket, job[1], job[2], attempt, tonumber(job[4]), tonumber(job[3]), awaited }
+    batch[#batch + 1] = claimed(id, model, bucket, attempt)
   end
 end
 
