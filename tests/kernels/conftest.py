@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed: pip install 'flashbulb[gpu]'")
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install 'flashbulb[kernels]'")
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from flashbulb_kernels.attention.forward import forward
 from flashbulb_kernels.attention.reference import attention_backward_reference, attention_reference
 from flashbulb_kernels.attention.tolerance import closeness
 from flashbulb_kernels.tiles import HEAD_DIMS, Tile
-from support.attention import DTYPES, LENGTHS, TILE, draw, draw_mask, judge, truth
+from flashbulb_kernels.verify import differentiated
+from support.attention import DTYPES, LENGTHS, TILE, draw, draw_mask, judge
 
 TILES = {"delta": TILE, "dkdv": TILE, "dq": TILE}
 
@@ -23,7 +24,8 @@ def gradients(q, k, v, mask, grad_o, tiles=TILES, grad_lse=None):
 def check(q, k, v, mask, tiles=TILES):
     grad_o = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
     found = dict(zip(("dq", "dk", "dv"), gradients(q, k, v, mask, grad_o, tiles), strict=True))
-    judge(found, truth(q, k, v, mask, grad_o)[1:], truth(q, k, v, mask, grad_o, plain=True)[1:])
+    exact, plain = (differentiated(q, k, v, grad_o, mask, exact=exact) for exact in (True, False))
+    judge(found, exact[1:], plain[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,5 +96,5 @@ def test_a_kernel_that_forgets_delta_would_be_seen(device, dtype):
     grad_o = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
     o, lse = forward(q, k, v, None, 0.125, TILE)
     dq, _, _ = backward(grad_o, torch.zeros_like(lse), q, k, v, torch.zeros_like(o), lse, None, 0.125, TILES)
-    true, plain = truth(q, k, v, None, grad_o)[1], truth(q, k, v, None, grad_o, plain=True)[1]
-    assert not closeness(dq, true, plain).ok
+    exact, plain = (differentiated(q, k, v, grad_o, None, exact=exact)[1] for exact in (True, False))
+    assert not closeness(dq, exact, plain).ok

@@ -10,6 +10,7 @@ from flashbulb_kernels.attention.operators import attention_fused
 from flashbulb_kernels.attention.reference import attention_reference
 from flashbulb_kernels.attention.tolerance import plain_attention
 from flashbulb_kernels.tiles import HEAD_DIMS, Tile
+from flashbulb_kernels.verify import rounded_steps
 from support.attention import DTYPES, LENGTHS, TILE, draw, draw_mask, judge
 
 NAMES = ("q_weight", "q_bias", "k_weight", "k_bias")
@@ -39,11 +40,8 @@ def replaced(p, change):
     )
 
 
-def rounded_steps(q, k, v, p, mask):
-    """Plain torch: the norm rounded to the dtype, then the rotation rounded to the dtype, then attention."""
-    norm_only = Preparation(p.norm, p.eps, p.q_weight, p.q_bias, p.k_weight, p.k_bias, p.split)
-    rope_only = Preparation(cos=p.cos, sin=p.sin, rope_start=p.rope_start)
-    return plain_attention(*rope_only.prepare(*norm_only.prepare(q, k)), v, mask, q.shape[-1] ** -0.5)
+def rounded(q, k, v, p, mask=None):
+    return plain_attention(*rounded_steps(p, q, k), v, mask, q.shape[-1] ** -0.5)
 
 
 def check(q, k, v, p, mask=None, tile=TILE):
@@ -51,7 +49,7 @@ def check(q, k, v, p, mask=None, tile=TILE):
     o, _ = fused_forward(q, k, v, mask, p, scale, tile)
     wide = replaced(p, torch.Tensor.double)
     true, _ = attention_reference(*wide.prepare(q.double(), k.double()), v.double(), mask, scale)
-    judge({"o": o}, (true,), (rounded_steps(q, k, v, p, mask),))
+    judge({"o": o}, (true,), (rounded(q, k, v, p, mask),))
 
 
 CASES = {
@@ -120,7 +118,7 @@ def test_gradients_reach_q_k_v_and_the_weights(device, impl, case):
 
     found = run((q, k, v), p, lambda q, k, v, p: attention(q, k, v, preparation=p, impl=impl))
     true = run((x.double() for x in (q, k, v)), replaced(p, torch.Tensor.double), definition)
-    plain = run((q, k, v), p, lambda q, k, v, p: rounded_steps(q, k, v, p, None))
+    plain = run((q, k, v), p, lambda q, k, v, p: rounded(q, k, v, p))
     judge(found, tuple(true.values()), tuple(plain.values()), terms=10.0)
 
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from flashbulb_kernels.attention.reference import attention_reference
-from flashbulb_kernels.attention.tolerance import closeness, plain_attention
+from flashbulb_kernels.attention.tolerance import closeness
 from flashbulb_kernels.tiles import Tile
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,16 +26,6 @@ def draw_mask(device: str, b: int, m: int) -> Tensor:
     mask = torch.rand(b, m, generator=torch.Generator().manual_seed(b * m)) > 0.5
     mask[:, -1] = True
     return mask.to(device)
-
-
-def truth(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grad_o: Tensor, plain: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return o and the gradients of q, k, v by autograd: of the definition in fp64, or of plain torch in the dtype."""
-    leaves = [(x if plain else x.double()).detach().clone().requires_grad_() for x in (q, k, v)]
-    scale = q.shape[-1] ** -0.5
-    o = plain_attention(*leaves, mask, scale) if plain else attention_reference(*leaves, mask, scale)[0]
-    return o.detach(), *torch.autograd.grad(o, leaves, grad_o.to(o.dtype))
 
 
 def judge(

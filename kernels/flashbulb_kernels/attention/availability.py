@@ -17,7 +17,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     if head_dim not in HEAD_DIMS:
         return f"expected a head dimension of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     if find_spec("triton") is None:
-        return "Triton is not installed: pip install 'flashbulb[gpu]'"
+        return "Triton is not installed: pip install 'flashbulb[kernels]'"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < LOWEST_CAPABILITY:

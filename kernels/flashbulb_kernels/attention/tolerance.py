@@ -26,6 +26,13 @@ class Closeness:
         """Say whether the error is within what is allowed; NaN never is."""
         return self.error <= self.allowed
 
+    @property
+    def share(self) -> float:
+        """Return the error as a share of what is allowed; infinite where it is NaN."""
+        if self.error == self.error:
+            return self.error / self.allowed if self.allowed else float(self.error > 0)
+        return float("inf")
+
     def __str__(self) -> str:
         return f"error {self.error:.1e} of {self.allowed:.1e} allowed (plain torch: {self.yardstick:.1e})"
 
