@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from flashbulb_service.api.answers import AddressOf, finished
+from flashbulb_service.api.answers import AddressOf, finished, summarise
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.identity import caller_of, owner_of
 from flashbulb_service.api.images import Key, address_of, answer_headers, choose_key, enqueue
@@ -268,8 +268,13 @@ def eta_ms(
 
 def _picture(address_of: AddressOf, record: RequestRecord, index: int, row: JobView) -> dict[str, Any]:
     picture = finished(row)
-    url = address_of(picture.outcome.file)
-    return {"url": url, "seed": record.seed, "index": index, "batch_size": picture.outcome.batch_size}
+    return {
+        "url": address_of(picture.outcome.file),
+        "seed": record.seed,
+        "index": index,
+        "batch_size": picture.outcome.batch_size,
+        "timings": summarise([picture]),
+    }
 
 
 def _seconds(at: float | None) -> int | None:

@@ -18,6 +18,9 @@ PAGE_HEADERS = {
 FILES = {
     "/": ("index.html", "text/html"),
     "/ui/playground.js": ("playground.js", "text/javascript"),
+    "/ui/server.js": ("server.js", "text/javascript"),
+    "/ui/request.js": ("request.js", "text/javascript"),
+    "/ui/run.js": ("run.js", "text/javascript"),
     "/ui/playground.css": ("playground.css", "text/css"),
     "/ui/icon.svg": ("icon.svg", "image/svg+xml"),
 }

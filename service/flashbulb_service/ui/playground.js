@@ -1,17 +1,16 @@
-// The playground: a form, the pictures of the last request, and that request as text. No library, no state
-// but what stands on the page.
+// The playground: a form, the run under way, the runs before it, and the request as text. No library, no state but
+// what stands on the page.
 
+import { ask, askJson, dropKey, hasKey, keepKey, Refusal, refusalOf } from "/ui/server.js";
+import { asCurl, asPython, bodyOf, MAX_SEEDS, parseSeeds } from "/ui/request.js";
+import { element, Run } from "/ui/run.js";
+
+const MAX_HISTORY = 24;
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 let models = [];
-let running = null; // the AbortController of the request under way
-
-function element(name, text, attributes = {}) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  return made;
-}
+let running = null; // { run, controller } under way
+let shown = null; // the finished run that stands in the result
 
 function showState(kind, text) {
   $("state").dataset.kind = kind;
@@ -25,189 +24,140 @@ function showError(title, detail = "") {
   box.hidden = false;
 }
 
-// ------------------------------------------------------------------------------------------ the key
-
-const KEY = "flashbulb-key"; // in the session's storage: gone with the tab
-
-function ask(path, options = {}) {
-  const key = sessionStorage.getItem(KEY);
-  return fetch(path, key ? { ...options, headers: { ...options.headers, authorization: `Bearer ${key}` } } : options);
-}
-
 function askForKey() {
-  sessionStorage.removeItem(KEY);
+  dropKey();
   showState("bad", "key needed");
   $("access").hidden = false;
   $("key").value = "";
   $("key").focus();
 }
 
-// ------------------------------------------------------------------------------------------ the request
+// ------------------------------------------------------------------------------------------ the form
 
 function chosenModel() {
   return models.find((model) => model.id === $("model").value);
 }
 
-function requestBody(seed) {
-  const body = { model: $("model").value, prompt: $("prompt").value.trim() || $("prompt").placeholder };
-  body.n = Number($("count").value) || 1;
-  body.size = $("size").value || "auto";
-  if (/^\d{1,15}$/.test(seed)) body.seed = Number(seed); // anything else, the field itself refuses
-  return body;
+function choice() {
+  return {
+    model: $("model").value,
+    prompt: $("prompt").value.trim(),
+    count: Number($("count").value) || 1,
+    size: $("size").value,
+  };
 }
 
-function pythonText(value) {
-  return JSON.stringify(value); // a JSON string is a Python string
+function checkSeeds() {
+  const seeds = parseSeeds($("seed").value);
+  $("seed").setCustomValidity(seeds ? "" : `Up to ${MAX_SEEDS} numbers, such as 7 or 7, 9 or 7-10; empty for a random one.`);
+  return seeds;
 }
 
-function shellText(text) {
-  return `'${text.replaceAll("'", "'\\''")}'`;
-}
-
-function asCurl(body) {
-  return [
-    `curl ${location.origin}/v1/images/generations \\`,
-    ...(sessionStorage.getItem(KEY) ? [`  -H "Authorization: Bearer $FLASHBULB_API_KEY" \\`] : []),
-    `  -H 'Content-Type: application/json' \\`,
-    `  -d ${shellText(JSON.stringify(body))}`,
-  ].join("\n");
-}
-
-function asPython(body) {
-  const withKey = sessionStorage.getItem(KEY) !== null; // named, never shown
-  const key = withKey ? 'os.environ["FLASHBULB_API_KEY"]' : '"none"';
-  const lines = [
-    "import base64",
-    ...(withKey ? ["import os"] : []),
-    "from openai import OpenAI",
-    "",
-    `client = OpenAI(base_url=${pythonText(`${location.origin}/v1`)}, api_key=${key})`,
-    "answer = client.images.generate(",
-    `    model=${pythonText(body.model)},`,
-    `    prompt=${pythonText(body.prompt)},`,
-    `    n=${body.n},`,
-    `    size=${pythonText(body.size)},`,
-  ];
-  if (body.seed !== undefined) lines.push(`    extra_body={"seed": ${body.seed}},`);
-  lines.push(
-    ")",
-    "for i, image in enumerate(answer.data):",
-    '    with open(f"image-{i}.png", "wb") as file:',
-    "        file.write(base64.b64decode(image.b64_json))",
-  );
-  return lines.join("\n");
-}
-
-function showRequest(body) {
-  $("curl").textContent = asCurl(body);
-  $("python").textContent = asPython(body);
+function showRequest(bodies) {
+  $("curl").textContent = asCurl(location.origin, bodies, hasKey());
+  $("python").textContent = asPython(location.origin, bodies, hasKey());
 }
 
 function refreshRequest() {
-  showRequest(requestBody($("seed").value));
+  const seeds = checkSeeds() ?? [];
+  const asked = { ...choice(), prompt: choice().prompt || $("prompt").placeholder };
+  showRequest((seeds.length ? seeds : [undefined]).map((seed) => bodyOf(asked, seed)));
 }
 
-// ------------------------------------------------------------------------------------------ the answer
+function fillSizes() {
+  const sizes = chosenModel()?.sizes ?? [];
+  $("size").replaceChildren(...sizes.map((size) => element("option", size.replace("x", " × "), { value: size })));
+}
 
-function showPending(count) {
+// ------------------------------------------------------------------------------------------ the run
+
+async function draw() {
+  const given = checkSeeds();
+  const seeds = given.length ? given : [Math.floor(Math.random() * 2 ** 31)];
+  const run = new Run(choice(), seeds, showProgress);
+  const controller = new AbortController();
+  keepShown();
+  running = { run, controller };
+  $("error").hidden = true;
   $("empty").hidden = true;
   $("timings").hidden = true;
-  $("pictures").replaceChildren(
-    ...Array.from({ length: count }, () => element("div", undefined, { class: "pending", "aria-hidden": "true" })),
-  );
+  $("pictures").replaceChildren(run.grid);
+  showRequest(seeds.map((seed) => bodyOf(run.choice, seed)));
+  setBusy(true);
+  showProgress(run);
+  try {
+    await run.start(controller.signal);
+    if (run.error) showError(run.error.message, run.error.code);
+    showState("good", "ready");
+  } catch (error) {
+    explain(error);
+  } finally {
+    running = null;
+    run.dropPending();
+    finish(run);
+    setBusy(false);
+  }
 }
 
-function showPictures(answer, prompt) {
-  const figures = answer.data.map((picture, index) => {
-    const source = `data:image/${answer.output_format};base64,${picture.b64_json}`;
-    const figure = element("figure");
-    const caption = element("figcaption", `Picture ${index + 1}`);
-    const words = prompt.replaceAll(/[^\p{L}\p{N}]+/gu, "-").replaceAll(/^-|-$/g, "").slice(0, 80) || "picture";
-    const name = `${words}-${picture.seed}-${index}.${answer.output_format}`;
-    caption.append(element("a", "Save", { href: source, download: name, "aria-label": `Save picture ${index + 1}` }));
-    figure.append(element("img", undefined, { src: source, alt: `${prompt}, picture ${index + 1}` }), caption);
-    return figure;
-  });
-  $("pictures").replaceChildren(...figures);
+function explain(error) {
+  if (error.name === "AbortError") return;
+  if (error instanceof Refusal) {
+    showError(error.message, error.detail);
+    if (error.status === 401) askForKey();
+    return;
+  }
+  showState("bad", "no answer");
+  showError("The server does not answer.", "Start it with: flashbulb serve");
 }
 
-function showTimings(answer) {
-  const { queue_ms, batch_ms, encode_ms, total_ms } = answer.timings;
-  const rows = [
-    ["In the queue", queue_ms],
-    ["Model", batch_ms],
-    ["Encoding", encode_ms],
-    ["In all", total_ms],
+function finish(run) {
+  if (!run.done) {
+    $("pictures").replaceChildren();
+    $("empty").hidden = false;
+    if (run.stopped) $("live").textContent = "Stopped before a picture was drawn.";
+    return;
+  }
+  shown = run;
+  $("live").textContent = run.stopped
+    ? `Stopped: ${run.done} of ${run.total} pictures drawn.`
+    : `${run.done} picture${run.done === 1 ? "" : "s"} drawn.`;
+  showTimings(run);
+}
+
+function showProgress(run) {
+  if (running?.run !== run) return;
+  $("bar").max = run.total;
+  $("bar").value = run.done;
+  $("status").textContent = run.status;
+}
+
+function showTimings(run) {
+  const { queue, batch, encode, total, rows } = run.timings;
+  const lines = [
+    ["In the queue", queue],
+    ["Model", batch],
+    ["Encoding", encode],
+    ["In all", total],
   ].map(([name, ms]) => [name, `${ms < 100 ? ms.toFixed(1) : Math.round(ms)} ms`]);
-  rows.push(["Batch", `${answer.batch_size} picture${answer.batch_size === 1 ? "" : "s"}`]);
-  rows.push(["Model used", answer.model]);
-  rows.push(["Seed", answer.data[0].seed]);
+  lines.push(["Batch", `${rows} picture${rows === 1 ? "" : "s"}`]);
+  lines.push(["Model used", [...run.jobs.values()][0].model]);
+  lines.push([run.seeds.length > 1 ? "Seeds" : "Seed", run.seeds.join(", ")]);
   $("timings").replaceChildren(
-    ...rows.map(([name, value]) => {
-      const row = element("div");
-      row.append(element("dt", name), element("dd", value));
-      return row;
+    ...lines.map(([name, value]) => {
+      const line = element("div");
+      line.append(element("dt", name), element("dd", value));
+      return line;
     }),
   );
   $("timings").hidden = false;
 }
 
-async function failure(response) {
-  const id = response.headers.get("x-request-id") ?? "";
-  let error = {};
-  try {
-    error = (await response.json()).error ?? {};
-  } catch {
-    error = {}; // an answer from something in between
-  }
-  const title = error.message ?? `The server answered ${response.status}.`;
-  const parts = [`${response.status} ${error.code ?? ""}`.trim(), error.param && `field ${error.param}`, id];
-  return { title, detail: parts.filter(Boolean).join(" · ") };
-}
-
-async function draw() {
-  const seed = $("seed").value || String(Math.floor(Math.random() * 2 ** 31));
-  const body = requestBody(seed);
-  body.prompt = $("prompt").value.trim();
-  running = new AbortController();
-  $("error").hidden = true;
-  setBusy(true);
-  showPending(body.n);
-  showRequest(body);
-  try {
-    const response = await ask("/v1/images/generations", {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify(body),
-      signal: running.signal,
-    });
-    if (!response.ok) {
-      const { title, detail } = await failure(response);
-      clearPictures();
-      showError(title, detail);
-      if (response.status === 401) askForKey();
-      return;
-    }
-    const answer = await response.json();
-    showPictures(answer, body.prompt);
-    showTimings(answer);
-    showState("good", "ready");
-  } catch (error) {
-    clearPictures();
-    if (error.name !== "AbortError") {
-      showState("bad", "no answer");
-      showError("The server does not answer.", "Start it with: flashbulb serve");
-    }
-  } finally {
-    running = null;
-    setBusy(false);
-  }
-}
-
-function clearPictures() {
-  $("pictures").replaceChildren();
-  $("timings").hidden = true;
-  $("empty").hidden = false;
+async function stop() {
+  if (!running) return;
+  $("stop").disabled = true;
+  const { run, controller } = running;
+  if (run.jobs.size) await run.stop(); // the streams then tell that the jobs were cancelled
+  else controller.abort();
 }
 
 function setBusy(busy) {
@@ -215,28 +165,54 @@ function setBusy(busy) {
   $("draw").disabled = busy || models.length === 0;
   $("draw").textContent = busy ? "Drawing …" : "Draw";
   $("stop").hidden = !busy;
+  $("stop").disabled = false;
+  $("progress").hidden = !busy;
+}
+
+// ------------------------------------------------------------------------------------------ the history
+
+// Move the run that stands in the result to the history, the newest first.
+function keepShown() {
+  if (!shown) return;
+  const run = shown;
+  shown = null;
+  const { prompt, model, size, count } = run.choice;
+  const entry = element("li");
+  const strip = element("div", undefined, { class: "strip" });
+  for (const [key, source] of run.images) {
+    strip.append(element("img", undefined, { src: source, alt: `${prompt}, ${key.replace("/", ", picture ")}` }));
+  }
+  const text = element("div", undefined, { class: "what" });
+  text.append(element("strong", prompt), element("small", `${model}, ${size}, seed ${run.seeds.join(", ")}`));
+  const again = element("button", "Use again", { type: "button", "aria-label": `Use again: ${prompt}` });
+  again.addEventListener("click", () => {
+    $("prompt").value = prompt;
+    $("model").value = model;
+    fillSizes();
+    $("size").value = size;
+    $("count").value = count;
+    $("seed").value = run.seeds.join(", ");
+    refreshRequest();
+    $("prompt").focus();
+  });
+  entry.append(strip, text, again);
+  $("runs").prepend(entry);
+  while ($("runs").children.length > MAX_HISTORY) $("runs").lastElementChild.remove();
+  $("history").hidden = false;
 }
 
 // ------------------------------------------------------------------------------------------ the start
 
-function fillSizes() {
-  const sizes = chosenModel()?.sizes ?? [];
-  $("size").replaceChildren(...sizes.map((size) => element("option", size.replace("x", " × "), { value: size })));
-}
-
 async function start() {
   setBusy(false);
   try {
-    const response = await ask("/v1/models");
-    if (response.status === 401) {
-      const { title, detail } = await failure(response);
-      if (sessionStorage.getItem(KEY)) showError(title, detail);
+    models = (await askJson("/v1/models")).data;
+  } catch (error) {
+    if (error instanceof Refusal && error.status === 401) {
+      if (hasKey()) showError(error.message, error.detail);
       askForKey();
       return;
     }
-    if (!response.ok) throw new Error(`status ${response.status}`);
-    models = (await response.json()).data;
-  } catch {
     showState("bad", "no answer");
     showError("The list of models could not be read.", "Reload the page when the server runs again.");
     return;
@@ -249,22 +225,22 @@ async function start() {
 }
 
 async function checkReady() {
-  const ready = await fetch("/readyz").catch(() => null);
+  const ready = await ask("/readyz").catch(() => null);
   if (ready?.ok) {
     $("error").hidden = true;
     showState("good", "ready");
   } else {
     showState("bad", "no worker");
     if (ready) {
-      const { title, detail } = await failure(ready);
-      showError(title, detail);
+      const refusal = await refusalOf(ready);
+      showError(refusal.message, refusal.detail);
     }
   }
 }
 
 $("access").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(KEY, $("key").value.trim());
+  keepKey($("key").value.trim());
   $("access").hidden = true;
   $("error").hidden = true;
   start();
@@ -287,7 +263,12 @@ $("prompt").addEventListener("keydown", (event) => {
 addEventListener("focus", () => {
   if ($("state").textContent === "no worker") checkReady(); // one may have come meanwhile
 });
-$("stop").addEventListener("click", () => running?.abort());
+$("stop").addEventListener("click", stop);
+$("clear").addEventListener("click", () => {
+  $("runs").replaceChildren();
+  $("history").hidden = true;
+  $("prompt").focus();
+});
 for (const button of document.querySelectorAll("[data-copy]")) {
   button.addEventListener("click", async () => {
     const source = $(button.dataset.copy);

@@ -3,6 +3,7 @@
 import base64
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from support.tiny_bundle import make_tiny_bundle
 pytestmark = pytest.mark.browser
 
 IMAGES = "[...document.querySelectorAll('#pictures img')]"
+IDLE = "!document.getElementById('draw').disabled"
 VISIBLE_ERROR = "!document.getElementById('error').hidden && document.getElementById('error').textContent"
 
 
@@ -25,7 +27,9 @@ def draw(page: Page, prompt: str, *, count: int = 3, seed: str = "") -> list[str
     page.js("document.getElementById('prompt').value = ''; document.getElementById('prompt').focus()")
     page.write(prompt)
     page.press("Enter", 13)
-    page.until(f"{IMAGES}.length === {count} && {IMAGES}.every((image) => image.naturalWidth === 64)")
+    page.until(
+        f"{IMAGES}.length === {count} && {IMAGES}.every((image) => image.naturalWidth === 64) && {IDLE}"
+    )
     sources = page.js(f"{IMAGES}.map((image) => image.src)")
     assert isinstance(sources, list)
     return sources
@@ -189,3 +193,115 @@ def luminance(colour: str) -> float:
     channels = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+# --------------------------------------------------------------------------------------- the run under way
+
+
+@pytest.fixture(scope="module")
+def slow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve a device that draws a picture at a time and takes its time."""
+    folder = tmp_path_factory.mktemp("slow")
+    make_tiny_bundle(folder / "models")
+    device = '{"floor_ms": 700, "base_ms": 0, "row_ms": 700}'
+    settings = {"backend": "synthetic", "synthetic": device, "max_batch": "1"}
+    with Serving(folder / "models", folder / "data", **settings) as serving:
+        yield serving.url
+
+
+def press_draw(page: Page, prompt: str, *, count: int, seed: str) -> None:
+    page.js(
+        f"document.getElementById('count').value = {count}; document.getElementById('seed').value = '{seed}';"
+        f"document.getElementById('prompt').value = '{prompt}';"
+        "document.getElementById('form').requestSubmit()"
+    )
+
+
+STATUS = "document.getElementById('status').textContent"
+
+
+def test_progress_counts_pictures_as_they_come(page: Page, slow_url: str) -> None:
+    open_ready(page, slow_url)
+    press_draw(page, "dog", count=3, seed="1")
+    page.until(f"{IMAGES}.length === 1")
+    assert page.js(STATUS) == "1 of 3 drawn"
+    assert page.js(
+        "document.getElementById('bar').value / document.getElementById('bar').max"
+    ) == pytest.approx(1 / 3)
+    assert page.js("document.getElementById('result').getAttribute('aria-busy')") == "true"
+    page.until(f"{IMAGES}.length === 3 && {IDLE}")
+    assert page.js("document.getElementById('progress').hidden") is True
+    assert page.js("document.getElementById('live').textContent") == "3 pictures drawn."
+
+
+def test_a_place_in_the_queue_is_shown(page: Page, slow_url: str) -> None:
+    open_ready(page, slow_url)
+    ahead = httpx2.post(f"{slow_url}/v1/jobs", json={"prompt": "rocket", "n": 4}).json()
+    press_draw(page, "dog", count=1, seed="2")
+    page.until(f"/^[1-9] in the queue before this|next in the queue/.test({STATUS})")
+    page.until(f"{IMAGES}.length === 1 && {IDLE}", timeout_s=30)
+    assert httpx2.get(f"{slow_url}/v1/jobs/{ahead['id']}").json()["status"] == "completed"
+
+
+def test_stop_cancels_what_was_not_drawn_and_keeps_what_was(page: Page, slow_url: str) -> None:
+    open_ready(page, slow_url)
+    press_draw(page, "cat", count=6, seed="3")
+    page.until(f"{IMAGES}.length === 1")
+    page.js("document.getElementById('stop').click()")
+    page.until(IDLE)
+    drawn = page.js(f"{IMAGES}.length")
+    assert 1 <= drawn < 6
+    assert page.js("document.querySelectorAll('#pictures .pending').length") == 0
+    assert page.js("document.getElementById('live').textContent") == f"Stopped: {drawn} of 6 pictures drawn."
+    job = httpx2.get(f"{slow_url}/v1/jobs").json()["data"][0]
+    assert (job["prompt"], job["status"]) == ("cat", "cancelled")
+
+
+def test_several_seeds_stand_side_by_side_and_their_program_draws_the_same(
+    page: Page, server_url: str, tmp_path: Path
+) -> None:
+    open_ready(page, server_url)
+    press_draw(page, "red apple", count=2, seed="5, 8-9")
+    page.until(f"{IMAGES}.length === 6 && {IDLE}")
+    assert page.js("[...document.querySelectorAll('.row h3')].map((one) => one.textContent)") == [
+        "Seed 5",
+        "Seed 8",
+        "Seed 9",
+    ]
+    shown = [source.partition(",")[2] for source in page.js(f"{IMAGES}.map((image) => image.src)")]
+    program = page.js("document.getElementById('python').textContent")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=30)
+    written = [tmp_path / f"image-{seed}-{i}.png" for seed in (5, 8, 9) for i in range(2)]
+    assert [base64.b64encode(path.read_bytes()).decode() for path in written] == shown
+    assert len(set(shown)) == 6
+
+
+@pytest.mark.parametrize("seeds", ["apple", "1 2 3 4 5", "1-9", "-3", "1.5"])
+def test_what_is_no_list_of_seeds_is_refused_by_the_field(page: Page, server_url: str, seeds: str) -> None:
+    open_ready(page, server_url)
+    page.js(
+        f"document.getElementById('prompt').value = 'dog'; document.getElementById('seed').value = '{seeds}'"
+    )
+    page.js("document.getElementById('seed').dispatchEvent(new Event('input', {bubbles: true}))")
+    assert "Up to 4 numbers" in page.js("document.getElementById('seed').validationMessage")
+
+
+def test_earlier_runs_stay_and_can_be_used_again(page: Page, server_url: str) -> None:
+    open_ready(page, server_url)
+    first = draw(page, "red apple", count=2, seed="7")
+    assert page.js("document.getElementById('history').hidden") is True
+    draw(page, "dog", count=1, seed="1")
+    assert page.js("[...document.querySelectorAll('#runs img')].map((image) => image.src)") == first
+    assert page.js("document.querySelector('#runs small').textContent") == "tiny, 64x64, seed 7"
+    page.js("document.querySelector('#runs button').click()")
+    assert page.js("['prompt', 'seed', 'count'].map((id) => document.getElementById(id).value)") == [
+        "red apple",
+        "7",
+        "2",
+    ]
+    page.js("document.getElementById('form').requestSubmit()")
+    page.until(f"{IMAGES}.length === 2 && {IDLE}")
+    assert page.js(f"{IMAGES}.map((image) => image.src)") == first
+    assert page.js("document.querySelectorAll('#runs li').length") == 2
+    page.js("document.getElementById('clear').click()")
+    assert page.js("document.getElementById('history').hidden") is True

@@ -1,0 +1,78 @@
+// The form as requests, and requests as text for other programs. Pure functions.
+
+export const MAX_SEEDS = 4; // a stream of events each, and browsers open six connections to a server
+
+// "7", "7 9", "7,9" or "7-10" as numbers; [] when it is empty; null when it is none of these or too many.
+export function parseSeeds(text) {
+  const seeds = [];
+  for (const part of text.trim().split(/[\s,]+/).filter(Boolean)) {
+    const found = /^(\d{1,15})(?:-(\d{1,15}))?$/.exec(part);
+    if (!found) return null;
+    const first = Number(found[1]);
+    const last = found[2] === undefined ? first : Number(found[2]);
+    if (last < first || last - first >= MAX_SEEDS) return null;
+    for (let seed = first; seed <= last; seed++) seeds.push(seed);
+  }
+  const different = [...new Set(seeds)];
+  return different.length > MAX_SEEDS ? null : different;
+}
+
+export function bodyOf({ model, prompt, count, size }, seed) {
+  const body = { model, prompt, n: count, size: size || "auto" };
+  if (seed !== undefined) body.seed = seed;
+  return body;
+}
+
+export function asCurl(origin, bodies, withKey) {
+  return bodies
+    .map((body) =>
+      [
+        `curl ${origin}/v1/images/generations \\`,
+        ...(withKey ? [`  -H "Authorization: Bearer $FLASHBULB_API_KEY" \\`] : []),
+        `  -H 'Content-Type: application/json' \\`,
+        `  -d ${shellText(JSON.stringify(body))}`,
+      ].join("\n"),
+    )
+    .join("\n");
+}
+
+export function asPython(origin, bodies, withKey) {
+  const [body] = bodies;
+  const seeds = bodies.map((one) => one.seed).filter((seed) => seed !== undefined);
+  const many = seeds.length > 1;
+  const pad = many ? "    " : "";
+  const key = withKey ? 'os.environ["FLASHBULB_API_KEY"]' : '"none"'; // named, never shown
+  const lines = [
+    "import base64",
+    ...(withKey ? ["import os"] : []),
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url=${pythonText(`${origin}/v1`)}, api_key=${key})`,
+    ...(many ? [`for seed in [${seeds.join(", ")}]:`] : []),
+    `${pad}answer = client.images.generate(`,
+    `${pad}    model=${pythonText(body.model)},`,
+    `${pad}    prompt=${pythonText(body.prompt)},`,
+    `${pad}    n=${body.n},`,
+    `${pad}    size=${pythonText(body.size)},`,
+    ...(seeds.length ? [`${pad}    extra_body={"seed": ${many ? "seed" : seeds[0]}},`] : []),
+    `${pad})`,
+    `${pad}for i, image in enumerate(answer.data):`,
+    `${pad}    with open(f"image-${many ? "{seed}-" : ""}{i}.png", "wb") as file:`,
+    `${pad}        file.write(base64.b64decode(image.b64_json))`,
+  ];
+  return lines.join("\n");
+}
+
+// A name for a picture's file: its prompt's words, seed and number.
+export function fileName(prompt, seed, index, format) {
+  const words = prompt.replaceAll(/[^\p{L}\p{N}]+/gu, "-").replaceAll(/^-|-$/g, "").slice(0, 80) || "picture";
+  return `${words}-${seed}-${index}.${format}`;
+}
+
+function pythonText(value) {
+  return JSON.stringify(value); // a JSON string is a Python string
+}
+
+function shellText(text) {
+  return `'${text.replaceAll("'", "'\\''")}'`;
+}
