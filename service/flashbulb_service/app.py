@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
 from flashbulb_service.api import admin, edits, health, images, jobs, models, playground
@@ -22,12 +23,19 @@ from flashbulb_service.safety import word_list_of
 from flashbulb_service.settings import Settings
 from flashbulb_service.tenants.access import Access
 from flashbulb_service.tenants.store import KeyStore
+from flashbulb_service.tracing import OFF, Tracing
 
 ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorBody"}
 
 
 def create_app(
-    settings: Settings, *, queue: Queue, results: ResultStore, presence: Presence, catalog: Catalog
+    settings: Settings,
+    *,
+    queue: Queue,
+    results: ResultStore,
+    presence: Presence,
+    catalog: Catalog,
+    tracing: Tracing = OFF,
 ) -> FastAPI:
     """Make an API over open parts; whoever opened them closes them."""
     keys = KeyStore(queue)
@@ -37,6 +45,7 @@ def create_app(
         summary="Pictures from distilled one-step students, in OpenAI's shape",
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
+        telemetry=_telemetry(tracing),
     )
     app.state.context = context
     app.add_middleware(
@@ -63,6 +72,19 @@ def create_app(
         app.add_exception_handler(kind, _answer_error)
     _declare_own_errors(app)
     return app
+
+
+def _telemetry(tracing: Tracing) -> TelemetryConfig:
+    """Have FastAPI make a span for each request under /v1, without its own metrics, logs and inner steps."""
+    return TelemetryConfig(
+        tracing=tracing.provider is not None,
+        tracer_provider=tracing.provider,
+        metrics=False,
+        logs=False,  # they quote what did not validate: prompts
+        operation_spans=False,
+        auto_configure=False,
+        exclude=lambda scope: not scope["path"].startswith("/v1/"),
+    )
 
 
 def _declare_own_errors(app: FastAPI) -> None:

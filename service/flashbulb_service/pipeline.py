@@ -38,6 +38,7 @@ from flashbulb_service.results import ResultStore
 from flashbulb_service.safety import ImageChecker
 from flashbulb_service.scheduler import Scheduler, halves
 from flashbulb_service.tasks import ImageOutcome, ImageTask, Preview
+from flashbulb_service.tracing import OFF, Tracing
 from flashbulb_service.worker_metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Drawn:
     size: int  # rows that were drawn
     rows: "list[tuple[Job, ImageTask, Future[Finished]]]"  # those that are still wanted
     stages_ms: dict[str, float]
+    started_at: float  # in seconds since the epoch by the queue's clock
     drawn_at: float  # by the monotonic clock
 
 
@@ -116,6 +118,7 @@ class Pipeline:
         metrics: WorkerMetrics,
         cache: EmbeddingCache | None,
         server_time: Callable[[], float],
+        tracing: Tracing = OFF,
     ) -> None:
         """Keep the parts; threads start with the first batch.
 
@@ -132,6 +135,7 @@ class Pipeline:
         self._metrics = metrics
         self._cache = cache
         self._server_time = server_time
+        self._tracing = tracing
         self._drawers = ThreadPoolExecutor(MAX_DRAWING + MAX_DELIVERING, "draw")
         self._stages = {stage: threading.Lock() for stage in ("text", "denoise", "decode")}
         self._encoders = ThreadPoolExecutor(min(MAX_ENCODERS, os.cpu_count() or 1), "encode")
@@ -307,6 +311,7 @@ class Pipeline:
     ) -> Drawn:
         """Draw a batch on the calling thread; each stage waits until no other batch is in it."""
         student, clock = claim.loaded.student, dict[str, float]()
+        started_at = self._server_time()
         requests = [ImageRequest(t.prompt, t.seed, t.index, t.width, t.height, t.steps) for _, t in rows]
 
         def stage(name: str, work: Callable[[], Result]) -> Result:
@@ -331,7 +336,8 @@ class Pipeline:
             for (job, task), pixels in zip(rows, pictures, strict=True)
             if job.id not in claim.lost
         ]
-        return Drawn(len(rows), self._start_finishing(claim.loaded.model, wanted), clock, drawn_at)
+        finishing = self._start_finishing(claim.loaded.model, wanted)
+        return Drawn(len(rows), finishing, clock, started_at, drawn_at)
 
     def _start_finishing(
         self, model: Model, pictures: list[tuple[Job, ImageTask, np.ndarray]]
@@ -483,6 +489,18 @@ class Pipeline:
         if stands:
             log.info("job %s done in a batch of %d", job.id, drawn.size)
             self._metrics.delivered(job.model, task.width * task.height, finished.encode_s, finished.store_s)
+            self._tracing.job(
+                task.traceparent,
+                job,
+                started_at=drawn.started_at,
+                ended_at=self._server_time(),
+                stages_ms={
+                    **drawn.stages_ms,
+                    "encode": finished.encode_s * 1000,
+                    "store": finished.store_s * 1000,
+                },
+                attributes={"flashbulb.model": job.model, "flashbulb.batch_size": drawn.size},
+            )
         else:
             self._metrics.commit_rejected(job.model)
             log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)

@@ -27,6 +27,7 @@ from flashbulb_service.results import make_private
 from flashbulb_service.settings import Settings
 from flashbulb_service.tenants.access import is_loopback, settle_auth
 from flashbulb_service.tenants.store import KeyStore
+from flashbulb_service.tracing import traced
 from flashbulb_service.webhooks import keep_delivering
 
 log = logging.getLogger(__name__)
@@ -108,8 +109,10 @@ def queue_server(settings: Settings) -> Iterator[Settings]:
 async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Event) -> None:
     """Serve the API alone until `stop`."""
     catalog = load_catalog(settings, verify=False)
-    async with open_parts(settings) as (queue, results, presence):
-        app = create_app(settings, queue=queue, results=results, presence=presence, catalog=catalog)
+    async with open_parts(settings) as (queue, results, presence), traced(settings, "api") as tracing:
+        app = create_app(
+            settings, queue=queue, results=results, presence=presence, catalog=catalog, tracing=tracing
+        )
         server = _http_server(settings, app)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         async with upkeep(app.state.context):
@@ -143,8 +146,10 @@ async def run_all(
     ]
     serving: asyncio.Task[None] | None = None
     try:
-        async with open_parts(settings) as (queue, results, presence):
-            app = create_app(settings, queue=queue, results=results, presence=presence, catalog=catalog)
+        async with open_parts(settings) as (queue, results, presence), traced(settings, "api") as tracing:
+            app = create_app(
+                settings, queue=queue, results=results, presence=presence, catalog=catalog, tracing=tracing
+            )
             server = _http_server(settings, app)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             ready = asyncio.create_task(_when_ready(app.state.context))

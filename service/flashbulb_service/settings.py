@@ -161,6 +161,17 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(
         default=None, ge=0, le=65535, description="a worker's own /metrics; absent: only through the API's"
     )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://\S+$",
+        description="OpenTelemetry collector that gets traces, such as http://127.0.0.1:4318; absent: no traces",
+    )
+    trace_share: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of requests that are traced, of those whose client did not decide",
+    )
     log_format: Literal["console", "json"] = Field(
         default="console", description="console: for people; json: an object a line"
     )

@@ -47,6 +47,9 @@ class ImageTask(Message):
     image_format: ImageFormat = "png"
     quality: int = Field(default=DEFAULT_QUALITY, ge=0, le=100)
     request_id: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_-]*$")  # for the log only
+    traceparent: str = Field(
+        default="", max_length=64, pattern=r"^[0-9a-f-]*$"
+    )  # "": its request is not traced
 
 
 class Preview(Message):

@@ -32,6 +32,7 @@ from flashbulb_service.safety import ImageChecker, image_checker_of
 from flashbulb_service.scheduler import Plan, Scheduler, Window, bucket_name, choose_lane
 from flashbulb_service.settings import Settings
 from flashbulb_service.timing import Tau
+from flashbulb_service.tracing import OFF, Tracing, traced
 from flashbulb_service.worker_metrics import WorkerMetrics, serve_metrics
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Worker:
         checker: ImageChecker | None = None,
         metrics: WorkerMetrics | None = None,
         cache: EmbeddingCache | None = None,
+        tracing: Tracing = OFF,
         worker_id: str | None = None,
         repository: Repository | None = None,
     ) -> None:
@@ -98,6 +100,7 @@ class Worker:
             metrics=self._metrics,
             cache=cache,
             server_time=lambda: time.time() + presence.clock_offset_s,
+            tracing=tracing,
         )
         self._backend_name = backend_name
         for loaded in models:
@@ -265,7 +268,10 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
     Raises:
         BundleRejected: a model is damaged; a worker serves all of its models or does not start.
     """
-    async with open_parts(settings) as (queue, results, presence):  # first, since it refuses settings at once
+    async with (
+        open_parts(settings) as (queue, results, presence),  # first, since it refuses settings at once
+        traced(settings, "worker") as tracing,
+    ):
         start = time.perf_counter()
         cache = EmbeddingCache(settings.embedding_cache_mb << 20)
         metrics, checker = WorkerMetrics(), image_checker_of(settings)
@@ -290,6 +296,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             checker=checker,
             metrics=metrics,
             cache=cache,
+            tracing=tracing,
             repository=Repository(settings.models, load, [one.model for one in loaded]),
         )
         log.info("worker %s serves", worker.id)

@@ -15,6 +15,7 @@ from flashbulb_service.queue import Kept
 from flashbulb_service.scheduler import LONG, bucket_name, choose_lane
 from flashbulb_service.settings import Settings
 from flashbulb_service.tasks import ImageTask, RequestRecord
+from flashbulb_service.tracing import current_traceparent
 from flashbulb_service.webhooks import parse_target
 
 PRIORITY_MS = 6_000  # of work, for one step of priority
@@ -137,6 +138,7 @@ def _jobs(
                 image_format=body.output_format,
                 quality=body.output_compression,
                 request_id=current_request_id(),
+                traceparent=current_traceparent(),
             ).to_bytes(),
             tenant=caller.tenant,
             cost=record.width * record.height / smallest,
