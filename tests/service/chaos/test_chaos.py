@@ -1,99 +1,68 @@
-"""Workers and Valkey are killed at random in the middle of the work: nothing lost, nothing twice, equal bytes.
+"""Workers, APIs and Valkey are killed at random in the middle of the work: nothing lost, nothing twice, equal bytes.
 
-The long form: CHAOS_JOBS=2000 CHAOS_KILLS=30 pytest tests/service/chaos
+The long form: python -m benchmarks chaos
 """
 
-import asyncio
-import contextlib
-import os
-import random
-import signal
+import copy
+import json
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flashbulb_distill.bundle import open_bundle
-from flashbulb_service.backends import ImageRequest
-from flashbulb_service.backends.synthetic import draw
-from flashbulb_service.embedded import EmbeddedServer
-from flashbulb_service.errors import QueueUnavailable
-from flashbulb_service.images import encode_image
-from flashbulb_service.jobs import JobState, NewJob
-from flashbulb_service.provenance import Marker, Origin
-from flashbulb_service.queue import Queue
-from flashbulb_service.results import ResultStore
-from flashbulb_service.tasks import ImageOutcome, ImageTask
-from support.serving import FLASHBULB, clean_env
+from support.serving import clean_env
 from support.tiny_bundle import make_tiny_bundle
 
-NUM_JOBS = int(os.environ.get("CHAOS_JOBS", "100"))
-NUM_KILLS = int(os.environ.get("CHAOS_KILLS", "6"))  # of workers; every third one takes Valkey along
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+ROUGH = {
+    "kills": {"worker": 1, "api": 1},
+    "states": {"completed": 3},
+    "ends": {1: 3},
+    "jobs_stored": 3,
+    "digests": {0: "a", 1: "b", 2: "c"},
+}
+LEFT = {"live_jobs": 0, "keys_without_ttl": []}
 
 
-def new_job(number: int) -> NewJob:
-    task = ImageTask(prompt=f"p{number}", seed=number, index=0, width=64, height=64)
-    return NewJob("tiny@1", "tiny@1:64x64:1", task.to_bytes(), max_attempts=20)
+@pytest.mark.timeout(180)
+def test_kills_at_random_lose_nothing_and_change_no_byte(tmp_path: Path) -> None:
+    bundle = make_tiny_bundle(tmp_path / "models")
+    run = subprocess.run(
+        [
+            *(sys.executable, BENCHMARKS / "chaos.py", "--bundle", bundle),
+            *("--jobs", "80", "--kills", "6", "--seed", "3"),
+        ],
+        capture_output=True,
+        text=True,
+        env=clean_env(),
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    told = json.loads(run.stdout)
+    assert told["chaos"]["kills"] == {"worker": 2, "api": 2, "valkey": 2}
 
 
-@pytest.mark.timeout(120 + NUM_JOBS // 2)
-async def test_kills_at_random_lose_nothing_and_change_no_byte(
-    tmp_path: Path, wait_until: Callable[..., object]
+@pytest.mark.parametrize(
+    ("fault", "told_by"),
+    [
+        ({}, None),
+        ({"kills": {"worker": 1}}, "killed_as_planned"),
+        ({"states": {"completed": 2, "queued": 1}}, "none_lost"),
+        ({"states": {"completed": 2, "failed": 1}}, "none_lost"),
+        ({"ends": {1: 2, 2: 1}}, "none_double"),
+        ({"jobs_stored": 4}, "none_double"),
+        ({"digests": {0: "a", 1: "x", 2: "c"}}, "equal_bytes"),
+        ({"left": {"live_jobs": 1, "keys_without_ttl": []}}, "queue_empty"),
+        ({"left": {"live_jobs": 0, "keys_without_ttl": ["{x}:leak"]}}, "queue_empty"),
+    ],
+)
+def test_each_broken_promise_has_its_verdict(
+    monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any], told_by: str | None
 ) -> None:
-    sha256 = open_bundle(make_tiny_bundle(tmp_path / "models")).sha256
-    draws = random.Random(1)
-    with EmbeddedServer(tmp_path / "queue") as server:
-        env = clean_env(
-            redis=server.url,
-            models=str(tmp_path / "models"),
-            data=str(tmp_path),
-            backend="synthetic",
-            synthetic='{"floor_ms": 20, "base_ms": 20, "row_ms": 20}',
-            lease_s="1",
-            max_batch="4",
-        )
-        workers: list[subprocess.Popen[bytes]] = []
-
-        def start() -> None:
-            workers.append(subprocess.Popen([*FLASHBULB, "worker"], env=env, stderr=subprocess.DEVNULL))
-
-        async with Queue.connect(server.url) as queue:
-            ids = (await queue.enqueue([new_job(n) for n in range(NUM_JOBS)])).ids
-            try:
-                start()
-                start()
-                for kill in range(NUM_KILLS):
-                    target = NUM_JOBS * (kill + 1) // (NUM_KILLS + 2)
-
-                    async def reached(target: int = target) -> bool:
-                        with contextlib.suppress(QueueUnavailable):
-                            stats = await queue.stats()
-                            live = sum(stats.queued.values()) + stats.running + stats.delayed
-                            return NUM_JOBS - live >= target
-                        return False
-
-                    await wait_until(reached, 40.0)
-                    victim = workers.pop(draws.randrange(len(workers)))
-                    victim.kill()
-                    victim.wait()
-                    if kill % 3 == 2:  # Valkey as well; its supervisor starts it again on the same data
-                        os.kill(server.pid, signal.SIGKILL)
-                    start()
-                async with asyncio.timeout(60):
-                    while True:
-                        with contextlib.suppress(QueueUnavailable):
-                            views = await queue.wait(ids, 50)
-                            break
-            finally:
-                for worker in workers:
-                    worker.kill()
-                    worker.wait()
-            assert [view.state for view in views] == [JobState.DONE] * NUM_JOBS
-    store = ResultStore((tmp_path / "results").as_uri(), ttl_s=3600)
-    for number, view in enumerate(views):
-        picture = await store.get(ImageOutcome.from_bytes(view.result or b"").file)
-        pixels = draw(ImageRequest(f"p{number}", number, 0, 64, 64))
-        calm = Marker().apply(encode_image(pixels, "png"), "png", Origin("tiny@1", sha256, number, 0))
-        assert picture == calm
-    assert len(list((tmp_path / "results").iterdir())) == NUM_JOBS
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    chaos = __import__("chaos")
+    rough, left = copy.deepcopy(ROUGH) | fault, fault.get("left", LEFT)
+    verdict, _ = chaos.judge(rough, ROUGH, left, 3, 2)
+    assert [name for name, good in verdict.items() if not good] == ([told_by] if told_by else [])
