@@ -136,9 +136,13 @@ def pages() -> dict[str, str]:
 
 
 def _errors() -> Iterator[type[Exception]]:
-    import_module("flashbulb_service.api.errors")  # its errors are subclasses too
+    import flashbulb_service
     from flashbulb_service.errors import ServiceError
 
+    package = Path(flashbulb_service.__path__[0])
+    for file in sorted(package.rglob("*.py")):  # or the page would hold what happened to be imported
+        if "ServiceError" in file.read_text(encoding="utf-8"):
+            import_module(".".join(("flashbulb_service", *file.relative_to(package).with_suffix("").parts)))
     waiting: list[type[Exception]] = [ServiceError]
     while waiting:
         error = waiting.pop(0)
