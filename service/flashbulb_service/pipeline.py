@@ -84,6 +84,10 @@ class Claim:
     drawn: bool = False
     previews: list["asyncio.Task[None]"] = field(default_factory=list)  # on their way to those who watch
 
+    async def is_held(self) -> bool:
+        """Wait for the answer of the queue, before which it must not be told of any outcome."""
+        return self.held is None or await asyncio.shield(self.held)
+
     @property
     def suspect(self) -> bool:
         """Tell whether a run of a job failed or was lost before: its worker may have died of it."""
@@ -245,12 +249,10 @@ class Pipeline:
                     while others := set(self._claims) - {asyncio.current_task()}:
                         await asyncio.wait(others)
                 await self._run_batch(claim, claim.jobs, is_whole=True)
-                if claim.held is not None and not await asyncio.shield(claim.held):
-                    # The answer may have been lost, and not the claim.
+                if not await claim.is_held():  # the answer may have been lost, and not the claim
                     await self._queue.release(self._worker_id, claim.jobs)
         except BaseException:  # finished jobs are no longer ours, so this hands back only the rest
-            if claim.held is not None:
-                await asyncio.shield(claim.held)
+            await claim.is_held()
             with contextlib.suppress(QueueUnavailable):
                 await self._queue.release(self._worker_id, claim.jobs)
             raise
@@ -267,8 +269,10 @@ class Pipeline:
                 task = ImageTask.from_bytes(job.payload)
                 check_bundle(claim.loaded.model, task)
             except ValueError as error:
+                await claim.is_held()
                 await self._fail(job, "invalid_task", error, retry=False)
             except BundleReplaced as error:
+                await claim.is_held()
                 await self._fail(job, BundleReplaced.code, error, retry=False)
             else:
                 rows.append((job, task))
@@ -280,10 +284,14 @@ class Pipeline:
         except Abandoned:
             log.info("batch of %d of %s stopped: nobody waits for it", len(rows), claim.loaded.model.id)
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
-            await self._after_failure(claim, rows, error)
+            if await claim.is_held():
+                await self._after_failure(claim, rows, error)
         else:
-            # A picture comes after its previews.
-            await asyncio.gather(*claim.previews, return_exceptions=True)
+            if not await claim.is_held():
+                log.info("job %s was drawn in vain: its claim was refused", jobs[0].id)
+                return
+            if claim.previews:  # a picture comes after them
+                await asyncio.gather(*claim.previews, return_exceptions=True)
             try:
                 await self._deliver(claim, drawn)
                 self._deliveries_ms.append((time.monotonic() - drawn.drawn_at) * 1000)
@@ -409,9 +417,12 @@ class Pipeline:
         return on_step
 
     def _show(self, claim: Claim, estimates: list[Estimate]) -> None:
-        claim.previews += [asyncio.create_task(self._send_preview(claim, one)) for one in estimates]
+        earlier = tuple(claim.previews)
+        claim.previews += [asyncio.create_task(self._send_preview(claim, one, earlier)) for one in estimates]
 
-    async def _send_preview(self, claim: Claim, estimate: Estimate) -> None:
+    async def _send_preview(
+        self, claim: Claim, estimate: Estimate, earlier: "Sequence[asyncio.Task[None]]"
+    ) -> None:
         """Store an estimate and tell those who watch; the picture itself does not depend on it."""
         job, task = estimate.job, estimate.task
         name = f"{job.id}-p{estimate.index}"
@@ -426,6 +437,9 @@ class Pipeline:
                 step=estimate.step,
                 steps=estimate.num_steps,
             )
+            await asyncio.gather(
+                *earlier, return_exceptions=True
+            )  # they are told in the order of their steps
             await self._queue.progress(self._worker_id, job, told.to_bytes().decode())
         except (Undeliverable, QueueUnavailable) as error:
             log.warning("a preview of job %s was left out: %s", job.id, error)
@@ -467,9 +481,6 @@ class Pipeline:
     async def _commit(
         self, claim: Claim, drawn: Drawn, job: Job, task: ImageTask, finished: Finished
     ) -> None:
-        if claim.held is not None and not await asyncio.shield(claim.held):
-            log.info("job %s was drawn in vain: its claim was refused", job.id)
-            return
         outcome = ImageOutcome(
             file=finished.file,
             batch_size=drawn.size,

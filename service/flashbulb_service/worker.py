@@ -313,9 +313,13 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Res
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if working.done():
+            return working.result()
     finally:
-        await _cancel([working, stopping])
+        stopping.cancel()
+        if not working.done():
+            await _cancel([working])
+    return None
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

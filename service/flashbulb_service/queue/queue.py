@@ -183,7 +183,12 @@ class Queue:
         self.instance = secrets.token_hex(8)  # names this process to those who end its jobs
         self._client = client
         self._patient = _patient_client(client)
-        self._scripts = {name: client.register_script(scripts.source(name)) for name in scripts.NAMES}
+        # Scripts are short and the server runs one at a time: a connection of their own costs less than a choice
+        # among many.
+        self._scripting = Redis(connection_pool=client.connection_pool, single_connection_client=True)
+        self._scripts = {
+            name: self._scripting.register_script(scripts.source(name)) for name in scripts.NAMES
+        }
         self._completions = Completions(self._patient, self.keys.done(self.instance), self._read_ended)
         self.events = Events(self._patient, self.keys, self.instance)
 
@@ -200,13 +205,14 @@ class Queue:
         await self._completions.aclose()
         await self.events.aclose()
         await self._patient.aclose()
+        await self._scripting.aclose()
         await self._client.aclose()
 
     async def run_script(self, source: str, *args: str | bytes | float) -> Any:
         """Run a Lua script of another part on the namespace, on the queue's connections and with its errors."""
         script = self._scripts.get(source)
         if script is None:
-            script = self._scripts[source] = self._client.register_script(source)
+            script = self._scripts[source] = self._scripting.register_script(source)
         async with _unavailable():
             return await script(keys=[self.keys.tag], args=args)
 

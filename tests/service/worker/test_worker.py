@@ -4,6 +4,7 @@ import asyncio
 import io
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -407,6 +408,39 @@ async def test_what_was_drawn_without_a_claim_is_not_delivered(
     assert (await queue.stats()).running == 0
     [after] = await queue.wait((await queue.enqueue([picture_job(seed=8)])).ids, 10)
     assert after.state is JobState.DONE
+
+
+@pytest.mark.parametrize("fault", ["model", "task"])
+async def test_a_lone_job_that_fails_before_its_claim_is_answered_ends_failed(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    """The queue must not hear of the failure first, or the lease would bind a job that nobody runs."""
+    running = start_worker(lease_s=60.0)
+    gate, take = asyncio.Event(), running.worker._queue.take
+    watched.before = fail_on("bad")
+
+    async def slow_take(*args: Any, **kwargs: Any) -> Any:
+        await gate.wait()
+        return await take(*args, **kwargs)
+
+    monkeypatch.setattr(running.worker._queue, "take", slow_take)
+    await wait_until(lambda: _truth(_sleeps(running)))
+    job = picture_job("bad", max_attempts=1)
+    [job_id] = (await queue.enqueue([job if fault == "model" else replace(job, payload=b"{}")])).ids
+    await wait_until(lambda: _truth(bool(running.worker._pipeline._claims)))
+    for _ in range(20):
+        await asyncio.sleep(0.005)
+    gate.set()
+    [view] = await queue.wait([job_id], 10)
+    assert view.state is JobState.FAILED
+    assert view.error is not None
+    assert view.error.code == ("backend_error" if fault == "model" else "invalid_task")
 
 
 def _sleeps(running: Any) -> bool:
