@@ -7,6 +7,7 @@ saturate    pictures/s of the whole server beside a bare onnxruntime loop
 overhead    what the server adds to a picture at light load
 live        goodput of the server on a synthetic device, beside the simulation
 chaos       2,000 jobs while workers, APIs and Valkey are killed: lost, doubled, different
+fuzz        thousands of requests drawn from the OpenAPI document
 soak        random cancels and disconnects: memory, queue and keys at the end
 rolling     a restart of every part under load, from one version to another
 peers       Flashbulb beside FastAPI, LitServe and Ray Serve around the same student
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "overhead": ("overhead.py", SERVICE_TESTS),
     "live": ("live.py", (*SERVICE_TESTS, "tests/service/test_simulate.py")),
     "chaos": ("chaos.py", ("tests/service/chaos", "tests/service/queue")),
+    "fuzz": ("fuzz.py", ("tests/service/api/test_errors.py", "tests/service/api/test_fuzz.py")),
     "soak": ("soak.py", SERVICE_TESTS),
     "rolling": ("rolling.py", SERVICE_TESTS),
     "peers": ("peers.py", SERVICE_TESTS),

@@ -64,5 +64,6 @@ def test_the_command_lists_what_there_is(arguments: list[str], code: int) -> Non
     )
     assert done.returncode == code
     assert all(
-        name in done.stdout for name in ("student", "saturate", "overhead", "live", "chaos", "soak", "peers")
+        name in done.stdout
+        for name in ("student", "saturate", "overhead", "live", "chaos", "fuzz", "soak", "peers")
     )
