@@ -25,7 +25,7 @@ from flashbulb_service.backends.onnx import OnnxBackend
 from flashbulb_service.catalog import Model
 from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.jobs import NewJob
-from flashbulb_service.pipeline import LoadedModel
+from flashbulb_service.model_pool import LoadedModel, ModelPool
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
@@ -138,7 +138,9 @@ async def drain(
         ids = (await queue.enqueue(jobs)).ids
         results = ResultStore((folder / "results").as_uri(), ttl_s=3600)
         loaded = LoadedModel(model, Student(backend), size)
-        worker = Worker(queue, results, presence, [loaded], backend_name="onnx", lease_s=10.0)
+        worker = Worker(
+            queue, results, presence, ModelPool.holding([loaded]), backend_name="onnx", lease_s=10.0
+        )
         stop = asyncio.Event()
         wall, cpu = time.perf_counter(), time.process_time()
         running = asyncio.create_task(worker.run(stop, drain_s=10.0))

@@ -19,6 +19,7 @@ ServiceError                        has a stable `code` and a message for people
 ├── BackendError                    a batch failed; carries its job ids
 │   └── OutOfMemory                 the device ran out of memory: a smaller batch may pass
 ├── BundleRejected                  hash or schema mismatch; the worker refuses to serve it
+├── ModelUnavailable                a worker cannot load a model
 ├── BundleReplaced                  a job's model was exported again under the same version
 ├── QueueUnavailable                Redis does not answer; nothing was accepted
 └── ServerStartError                the embedded Valkey server cannot be started
@@ -204,6 +205,16 @@ class BundleRejected(ServiceError):
     """A model bundle is damaged or of another schema; it is not served."""
 
     code = "bundle_rejected"
+
+
+class ModelUnavailable(ServiceError):
+    """A worker cannot load a model: its files or its runtime fail, or it is larger than the memory for models."""
+
+    code = "model_unavailable"
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(f"model {model!r} cannot be loaded: {reason}")
+        self.model = model
 
 
 class BundleReplaced(ServiceError):

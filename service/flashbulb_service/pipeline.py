@@ -16,19 +16,26 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
-from flashbulb_service.backends import Embeddings, ImageRequest, OnStep, Student
+from flashbulb_service.backends import Embeddings, ImageRequest, OnStep
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.catalog import Model
-from flashbulb_service.errors import BackendError, BundleReplaced, OutOfMemory, QueueUnavailable
+from flashbulb_service.errors import (
+    BackendError,
+    BundleReplaced,
+    ModelUnavailable,
+    OutOfMemory,
+    QueueUnavailable,
+)
 from flashbulb_service.finishing import Finished, Finisher, Undeliverable
 from flashbulb_service.jobs import Job, JobError
+from flashbulb_service.model_pool import LoadedModel
 from flashbulb_service.observability import job_context
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.previews import Estimate, due_previews
@@ -57,28 +64,20 @@ KNOWN_DELIVERIES = 64
 MIN_HIDDEN_CHARS = 3  # to hide a prompt of one letter would spoil the message and protect nobody
 
 Result = TypeVar("Result")
+Lend = Callable[[], contextlib.AbstractAsyncContextManager[LoadedModel]]
 
 
 class Abandoned(Exception):
     """Nobody waits for any row of a batch any more."""
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with the student that draws it, and the largest batch worth forming."""
-
-    model: Model
-    student: Student
-    cap: int
-    times_ms: Mapping[int, float] = field(default_factory=dict)  # its calibration; empty = unknown
-
-
 @dataclass
 class Claim:
     """Jobs of one bucket, from their claim to their end."""
 
-    loaded: LoadedModel
+    model: Model
     jobs: list[Job]
+    lent: LoadedModel | None = None  # from when it is in memory
     lost: set[str] = field(default_factory=set)  # cancelled, or another attempt owns them
     held: "asyncio.Future[bool] | None" = None  # whether the jobs are ours after all; None: they are
     drawn: bool = False
@@ -87,6 +86,12 @@ class Claim:
     async def is_held(self) -> bool:
         """Wait for the answer of the queue, before which it must not be told of any outcome."""
         return self.held is None or await asyncio.shield(self.held)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """Return the model in memory, which the claim has from its first batch on."""
+        assert self.lent is not None
+        return self.lent
 
     @property
     def suspect(self) -> bool:
@@ -178,13 +183,13 @@ class Pipeline:
         return max(0.0, self._free_at - time.monotonic()) * 1000 + delivery_ms
 
     def submit(
-        self, loaded: LoadedModel, jobs: list[Job], *, held: "asyncio.Future[bool] | None" = None
+        self, model: Model, jobs: list[Job], lend: Lend, *, held: "asyncio.Future[bool] | None" = None
     ) -> None:
-        """Draw and deliver claimed jobs; whatever happens, none of them stays leased when that ends.
+        """Draw and deliver claimed jobs with the model that `lend` lends; none stays leased when that ends.
 
         held: drawing starts while the claim is still on its way, and nothing is committed unless it succeeds.
         """
-        claim = Claim(loaded, jobs, held=held)
+        claim = Claim(model, jobs, held=held)
 
         def stop_unless_held(answer: "asyncio.Future[bool]") -> None:
             if not answer.result():
@@ -194,8 +199,8 @@ class Pipeline:
             held.add_done_callback(stop_unless_held)
         self._metrics.claimed(jobs)
         now = time.monotonic()
-        self._free_at = max(now, self._free_at) + self._known_s.get((loaded.model.id, len(jobs)), 0.0)
-        task = asyncio.create_task(self._run(claim))
+        self._free_at = max(now, self._free_at) + self._known_s.get((model.id, len(jobs)), 0.0)
+        task = asyncio.create_task(self._run(claim, lend))
         self._claims[task] = claim
         task.add_done_callback(self._ended)
 
@@ -240,9 +245,16 @@ class Pipeline:
                 self._failure = self._failure or error
         self._changed.set()
 
-    async def _run(self, claim: Claim) -> None:
+    async def _run(self, claim: Claim, lend: Lend) -> None:
         try:
-            async with self._heartbeats(claim):
+            async with self._heartbeats(claim), contextlib.AsyncExitStack() as lending:
+                try:
+                    claim.lent = await lending.enter_async_context(lend())
+                except ModelUnavailable as error:  # another worker may have the memory
+                    if await claim.is_held():
+                        for job in claim.jobs:
+                            await self._fail(job, error.code, error, retry=True)
+                    return
                 if (
                     claim.suspect
                 ):  # the scheduler planned it alone in its batch; here no other batch is beside it
@@ -267,7 +279,7 @@ class Pipeline:
                 continue
             try:
                 task = ImageTask.from_bytes(job.payload)
-                check_bundle(claim.loaded.model, task)
+                check_bundle(claim.model, task)
             except ValueError as error:
                 await claim.is_held()
                 await self._fail(job, "invalid_task", error, retry=False)
@@ -282,7 +294,7 @@ class Pipeline:
         try:
             drawn = await self._draw(claim, rows, is_whole=is_whole)
         except Abandoned:
-            log.info("batch of %d of %s stopped: nobody waits for it", len(rows), claim.loaded.model.id)
+            log.info("batch of %d of %s stopped: nobody waits for it", len(rows), claim.model.id)
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
             if await claim.is_held():
                 await self._after_failure(claim, rows, error)
@@ -344,7 +356,7 @@ class Pipeline:
             for (job, task), pixels in zip(rows, pictures, strict=True)
             if job.id not in claim.lost
         ]
-        finishing = self._start_finishing(claim.loaded.model, wanted)
+        finishing = self._start_finishing(claim.model, wanted)
         return Drawn(len(rows), finishing, clock, started_at, drawn_at)
 
     def _start_finishing(
@@ -387,10 +399,10 @@ class Pipeline:
         if len(self._known_s) >= MAX_KNOWN_TIMES:
             self._known_s.clear()
         taken_s = (clock["text"] + clock["denoise"]) / 1000
-        self._known_s[claim.loaded.model.id, len(claim.jobs)] = taken_s
+        self._known_s[claim.model.id, len(claim.jobs)] = taken_s
         waiting = [other for other in self._claims.values() if not other.drawn]
         self._free_at = time.monotonic() + sum(
-            self._known_s.get((other.loaded.model.id, len(other.jobs)), 0.0) for other in waiting
+            self._known_s.get((other.model.id, len(other.jobs)), 0.0) for other in waiting
         )
         self._changed.set()
 
@@ -428,7 +440,7 @@ class Pipeline:
         name = f"{job.id}-p{estimate.index}"
         try:
             finished = await asyncio.get_running_loop().run_in_executor(
-                self._encoders, self._finisher.finish, claim.loaded.model, name, task, estimate.pixels
+                self._encoders, self._finisher.finish, claim.model, name, task, estimate.pixels
             )
             finished = await self._finisher.store_remotely(finished)
             told = Preview(
@@ -448,7 +460,7 @@ class Pipeline:
         """Halve the batch until the row that spoils it is alone, so that innocent rows burn no attempt."""
         no_memory = isinstance(error, OutOfMemory)
         if no_memory:
-            self._scheduler.out_of_memory(claim.loaded.model.id, rows[0][0].bucket, len(rows))
+            self._scheduler.out_of_memory(claim.model.id, rows[0][0].bucket, len(rows))
         if len(rows) == 1:
             (job, task), code = rows[0], OutOfMemory.code if no_memory else "backend_error"
             await self._fail(job, code, error, retry=True, task=task)
@@ -487,7 +499,7 @@ class Pipeline:
             batch_ms=sum(drawn.stages_ms.values()),
             encode_ms=(finished.encode_s + finished.store_s) * 1000,
             stages_ms=drawn.stages_ms,
-            bundle_sha256=claim.loaded.model.bundle.sha256,
+            bundle_sha256=claim.model.bundle.sha256,
             backend=self._backend_name,
         )
         stands = await self._queue.complete(

@@ -337,8 +337,13 @@ class _Known:
 class Scheduler:
     """What one worker has learnt: the time of its batches and how many rows fit; plans by `plan_batch`."""
 
-    def __init__(self) -> None:
-        """Know no model yet."""
+    def __init__(self, swap_ms: Callable[[str], float] = lambda model: 0.0) -> None:
+        """Know no model yet.
+
+        Args:
+            swap_ms: model -> how long a batch of it would first wait for its load.
+        """
+        self._swap_ms = swap_ms
         self._models: dict[str, _Known] = {}
         self._times: dict[tuple[str, str], TimeModel] = {}
         self._memory: dict[tuple[str, str], LearnedCap] = {}
@@ -362,7 +367,8 @@ class Scheduler:
 
     def facts(self, model: str, bucket: str) -> BucketFacts:
         """Return what is known of a bucket now."""
-        return BucketFacts(self._learned(model, bucket).rows, self.times(model, bucket).tau)
+        tau = self.times(model, bucket).tau
+        return BucketFacts(self._learned(model, bucket).rows, tau, self._swap_ms(model))
 
     def plan(self, window: Window) -> Plan | None:
         """Decide what to do next; a model that was forgotten since the window was read is left alone."""

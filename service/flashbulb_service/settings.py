@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     determinism: Literal["strict", "fast"] = Field(
         default="strict", description="strict: equal bytes in any batch; fast: any batch size as it comes"
     )
+    models_memory_bytes: int | None = Field(
+        default=None, gt=0, description="memory of all loaded models of a worker; absent: no cap"
+    )
     embedding_cache_mb: int = Field(default=64, ge=0, description="memory for embeddings of repeated prompts")
     lease_s: float = Field(
         default=10.0, gt=0, description="a batch whose worker is silent this long is retried"

@@ -13,16 +13,19 @@ import socket
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any, TypeVar
 
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.calibration import batch_sizes, load_student
 from flashbulb_service.catalog import Model
-from flashbulb_service.errors import QueueUnavailable
+from flashbulb_service.errors import ModelUnavailable, QueueUnavailable
+from flashbulb_service.jobs import Job
+from flashbulb_service.model_pool import LoadedModel, ModelPool, Served
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.parts import load_catalog, open_parts
-from flashbulb_service.pipeline import LoadedModel, Pipeline
+from flashbulb_service.pipeline import Pipeline
 from flashbulb_service.presence import INTERVAL_S, TTL_S, LiveWorker, Presence
 from flashbulb_service.provenance import Marker
 from flashbulb_service.queue import Lone, Queue, Taken
@@ -66,7 +69,7 @@ class Worker:
         queue: Queue,
         results: ResultStore,
         presence: Presence,
-        models: Sequence[LoadedModel],
+        models: ModelPool,
         *,
         backend_name: str,
         lease_s: float,
@@ -83,9 +86,9 @@ class Worker:
         self._results = results
         self._presence = presence
         self._repository = repository
-        self._models: dict[str, LoadedModel] = {}
+        self._pool = models
         self._lease_s = lease_s
-        self._scheduler = Scheduler()
+        self._scheduler = Scheduler(models.swap_ms)
         self.id = worker_id or new_worker_id()
         self._metrics = metrics or WorkerMetrics()
         self._pipeline = Pipeline(
@@ -103,8 +106,8 @@ class Worker:
             tracing=tracing,
         )
         self._backend_name = backend_name
-        for loaded in models:
-            self._serve_model(loaded)
+        for served in models.served.values():
+            self._announce_model(served)
 
     async def run(self, stop: asyncio.Event, *, drain_s: float) -> bool:
         """Serve until `stop` is set, then finish the batch in hand, or hand it back after `drain_s`.
@@ -140,7 +143,7 @@ class Worker:
         while not stop.is_set():
             try:
                 await _unless(stop, self._pipeline.room())
-                names = list(self._models)
+                names = list(self._pool.served)
                 if not names:  # all of them were removed
                     await _unless(stop, asyncio.sleep(SCAN_INTERVAL_S))
                     continue
@@ -156,22 +159,25 @@ class Worker:
 
     async def _claim(self, lone: Lone | None) -> bool:
         """Claim a batch and have it drawn; return whether more waits, as far as we know."""
-        models = dict(self._models)  # the scan may change it while we wait
-        names, most = list(models), max((loaded.cap for loaded in models.values()), default=1)
+        models = self._pool.served  # as it is now: the scan may change it while we wait
+        names, most = list(models), max((served.cap for served in models.values()), default=1)
         taken = await self._claim_lone(lone, models) if lone is not None else None
         if taken is None:
             taken = await self._queue.claim_next(self.id, names, most, self._lease_s, plan=self._plan)
             if taken.jobs:
-                self._pipeline.submit(models[taken.jobs[0].model], taken.jobs)
+                self._submit(models[taken.jobs[0].model], taken.jobs)
         return taken.more
 
-    async def _claim_lone(self, lone: Lone, models: Mapping[str, LoadedModel]) -> Taken | None:
+    def _submit(self, served: Served, jobs: list[Job], held: "asyncio.Future[bool] | None" = None) -> None:
+        self._pipeline.submit(served.model, jobs, partial(self._pool.use, served), held=held)
+
+    async def _claim_lone(self, lone: Lone, models: Mapping[str, Served]) -> Taken | None:
         """Begin to draw a job while its claim is on its way; None when it is to be claimed as any other."""
-        plan, loaded = self._decide(lone.window), models.get(lone.job.model)
-        if plan is None or loaded is None or plan.take != (lone.job.id,):
+        plan, served = self._decide(lone.window), models.get(lone.job.model)
+        if plan is None or served is None or served.loaded is None or plan.take != (lone.job.id,):
             return None
         held = asyncio.get_running_loop().create_future()
-        self._pipeline.submit(loaded, [lone.job], held=held)
+        self._submit(served, [lone.job], held)
         try:
             taken = await self._queue.take(self.id, plan, self._lease_s, models=list(models), lone=lone)
             held.set_result(taken.jobs == [lone.job])
@@ -179,7 +185,7 @@ class Worker:
             if not held.done():
                 held.set_result(False)
         if not held.result() and taken.jobs:  # another attempt of it
-            self._pipeline.submit(loaded, taken.jobs)
+            self._submit(served, taken.jobs)
         return taken if taken.jobs else None
 
     def _decide(self, window: Window) -> Plan | None:
@@ -205,8 +211,8 @@ class Worker:
     def _known_times(self) -> dict[tuple[str, str], tuple[Tau, int]]:
         """Return (model, bucket) -> time model and cap, of every bucket whose time is known."""
         known = {}
-        for model_id, loaded in self._models.items():
-            manifest = loaded.model.bundle.manifest
+        for model_id, served in self._pool.served.items():
+            manifest = served.model.bundle.manifest
             lane = choose_lane(manifest.task, manifest.calibration.get(self._backend_name))
             for shape, num_steps in product(manifest.shapes, manifest.offered_steps):
                 bucket = bucket_name(model_id, shape.width, shape.height, num_steps, lane)
@@ -215,38 +221,45 @@ class Worker:
                     known[model_id, bucket] = (facts.tau, facts.cap)
         return known
 
-    def _serve_model(self, loaded: LoadedModel) -> None:
-        num_steps = len(loaded.model.bundle.manifest.time_steps)
-        self._scheduler.add(loaded.model.id, loaded.cap, loaded.times_ms, num_steps)
-        self._models[loaded.model.id] = loaded
+    def _announce_model(self, served: Served) -> None:
+        num_steps = len(served.model.bundle.manifest.time_steps)
+        self._scheduler.add(served.model.id, served.cap, served.times_ms, num_steps)
 
     async def _keep_models(self) -> None:
         """Serve what appears in the repository, and nothing that is gone; batches in hand keep their model."""
         while self._repository is not None:
             await asyncio.sleep(SCAN_INTERVAL_S)
             try:
-                ready, gone = await asyncio.to_thread(self._repository.scan)
+                new, gone = await asyncio.to_thread(self._repository.scan)
             except OSError as error:
                 log.warning("cannot look through the model repository: %s", error)
                 continue
-            if not ready and not gone:
-                continue
-            with contextlib.suppress(QueueUnavailable):
-                await self._presence.withdraw(self._me)  # the entry of the old set of models
+            before = self._me
             for model_id in gone:
-                if self._models.pop(model_id, None):
+                if self._pool.remove(model_id):
                     self._scheduler.forget(model_id)
                     log.info("model %s is gone from the repository and served no longer", model_id)
-            for loaded in ready:
-                self._serve_model(loaded)
-                log.info("model %s is ready (batches of %d)", loaded.model.id, loaded.cap)
-            with contextlib.suppress(QueueUnavailable):
-                await self._presence.announce(self._me)
+            for model in new:
+                await self._take_up(model)
+            if self._me != before:
+                with contextlib.suppress(QueueUnavailable):
+                    await self._presence.withdraw(before)
+                    await self._presence.announce(self._me)
+
+    async def _take_up(self, model: Model) -> None:
+        try:
+            served = await self._pool.add(model)
+        except ModelUnavailable as error:
+            log.error("%s; the others go on", error.message)
+        else:
+            self._announce_model(served)
+            log.info("model %s is ready (batches of %d)", model.id, served.cap)
 
     @property
     def _me(self) -> LiveWorker:
-        bundles = tuple(loaded.model.bundle.sha256 for loaded in self._models.values())
-        return LiveWorker(self.id, tuple(self._models), self._backend_name, bundles)
+        served = self._pool.served
+        bundles = tuple(one.model.bundle.sha256 for one in served.values())
+        return LiveWorker(self.id, tuple(served), self._backend_name, bundles)
 
     async def _keep_clean(self) -> None:
         while True:
@@ -267,6 +280,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
 
     Raises:
         BundleRejected: a model is damaged; a worker serves all of its models or does not start.
+        ModelUnavailable: a model cannot be loaded, or is larger than the memory for models.
     """
     async with (
         open_parts(settings) as (queue, results, presence),  # first, since it refuses settings at once
@@ -282,14 +296,17 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             metrics.model_loaded(model.id, time.perf_counter() - begin)
             return ready
 
-        loaded = [load(model) for model in load_catalog(settings, verify=True).models]
-        names = ", ".join(f"{one.model.id} (batches of {one.cap})" for one in loaded)
+        pool = ModelPool(load, capacity_bytes=settings.models_memory_bytes)
+        models = load_catalog(settings, verify=True).models
+        for model in models:  # of each name the newest last: the least recently used leave the memory first
+            await pool.add(model)
+        names = ", ".join(f"{name} (batches of {served.cap})" for name, served in pool.served.items())
         log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
         worker = Worker(
             queue,
             results,
             presence,
-            loaded,
+            pool,
             backend_name=settings.backend,
             lease_s=settings.lease_s,
             marker=Marker.from_settings(settings),
@@ -297,15 +314,14 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             metrics=metrics,
             cache=cache,
             tracing=tracing,
-            repository=Repository(settings.models, load, [one.model for one in loaded]),
+            repository=Repository(settings.models, models),
         )
         log.info("worker %s serves", worker.id)
         try:
             with serve_metrics(metrics, settings.metrics_host, settings.metrics_port):
                 return await worker.run(stop, drain_s=settings.drain_s)
         finally:
-            for one in loaded:
-                one.student.backend.close()
+            await pool.aclose()
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:

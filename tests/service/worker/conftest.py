@@ -14,7 +14,7 @@ from flashbulb_service.backends import Backend, Embeddings, ImageRequest, OnStep
 from flashbulb_service.backends.onnx import OnnxBackend
 from flashbulb_service.catalog import Model
 from flashbulb_service.jobs import NewJob
-from flashbulb_service.pipeline import LoadedModel
+from flashbulb_service.model_pool import LoadedModel, ModelPool
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
@@ -106,7 +106,13 @@ async def start_worker(
     ) -> Running:
         loaded = LoadedModel(Model("tiny", 1, bundle), Student(watched), cap)
         worker = Worker(
-            make_queue(), results, presence, [loaded], backend_name="onnx", lease_s=lease_s, checker=checker
+            make_queue(),
+            results,
+            presence,
+            ModelPool.holding([loaded]),
+            backend_name="onnx",
+            lease_s=lease_s,
+            checker=checker,
         )
         stop = asyncio.Event()
         running.append(Running(worker, stop, asyncio.create_task(worker.run(stop, drain_s=drain_s))))

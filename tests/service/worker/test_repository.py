@@ -6,29 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.catalog import Catalog, open_model
 from flashbulb_service.errors import UnknownModel
 from flashbulb_service.repository import Repository
-from flashbulb_service.settings import Settings
-from flashbulb_service.worker import load_model
 from support.tiny_bundle import make_tiny_bundle
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Repository:
     path = make_tiny_bundle(tmp_path / "models")
-    settings = Settings(models=tmp_path / "models", data=tmp_path / "data", threads=1)
     known = [open_model(path, "tiny", 1, verify=True)]
-    return Repository(settings.models, lambda model: load_model(model, settings, EmbeddingCache()), known)
+    return Repository(tmp_path / "models", known)
 
 
 def ids(repository: Repository) -> tuple[list[str], set[str]]:
-    ready, gone = repository.scan()
-    return [loaded.model.id for loaded in ready], gone
+    new, gone = repository.scan()
+    return [model.id for model in new], gone
 
 
-def test_a_new_version_is_loaded_once_and_a_removed_one_is_gone(
+def test_a_new_version_is_found_once_and_a_removed_one_is_gone(
     repository: Repository, tmp_path: Path
 ) -> None:
     assert ids(repository) == ([], set())

@@ -1,0 +1,279 @@
+"""The models of one worker: all that it serves, of which as many lie in memory as the cap allows.
+
+A model is loaded once when it is found: that shows that it can be, and measures its memory and its load time. After
+that it may leave the memory when another one needs the room, the least recently used first, and comes back when a
+batch wants it. One that draws is never taken away: whoever needs its room waits until its batches are delivered.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flashbulb_service.backends import Student
+from flashbulb_service.catalog import Model
+from flashbulb_service.errors import ModelUnavailable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with the student that draws it, and the largest batch worth forming."""
+
+    model: Model
+    student: Student
+    cap: int
+    times_ms: Mapping[int, float] = field(default_factory=dict)  # its calibration; empty = unknown
+
+
+@dataclass(eq=False)
+class Served:
+    """A model of the pool, in memory or not."""
+
+    model: Model
+    cap: int = 1
+    times_ms: Mapping[int, float] = field(default_factory=dict)
+    bytes: int = 0  # of memory: the most that was measured, at least its files
+    load_s: float = 0.0  # newest
+    loaded: LoadedModel | None = None
+    loading: "asyncio.Task[LoadedModel] | None" = None
+    users: int = 0
+    last_used: float = 0.0
+    removed: bool = False
+
+    @property
+    def takes_room(self) -> bool:
+        """Tell whether its memory is in use, or about to be."""
+        return self.loaded is not None or self.loading is not None
+
+
+def choose_evictions(idle: Sequence[tuple[float, int]], missing_bytes: int) -> list[int] | None:
+    """Choose which idle models make room for `missing_bytes`: (last used, bytes) each -> positions, or None.
+
+    The least recently used go first, and no more than needed; None when all of them would not be enough.
+    """
+    chosen: list[int] = []
+    for position in sorted(range(len(idle)), key=lambda number: idle[number][0]):
+        if missing_bytes <= 0:
+            break
+        chosen.append(position)
+        missing_bytes -= idle[position][1]
+    return chosen if missing_bytes <= 0 else None
+
+
+class ModelPool:
+    """Loads, lends and evicts models. Use it from one event loop."""
+
+    def __init__(
+        self,
+        load: Callable[[Model], LoadedModel],
+        *,
+        capacity_bytes: int | None = None,
+        measure: Callable[[], int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            load: opens and warms up a model; runs in a thread.
+            capacity_bytes: of all models in memory together; None: no cap.
+            measure: the memory of this process in bytes; absent: as Linux tells it.
+        """
+        self._load_model = load
+        self._capacity = capacity_bytes
+        self._measure = measure or resident_bytes
+        self._clock = clock
+        self._served: dict[str, Served] = {}
+        self._room: set[Served] = set()  # those that take room, removed ones among them
+        self._gate = asyncio.Lock()  # a loader that waits for room is not overtaken
+        self._one_load = asyncio.Lock()  # so that memory that grows has one cause
+        self._idle = asyncio.Event()
+
+    @classmethod
+    def holding(cls, models: Iterable[LoadedModel]) -> "ModelPool":
+        """Make a pool of models that are in memory already and stay there."""
+        ready = {one.model.id: one for one in models}
+        pool = cls(lambda model: ready[model.id])
+        for one in ready.values():
+            served = Served(one.model, one.cap, one.times_ms, loaded=one)
+            pool._served[one.model.id] = served
+            pool._room.add(served)
+        return pool
+
+    @property
+    def served(self) -> dict[str, Served]:
+        """Return the models by name@version."""
+        return dict(self._served)
+
+    @property
+    def bytes(self) -> int:
+        """Return the memory of the models that take room."""
+        return sum(served.bytes for served in self._room)
+
+    def swap_ms(self, model_id: str) -> float:
+        """Return how long a batch of the model would wait for its load; 0 when it is in memory."""
+        served = self._served.get(model_id)
+        return 0.0 if served is None or served.takes_room else served.load_s * 1000
+
+    def memory(self) -> dict[str, int]:
+        """Return the memory in bytes of each model that is served; 0 for one that is not loaded now."""
+        return {name: served.bytes if served.loaded else 0 for name, served in self._served.items()}
+
+    async def add(self, model: Model) -> Served:
+        """Load a model, and serve it from then on, in place of an older bundle of its name and version.
+
+        Raises:
+            ModelUnavailable: it cannot be loaded, or is larger than the cap.
+        """
+        served = Served(model, bytes=_file_bytes(model))
+        async with self.use(served):
+            pass
+        if (older := self._served.get(model.id)) is not None:
+            self._retire(older)
+        self._served[model.id] = served
+        return served
+
+    def remove(self, model_id: str) -> bool:
+        """Serve a model no longer; its memory is given back when its last batch is delivered."""
+        served = self._served.pop(model_id, None)
+        if served is None:
+            return False
+        self._retire(served)
+        return True
+
+    @asynccontextmanager
+    async def use(self, served: Served) -> AsyncIterator[LoadedModel]:
+        """Lend a model; it is loaded first if it must be, and stays in memory while this is open.
+
+        Raises:
+            ModelUnavailable: it cannot be loaded, or is larger than the cap.
+        """
+        async with self._gate:
+            served.users += 1
+            try:
+                if not served.takes_room:
+                    await self._make_room(served)
+                    served.loading = asyncio.create_task(self._load(served))
+                    self._room.add(served)
+            except BaseException:
+                self._release(served)
+                raise
+        try:
+            loaded = served.loaded
+            if loaded is None:
+                assert served.loading is not None
+                loaded = await asyncio.shield(served.loading)
+            yield loaded
+        finally:
+            self._release(served)
+
+    async def aclose(self) -> None:
+        """Give all memory back."""
+        for served in list(self._room):
+            if served.loading is not None:
+                await asyncio.wait({served.loading})
+            self._evict(served)
+
+    async def _load(self, served: Served) -> LoadedModel:
+        try:
+            async with self._one_load:
+                before, start = self._measure(), self._clock()
+                try:
+                    loaded = await asyncio.to_thread(self._load_model, served.model)
+                except Exception as error:
+                    raise ModelUnavailable(served.model.id, f"{type(error).__name__}: {error}") from error
+                served.load_s = self._clock() - start
+                served.bytes = max(served.bytes, self._measure() - before)
+            served.loaded, served.cap, served.times_ms = loaded, loaded.cap, loaded.times_ms
+            if self._capacity is not None and served.bytes > self._capacity:
+                self._evict(served)
+                raise self._too_large(served)
+            self._shrink()
+        except BaseException:
+            self._room.discard(served)
+            raise
+        finally:
+            served.loading = None
+        return loaded
+
+    async def _make_room(self, served: Served) -> None:
+        """Evict until the model fits, by the memory that it is known to take; waits for those that draw."""
+        if self._capacity is None:
+            return
+        if served.bytes > self._capacity:
+            raise self._too_large(served)
+        while (missing := self.bytes + served.bytes - self._capacity) > 0:
+            self._idle.clear()
+            idle = self._idle_ones()
+            chosen = choose_evictions([(one.last_used, one.bytes) for one in idle], missing)
+            if chosen is None:
+                await self._idle.wait()
+                continue
+            for position in chosen:
+                self._evict(idle[position])
+
+    def _shrink(self) -> None:
+        """Evict idle models while more is in memory than may be: a first load took more than its files."""
+        while self._capacity is not None and self.bytes > self._capacity and (idle := self._idle_ones()):
+            self._evict(min(idle, key=lambda one: one.last_used))
+
+    def _idle_ones(self) -> list[Served]:
+        return [one for one in self._room if not one.users and one.loaded is not None]
+
+    def _release(self, served: Served) -> None:
+        served.users -= 1
+        served.last_used = self._clock()
+        if not served.users:
+            if served.removed:
+                self._evict(served)
+            self._shrink()
+            self._idle.set()
+
+    def _retire(self, served: Served) -> None:
+        served.removed = True
+        if not served.users:
+            self._evict(served)
+
+    def _evict(self, served: Served) -> None:
+        self._room.discard(served)
+        loaded, served.loaded = served.loaded, None
+        if loaded is not None:
+            loaded.student.backend.close()
+            give_back_memory()
+            log.info("model %s left the memory (%d MB)", served.model.id, served.bytes >> 20)
+
+    def _too_large(self, served: Served) -> ModelUnavailable:
+        return ModelUnavailable(
+            served.model.id,
+            f"it takes {served.bytes} bytes, more than FLASHBULB_MODELS_MEMORY_BYTES={self._capacity}: raise that",
+        )
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds (Linux; elsewhere 0, and files are what counts)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def give_back_memory() -> None:
+    """Ask the C library to return what was freed to the system (glibc; elsewhere nothing)."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _file_bytes(model: Model) -> int:
+    return sum(file.bytes for file in model.bundle.manifest.files.values())

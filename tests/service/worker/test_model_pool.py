@@ -1,0 +1,237 @@
+"""Models in memory: a cap that holds, the least recently used out first, nothing taken away from a batch that draws."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashbulb_service.backends import Student
+from flashbulb_service.backends.embeddings import EmbeddingCache
+from flashbulb_service.catalog import Model, open_model
+from flashbulb_service.errors import ModelUnavailable
+from flashbulb_service.jobs import JobState, NewJob
+from flashbulb_service.model_pool import LoadedModel, ModelPool, choose_evictions, resident_bytes
+from flashbulb_service.presence import Presence
+from flashbulb_service.queue import Queue
+from flashbulb_service.results import ResultStore
+from flashbulb_service.settings import Settings
+from flashbulb_service.tasks import ImageOutcome, ImageTask
+from flashbulb_service.worker import Worker, load_model
+from support.tiny_bundle import make_tiny_bundle
+
+GROWTH = 100 << 20  # of the pretended memory with each load; the tiny bundles' files are far smaller
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 50)), max_size=8), st.integers(-20, 300))
+def test_the_least_recently_used_go_and_no_more_than_needed(
+    idle: list[tuple[float, int]], missing: int
+) -> None:
+    chosen = choose_evictions(idle, missing)
+    if chosen is None:
+        assert sum(size for _, size in idle) < missing
+        return
+    freed = sum(idle[position][1] for position in chosen)
+    assert freed >= missing
+    if chosen:
+        assert freed - idle[chosen[-1]][1] < missing
+    kept = [idle[position][0] for position in range(len(idle)) if position not in chosen]
+    assert all(idle[position][0] <= at for position in chosen for at in kept)
+
+
+class Device:
+    """Pretends the memory and the time of loads, and writes down what happened."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+        self.loads: list[str] = []
+        self.most = 0
+        self.broken: set[str] = set()
+        self.now = 0.0
+
+    def load(self, model: Model) -> LoadedModel:
+        if model.id in self.broken:
+            raise RuntimeError("no such operator")
+        self.loads.append(model.id)
+        self.held.append(model.id)
+        self.most = max(self.most, len(self.held))
+        self.now += 2.0
+        device = self
+
+        class Backend:
+            def close(self) -> None:
+                device.held.remove(model.id)
+
+        return LoadedModel(model, Student(Backend()), 4)  # type: ignore[arg-type]
+
+    def clock(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
+    folder = tmp_path_factory.mktemp("three")
+    return [
+        open_model(make_tiny_bundle(folder, name=name), name, 1, verify=True)
+        for name in ("ant", "bee", "cat")
+    ]
+
+
+def pool_of(device: Device, rooms: int | None) -> ModelPool:
+    return ModelPool(
+        device.load,
+        capacity_bytes=None if rooms is None else rooms * GROWTH,
+        measure=lambda: len(device.held) * GROWTH,
+        clock=device.clock,
+    )
+
+
+async def test_without_a_cap_everything_stays(device: Device, three: list[Model]) -> None:
+    pool = pool_of(device, None)
+    for model in three:
+        await pool.add(model)
+    assert device.held == ["ant@1", "bee@1", "cat@1"]
+    assert pool.memory() == dict.fromkeys(device.held, GROWTH)
+    await pool.aclose()
+    assert device.held == []
+
+
+async def test_the_least_recently_used_leaves_and_comes_back_when_wanted(
+    device: Device, three: list[Model]
+) -> None:
+    pool = pool_of(device, 2)
+    for model in three:
+        await pool.add(model)
+    assert device.held == ["bee@1", "cat@1"]
+    assert list(pool.served) == ["ant@1", "bee@1", "cat@1"]
+    assert [pool.swap_ms(name) > 2000 for name in pool.served] == [True, False, False]
+    async with pool.use(pool.served["bee@1"]):
+        pass
+    async with pool.use(pool.served["ant@1"]) as lent:
+        assert lent.model.id == "ant@1"
+    assert device.held == ["bee@1", "ant@1"]
+    for name in ("cat@1", "ant@1", "bee@1", "cat@1"):
+        async with pool.use(pool.served[name]):
+            assert pool.bytes <= 2 * GROWTH
+    assert device.most == 2
+
+
+async def test_a_model_that_draws_stays_and_its_next_batch_does_not_overtake_who_waits(
+    device: Device, three: list[Model]
+) -> None:
+    pool = pool_of(device, 1)
+    ant, bee = [await pool.add(model) for model in three[:2]]
+    order: list[str] = []
+
+    async def draw(name: str) -> None:
+        async with pool.use(pool.served[name]):
+            order.append(name)
+
+    async with pool.use(bee):
+        waiting = asyncio.create_task(draw("ant@1"))
+        await asyncio.sleep(0)
+        late = asyncio.create_task(draw("bee@1"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert device.held == ["bee@1"] and order == []
+    await asyncio.gather(waiting, late)
+    assert order == ["ant@1", "bee@1"]
+    assert ant.users == bee.users == 0
+
+
+async def test_one_that_is_larger_than_the_cap_is_refused_in_one_line(
+    device: Device, three: list[Model]
+) -> None:
+    pool = ModelPool(device.load, capacity_bytes=GROWTH - 1, measure=lambda: len(device.held) * GROWTH)
+    for _ in range(2):
+        with pytest.raises(ModelUnavailable, match="FLASHBULB_MODELS_MEMORY_BYTES=104857599: raise that"):
+            await pool.add(three[0])
+    assert device.held == [] and pool.served == {} and pool.bytes == 0
+
+
+async def test_a_load_that_fails_is_tried_again_by_the_next_batch(device: Device, three: list[Model]) -> None:
+    pool = pool_of(device, 1)
+    ant, _ = [await pool.add(model) for model in three[:2]]
+    device.broken.add("ant@1")
+    with pytest.raises(ModelUnavailable, match="RuntimeError: no such operator"):
+        async with pool.use(ant):
+            pass
+    device.broken.clear()
+    async with pool.use(ant):
+        assert device.held == ["ant@1"]
+    assert pool.bytes == GROWTH
+
+
+async def test_a_removed_model_is_given_back_when_its_last_batch_is_delivered(
+    device: Device, three: list[Model]
+) -> None:
+    pool = pool_of(device, None)
+    ant = await pool.add(three[0])
+    async with pool.use(ant):
+        assert pool.remove("ant@1") and pool.served == {}
+        assert device.held == ["ant@1"]
+    assert device.held == []
+    assert not pool.remove("ant@1")
+
+
+@pytest_asyncio.fixture
+async def small_worker(
+    queue: Queue,
+    make_queue: Callable[..., Queue],
+    redis_url: str,
+    namespace: str,
+    results: ResultStore,
+    three: list[Model],
+    tmp_path: Path,
+) -> AsyncIterator[ModelPool]:
+    """A worker with real students, and memory for one of three by the size of their files."""
+    settings = Settings(data=tmp_path, threads=1)
+    size = sum(file.bytes for file in three[0].bundle.manifest.files.values())
+    pool = ModelPool(
+        lambda model: load_model(model, settings, EmbeddingCache()),
+        capacity_bytes=int(1.5 * size),
+        measure=lambda: 0,
+    )
+    for model in three:
+        await pool.add(model)
+    presence = Presence.connect(redis_url, namespace=namespace)
+    worker = Worker(make_queue(), results, presence, pool, backend_name="onnx", lease_s=5.0)
+    stop = asyncio.Event()
+    running = asyncio.create_task(worker.run(stop, drain_s=10.0))
+    yield pool
+    stop.set()
+    await running
+    await pool.aclose()
+    await presence.aclose()
+
+
+async def test_a_worker_draws_with_more_models_than_fit_its_memory(
+    queue: Queue, small_worker: ModelPool, three: list[Model]
+) -> None:
+    def job(model: Model, seed: int) -> NewJob:
+        task = ImageTask(prompt="dog", seed=seed, index=0, width=64, height=64)
+        return NewJob(model=model.id, bucket=f"{model.id}:64x64:1", payload=task.to_bytes())
+
+    ids = (await queue.enqueue([job(model, seed) for seed in range(4) for model in three])).ids
+    views = await queue.wait(ids, 20)
+    assert {view.state for view in views} == {JobState.DONE}
+    drawn = [ImageOutcome.from_bytes(view.result or b"").bundle_sha256 for view in views]
+    assert drawn == [model.bundle.sha256 for model in three] * 4
+    assert sum(size > 0 for size in small_worker.memory().values()) == 1
+
+
+def test_the_memory_of_this_process_is_what_linux_says() -> None:
+    before = resident_bytes()
+    block: Any = bytearray(64 << 20)
+    assert resident_bytes() - before > 60 << 20
+    del block
