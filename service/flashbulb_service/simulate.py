@@ -129,6 +129,9 @@ def simulate(
     real = truth or taus
     facts: Callable[[str, str], BucketFacts] = lambda _model, bucket: BucketFacts(caps[bucket], taus[bucket])  # noqa: E731
     believed_end = [0.0] * num_workers
+    corrections: list[list[tuple[str, float]]] = [
+        [] for _ in range(num_workers)
+    ]  # (tenant, ms), of running batches
     busy_lane: list[str | None] = [None] * num_workers
     events: list[tuple[float, int, int]] = [(one.at_ms, 1, i) for i, one in enumerate(arrivals)]
     heapq.heapify(events)  # (time, 0 = a worker is free | 1 = an arrival, which)
@@ -150,6 +153,8 @@ def simulate(
                 for job_id, charge in zip(plan.take, plan.charges_ms, strict=True):
                     row, arrival = queue.rows[plan.bucket].pop(job_id)
                     queue.used[row.tenant] = queue.used_by(row.tenant) + charge
+                    measured = ms / len(plan.take) / row.weight
+                    corrections[worker].append((row.tenant, measured - charge))
                     outcomes.append(Outcome(arrival, now + ms, "done", len(plan.take)))
                 queue.clock = max(queue.clock, plan.clock_ms)
                 queue.charge_lane(lane_of(plan.bucket), plan.predicted_ms, now)
@@ -168,6 +173,10 @@ def simulate(
         if kind == 0:
             idle.add(which)
             busy_lane[which] = None
+            for tenant, correction in corrections[which]:
+                if tenant in queue.used:
+                    queue.used[tenant] += correction
+            corrections[which].clear()
         else:
             arrival = arrivals[which]
             waiting = queue.rows.setdefault(arrival.bucket, {})

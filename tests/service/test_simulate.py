@@ -93,6 +93,16 @@ def test_polite_tenant_keeps_its_service_beside_a_flooder() -> None:
     assert sum(one.is_on_time for one in mine) >= 0.95 * len(mine)
 
 
+def test_tenants_share_the_device_by_what_their_work_took_not_by_what_was_believed() -> None:
+    """Of two models one takes twice as long as believed: its tenant gets half as many pictures."""
+    works = [Arrival(0.0, 1e8, bucket, bucket) for bucket in ("slow", "fast") for _ in range(400)]
+    believed, truth = Tau(0.0, 0.0, 10.0), {"slow": Tau(0.0, 0.0, 20.0), "fast": Tau(0.0, 0.0, 10.0)}
+    outcomes = simulate(works, {"slow": believed, "fast": believed}, {"slow": 4, "fast": 4}, truth=truth)
+    until = max(one.end_ms for one in outcomes if one.arrival.bucket == "fast")
+    slow = sum(one.end_ms <= until for one in outcomes if one.arrival.bucket == "slow")
+    assert 0.45 <= slow / 400 <= 0.55
+
+
 def test_images_are_served_beside_a_backlog_of_videos_and_videos_get_their_share() -> None:
     videos = [Arrival(0.0, 1e8, "v:long") for _ in range(40)]
     images = poisson(0.9 * CAPACITY, 20_000, 20_000.0, seed=7, bucket="i")

@@ -145,6 +145,18 @@ async def test_a_tenant_of_twice_the_weight_gets_twice_the_share(queue):
     assert served.count(b"A") == 8 and served.count(b"B") == 4
 
 
+async def test_a_tenant_pays_for_the_device_time_that_was_measured(queue):
+    """Both were charged the same when their jobs were taken; one of them took six times as long."""
+    for tenant in "AB":
+        await queue.enqueue([new(tenant=tenant)] * 6)
+    for job in [*await queue.claim("w", ["emoji@1"], 1, 60), *await queue.claim("w", ["emoji@1"], 1, 60)]:
+        await queue.complete("w", job, b"", device_ms=600.0 if job.tenant == "A" else 100.0)
+    window = await queue.window("w", ["emoji@1"], 12)
+    assert window.used_ms == {"A": pytest.approx(600.0), "B": pytest.approx(100.0)}
+    served = [(await queue.claim("w", ["emoji@1"], 1, 60))[0].tenant for _ in range(5)]
+    assert served == ["B"] * 5
+
+
 async def test_flooder_cannot_fill_the_window(queue):
     await queue.enqueue([new(tenant="flood")] * 200)
     await queue.enqueue([new(tenant="polite")])

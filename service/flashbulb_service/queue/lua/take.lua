@@ -55,7 +55,7 @@ for i = first, first - 1 + 2 * num, 2 do
     call('ZADD', key('used'), total, tenant)
     call('ZADD', key('tenants', model, bucket), 'XX', total, tenant)
     local attempt = call('HINCRBY', key('job', id), 'attempt', 1)
-    call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now)
+    call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now, 'charged', charge)
     call('ZADD', key('leases'), now + lease, id)
     call('ZREM', key('deadlines'), id)
     note(id, 'running', now, 'attempt', attempt)
