@@ -32,7 +32,7 @@ def tile_for(entry: str, dtype: str, head_dim: int, arch: str) -> Tile:
     The arch "interpreter" has one tile for everything.
 
     Raises:
-        ValueError: no tile is listed; the message names what is.
+        ValueError: no tile is listed, so the kernel does not exist there; the message names what is listed.
     """
     if arch == "interpreter":
         return INTERPRETER
@@ -46,6 +46,12 @@ def tile_for(entry: str, dtype: str, head_dim: int, arch: str) -> Tile:
             f"{sorted(_table())}, dtypes {sorted(of_entry)}, head dimensions {sorted(map(int, of_heads))}"
         )
     return Tile(**row)
+
+
+def has_tile(entry: str, dtype: str, head_dim: int, arch: str) -> bool:
+    """Say whether `tile_for` has an answer: whether the kernel exists for these."""
+    row = _table().get(entry, {}).get(dtype, {}).get(str(head_dim), {})
+    return arch == "interpreter" or arch in row or "*" in row
 
 
 @functools.cache

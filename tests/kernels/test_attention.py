@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from flashbulb_kernels import tiles
 from flashbulb_kernels.attention import attention, availability, dispatch
 from flashbulb_kernels.errors import KernelUnavailable
 from flashbulb_kernels.verify import differentiated
@@ -103,6 +104,25 @@ def test_triton_on_the_cpu_without_the_interpreter_raises(monkeypatch):
     monkeypatch.setattr(availability, "interpreted", lambda: False)
     with pytest.raises(KernelUnavailable, match="the tensors are on the CPU"):
         attention(*draw("cpu", torch.float16), impl="triton")
+
+
+def test_a_kernel_without_a_tile_does_not_exist(monkeypatch):
+    """The table of tiles says what is shipped: here fp16 of 64 components forward, and nothing backward."""
+    row = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3}
+    monkeypatch.setattr(tiles, "_table", lambda: {"forward": {"fp16": {"64": {"sm_80": row}}}})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    gpu = torch.device("cuda")
+    assert availability.why_not_triton(gpu, torch.float16, 64) is None
+    for dtype, head_dim, needs in (
+        (torch.bfloat16, 64, {}),
+        (torch.float16, 128, {}),
+        (torch.float16, 64, {"fused": True}),
+        (torch.float16, 64, {"training": True}),
+    ):
+        reason = availability.why_not_triton(gpu, dtype, head_dim, **needs)
+        assert reason is not None and f"head dimension of {head_dim}" in reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0 or higher, got 7.5" in str(availability.why_not_triton(gpu, torch.float16, 64))
 
 
 def test_auto_falls_back_and_says_so_once(device, monkeypatch, caplog):

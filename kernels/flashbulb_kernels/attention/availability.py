@@ -4,14 +4,21 @@ from importlib.util import find_spec
 
 import torch
 
-from ..tiles import HEAD_DIMS
+from ..tiles import HEAD_DIMS, has_tile
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+BACKWARD = ("delta", "dkdv", "dq")
 LOWEST_CAPABILITY = (8, 0)  # asynchronous copies and bf16 begin there
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Say why the kernels cannot run, in one line; None where they can."""
+def why_not_triton(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, fused: bool = False, training: bool = False
+) -> str | None:
+    """Say why the kernels cannot run, in one line; None where they can.
+
+    Args:
+        fused: q and k are prepared in the kernel.   training: gradients are needed.
+    """
     if dtype not in DTYPES:
         return f"expected fp16, bf16 or fp32, got {dtype}"
     if head_dim not in HEAD_DIMS:
@@ -22,6 +29,10 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         capability = torch.cuda.get_device_capability(device)
         if capability < LOWEST_CAPABILITY:
             return f"expected a GPU of compute capability 8.0 or higher, got {capability[0]}.{capability[1]}"
+        entries = ("fused" if fused else "forward", *(BACKWARD if training else ()))
+        missing = [e for e in entries if not has_tile(e, DTYPES[dtype], head_dim, arch_of(device))]
+        if missing:
+            return f"there is no {missing[0]} kernel for {DTYPES[dtype]} and a head dimension of {head_dim} on this GPU"
         return None
     if device.type == "cpu":
         return None if interpreted() else "the tensors are on the CPU, and TRITON_INTERPRET=1 is not set"

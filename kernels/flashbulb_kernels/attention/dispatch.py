@@ -57,7 +57,9 @@ def attention(
     if preparation is not None:
         preparation.check(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose(impl, q)
+    inputs = (q, k, v, *(() if preparation is None else preparation.affine))
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    chosen = choose(impl, q, fused=preparation is not None, training=training)
     if chosen == "torch":
         q, k = (q, k) if preparation is None else preparation.prepare(q, k)
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
@@ -69,13 +71,12 @@ def attention(
             o, _ = operators.attention(q, k, v, key_padding_mask, scale, chosen)
         else:
             p = preparation
-            affine = p.q_weight, p.q_bias, p.k_weight, p.k_bias
             o, _ = operators.attention_fused(
                 q,
                 k,
                 v,
                 key_padding_mask,
-                *affine,
+                *p.affine,
                 p.cos,
                 p.sin,
                 p.norm,
@@ -88,9 +89,13 @@ def attention(
     return o.transpose(1, 2) if layout == "bnhd" else o
 
 
-def choose(impl: Impl, q: Tensor) -> Literal["triton", "torch", "reference"]:
+def choose(
+    impl: Impl, q: Tensor, *, fused: bool = False, training: bool = False
+) -> Literal["triton", "torch", "reference"]:
     """Decide what computes attention for tensors like q.
 
+    Args:
+        fused: q and k are to be prepared.   training: gradients are needed.
     Raises:
         KernelUnavailable: impl="triton" cannot run on the device, dtype or head dimension of q.
         ValueError: impl is none of the four names.
@@ -99,7 +104,7 @@ def choose(impl: Impl, q: Tensor) -> Literal["triton", "torch", "reference"]:
         return impl
     if impl not in ("auto", "triton"):
         raise ValueError(f"impl: expected 'auto', 'triton', 'torch' or 'reference', got {impl!r}")
-    reason = why_not_triton(q.device, q.dtype, q.shape[-1])
+    reason = why_not_triton(q.device, q.dtype, q.shape[-1], fused=fused, training=training)
     if reason is None:
         return "triton"
     if impl == "triton":

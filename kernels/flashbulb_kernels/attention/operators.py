@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import tile_for
-from .availability import DTYPES, arch_of
+from .availability import BACKWARD, DTYPES, arch_of
 from .launch import aligned_rows
 from .preparation import Norm, Preparation
 from .reference import attention_backward_reference, attention_reference
@@ -55,8 +55,7 @@ def attention_backward(
         from .backward import backward
 
         tiles = {
-            entry: tile_for(entry, DTYPES[q.dtype], q.shape[-1], arch_of(q.device))
-            for entry in ("delta", "dkdv", "dq")
+            entry: tile_for(entry, DTYPES[q.dtype], q.shape[-1], arch_of(q.device)) for entry in BACKWARD
         }
         return backward(grad_o, grad_lse, q, k, v, o, lse, key_padding_mask, scale, tiles)
     dq, dk, dv = attention_backward_reference(grad_o, grad_lse, q, k, v, o, lse, key_padding_mask, scale)

@@ -42,6 +42,11 @@ class Preparation:
     sin: Tensor | None = None
     rope_start: int = 0
 
+    @property
+    def affine(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return the norms' weights and biases, in the order of the operator."""
+        return self.q_weight, self.q_bias, self.k_weight, self.k_bias
+
     def check(self, q: Tensor, k: Tensor) -> None:
         """Raise ValueError where this does not fit q and k, [b, h, n, d]."""
         d = q.shape[-1]
