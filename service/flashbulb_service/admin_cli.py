@@ -58,7 +58,7 @@ def create(
         typer.echo(f"{made.record.id}: keep this secret, it is not shown again", err=True)
         typer.echo(made.secret)
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
 @keys_app.command("list")
@@ -71,7 +71,7 @@ def list_keys(data: Data = None, redis: Redis = None) -> None:
             limits = record.limits.model_dump_json(exclude_defaults=True)
             typer.echo(f"{record.id}\t{state}\t{'+'.join(record.scopes)}\t{record.name}\t{limits}")
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
 @keys_app.command("rotate")
@@ -90,7 +90,7 @@ def rotate(
         typer.echo(f"{key}: keep this secret; the one before is good for {grace_s:g} s more", err=True)
         typer.echo(made.secret)
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
 @keys_app.command("revoke")
@@ -101,7 +101,7 @@ def revoke(key: KeyId, data: Data = None, redis: Redis = None) -> None:
         await keys.revoke(key)
         typer.echo(f"{key}\trevoked")
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
 @keys_app.command("limits")
@@ -125,7 +125,7 @@ def limits(
             record = await keys.set_limits(key, _limits(record.limits.model_dump(), given))
         typer.echo(record.limits.model_dump_json())
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
 @keys_app.command("usage")
@@ -143,7 +143,7 @@ def usage(
             if day.requests or day.refused or day.images:
                 typer.echo(f"{day.day}\t{day.requests}\t{day.refused}\t{day.images}\t{day.device_ms:.1f}")
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
 @queue_app.command("pause")
@@ -177,7 +177,7 @@ def stats(data: Data = None, redis: Redis = None) -> None:
             f"{counts.dead} dead\toldest {counts.oldest_age_s:.1f} s"
         )
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
 @dead_app.command("list")
@@ -193,7 +193,7 @@ def list_dead(
             code, message = (view.error.code, view.error.message) if view.error else ("", "")
             typer.echo(f"{view.id}\t{view.model}\t{code}\t{' '.join(message.split())[:200]}")
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
 @dead_app.command("replay")
@@ -211,7 +211,7 @@ def replay(
                 raise JobNotFound(job)
             typer.echo(f"{job}\tqueued")
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
 # ------------------------------------------------------------------------------------------------- inside
@@ -257,16 +257,16 @@ def _set_gate(
     from flashbulb_service.settings import read_settings
 
     settings = read_settings(models=models, data=data, redis=redis)
-    model_id = _model_id(settings, model)
+    model_id = model_id_of(settings, model)
 
     async def work(queue: "Queue", _keys: "KeyStore") -> None:
         await queue.set_gate(model_id, gate)
         typer.echo(f"{model_id}\t{gate or 'open'}")
 
-    _on_store(work, data, redis)
+    on_store(work, data, redis)
 
 
-def _model_id(settings: "Settings", model: str) -> str:
+def model_id_of(settings: "Settings", model: str) -> str:
     """Return name@version: the given one, else that of the model repository."""
     from flashbulb_service.errors import InvalidRequest
     from flashbulb_service.parts import load_catalog
@@ -279,7 +279,7 @@ def _model_id(settings: "Settings", model: str) -> str:
     return model
 
 
-def _on_store(
+def on_store(
     work: "Callable[[Queue, KeyStore], Awaitable[None]]", data: Path | None, redis: str | None
 ) -> None:
     """Do something on the queue's store and the keys in it."""

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
-from flashbulb_service.api import admin, edits, health, images, jobs, models, playground
+from flashbulb_service.api import admin, admin_models, edits, health, images, jobs, models, playground
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import describe
 from flashbulb_service.api.gate import Gate
@@ -65,6 +65,7 @@ def create_app(
         models.router,
         health.router,
         admin.router,
+        admin_models.router,
         playground.create_router(),
     ):
         app.include_router(router)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashbulb_distill.bundle import Bundle, BundleError, hash_file, list_models, open_bundle
-from flashbulb_service.errors import BundleRejected, InvalidRequest, UnknownModel
+from flashbulb_service.errors import BundleRejected, InvalidRequest, ModelUnloaded, UnknownModel
 
 # Names that clients have built in.
 OPENAI_NAMES = (
@@ -77,7 +77,8 @@ class Catalog:
             UnknownModel: the default or the target of an alias is not among them.
         """
         self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))
-        self._aliases = dict(aliases or {})
+        self._given_aliases = self._aliases = dict(aliases or {})
+        self.unloaded: frozenset[str] = frozenset()  # name@version, by an operator's word
         self._default = default
         self._openai_aliases = openai_aliases
         for target in (*self._aliases.values(), *([default] if default else [])):
@@ -130,26 +131,37 @@ class Catalog:
                 models.append(model)
         self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))
 
+    def follow(self, aliases: Mapping[str, str], unloaded: frozenset[str]) -> None:
+        """Take what operators say: their aliases before those of the settings, and what is not served now."""
+        self._aliases = {**self._given_aliases, **aliases}
+        self.unloaded = unloaded
+
     @property
     def names(self) -> tuple[str, ...]:
         """Return what may be written as 'model': names, and names with a version."""
         return tuple(dict.fromkeys([m.name for m in self.models] + [m.id for m in self.models]))
 
-    def find(self, wanted: str | None) -> Model:
+    def find(self, wanted: str | None, *, unloaded_too: bool = False) -> Model:
         """Find a model by "name" (its newest version), "name@version" or alias; None is the default.
 
         Raises:
             UnknownModel: there is none of that name.
+            ModelUnloaded: an operator has unloaded it, and `unloaded_too` is not set.
         """
         if wanted is None or wanted in self._openai_names():
             if self._default is None and not self.models:
                 raise UnknownModel("default")
-            return self._resolve(self._default) if self._default else self.newest()[0]
-        return self._resolve(self._aliases.get(wanted, wanted))
+            if self._default is None:
+                served = self.newest()
+                if not served:
+                    raise ModelUnloaded(self.models[0].id)
+                return served[0]
+            wanted = self._default
+        return self._resolve(self._aliases.get(wanted, wanted), unloaded_too=unloaded_too)
 
     def newest(self) -> list[Model]:
-        """Return the newest version of every name."""
-        return list({model.name: model for model in self.models}.values())
+        """Return the newest version of every name that is not unloaded."""
+        return list({model.name: model for model in self.models if model.id not in self.unloaded}.values())
 
     def aliases_of(self, model: Model) -> tuple[str, ...]:
         """Return the other names that lead to a model."""
@@ -166,13 +178,16 @@ class Catalog:
         taken = {model.name for model in self.models} | set(self._aliases)
         return frozenset(OPENAI_NAMES if self._openai_aliases else ()) - taken
 
-    def _resolve(self, wanted: str) -> Model:
+    def _resolve(self, wanted: str, *, unloaded_too: bool = False) -> Model:
         matching = [model for model in self.models if wanted in (model.name, model.id)]
         if not matching:
             known = {model.name for model in self.models}
             leading = {alias for alias, target in self._aliases.items() if target in self.names}
             raise UnknownModel(wanted, sorted(known | leading))
-        return matching[-1]
+        served = [model for model in matching if unloaded_too or model.id not in self.unloaded]
+        if not served:
+            raise ModelUnloaded(matching[-1].id)
+        return served[-1]
 
 
 def choose_size(model: Model, wanted: str) -> tuple[int, int]:

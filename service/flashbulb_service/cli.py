@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashbulb_service.admin_cli import keys_app, queue_app
+from flashbulb_service.models_cli import models_app
 
 if TYPE_CHECKING:
     from flashbulb_distill.bundle import Bundle
@@ -36,7 +37,6 @@ Public = Annotated[
 ]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-models_app = typer.Typer(no_args_is_help=True, help="Look at the model repository.")
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(queue_app, name="queue")

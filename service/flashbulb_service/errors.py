@@ -3,6 +3,7 @@
 ServiceError                        has a stable `code` and a message for people
 ├── InvalidRequest                  the caller can fix it; `param` names the field
 ├── UnknownModel                    no such model; lists the ones there are
+│   └── ModelUnloaded               an operator has unloaded it
 ├── QueueFull                       admission refused; has `retry_after_s`
 │   ├── DeadlineUnreachable         it would be late: refused now rather than late
 │   └── ConcurrencyExceeded         an API key has as many live jobs as it may
@@ -64,6 +65,18 @@ class UnknownModel(ServiceError):
         super().__init__(f"unknown model {model!r}{offered}")
         self.model = model
         self.known = tuple(known)
+
+
+class ModelUnloaded(UnknownModel):
+    """An operator has unloaded the model."""
+
+    code = "model_unloaded"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.args = (
+            f"model {model!r} was unloaded: use another, or load it with 'flashbulb models load {model}'",
+        )
 
 
 class QueueFull(ServiceError):

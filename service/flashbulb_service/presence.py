@@ -6,7 +6,7 @@ All times are the Redis server's, so that machines with different clocks agree.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Self, cast
@@ -51,8 +51,17 @@ class Presence:
         client = Redis.from_url(url, socket_timeout=None, socket_connect_timeout=CONNECT_TIMEOUT_S)
         return cls(client, namespace=namespace)
 
-    async def announce(self, worker: LiveWorker, ttl_s: float = TTL_S, *, metrics: bytes = b"") -> None:
-        """Say that a worker is alive for the next `ttl_s` seconds, and what it has counted.
+    async def announce(
+        self,
+        worker: LiveWorker,
+        ttl_s: float = TTL_S,
+        *,
+        metrics: bytes = b"",
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
+        """Say that a worker is alive for the next `ttl_s` seconds, what it has counted, and what lies in its memory.
+
+        memory: model -> bytes, 0 for one that is not loaded now.
 
         Raises:
             QueueUnavailable: the server does not answer.
@@ -63,6 +72,9 @@ class Presence:
             async with self._client.pipeline() as pipe:
                 if 0 < len(metrics) <= MAX_METRICS_BYTES:
                     pipe.set(self._metrics_key(worker), metrics, px=max(1, round(ttl_s * 1000)))
+                if memory is not None:
+                    text = json.dumps(dict(memory))
+                    pipe.set(self._memory_key(worker), text, px=max(1, round(ttl_s * 1000)))
                 pipe.zadd(self._key, {_to_member(worker): now + ttl_s})
                 pipe.zremrangebyscore(self._key, "-inf", now)
                 pipe.expire(self._key, 3600)
@@ -101,9 +113,26 @@ class Presence:
         pairs = zip(asked, found, strict=True)
         return {worker.id: cast(bytes, data) for worker, data in pairs if data is not None}
 
+    async def memory(self, workers: Sequence[LiveWorker]) -> dict[str, dict[str, int]]:
+        """Return worker -> model -> bytes in its memory, of at most `MAX_METRICS_WORKERS` workers.
+
+        Raises:
+            QueueUnavailable: the server does not answer.
+        """
+        asked = workers[:MAX_METRICS_WORKERS]
+        if not asked:
+            return {}
+        async with _answering():
+            found = await self._client.mget([self._memory_key(worker) for worker in asked])
+        pairs = zip(asked, found, strict=True)
+        return {worker.id: json.loads(cast(bytes, data)) for worker, data in pairs if data is not None}
+
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+    def _memory_key(self, worker: LiveWorker) -> str:
+        return f"{self._prefix}:memory:{worker.id}"
 
     def _metrics_key(self, worker: LiveWorker) -> str:
         return f"{self._prefix}:metrics:{worker.id}"

@@ -13,6 +13,7 @@ from functools import partial
 
 import uvicorn
 
+from flashbulb_service.api.admin_models import follow_words
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.health import check_ready
 from flashbulb_service.api.jobs import webhook_message
@@ -247,12 +248,13 @@ async def _when_ready(context: Context) -> None:
 async def _follow_models(context: Context) -> None:
     """Keep the catalog at what the repository holds and workers have ready, until this task is cancelled."""
     while True:
-        await asyncio.sleep(CATALOG_INTERVAL_S)
         try:
             workers = await context.presence.workers()
             context.catalog.refresh(context.settings.models, partial(serves, workers))
+            await follow_words(context)
         except (ServiceError, OSError) as error:
             log.warning("the list of models was not refreshed: %s", error)
+        await asyncio.sleep(CATALOG_INTERVAL_S)
 
 
 async def _until(stop: asyncio.Event, *tasks: "asyncio.Task[None]") -> None:

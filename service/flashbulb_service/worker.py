@@ -22,6 +22,7 @@ from flashbulb_service.calibration import batch_sizes, load_student
 from flashbulb_service.catalog import Model
 from flashbulb_service.errors import ModelUnavailable, QueueUnavailable
 from flashbulb_service.jobs import Job
+from flashbulb_service.model_book import ModelBook, Words
 from flashbulb_service.model_pool import LoadedModel, ModelPool, Served
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.parts import load_catalog, open_parts
@@ -80,6 +81,7 @@ class Worker:
         tracing: Tracing = OFF,
         worker_id: str | None = None,
         repository: Repository | None = None,
+        unloaded: Sequence[Model] = (),
     ) -> None:
         """Keep the parts; nothing runs before `run`."""
         self._queue = queue
@@ -87,6 +89,9 @@ class Worker:
         self._presence = presence
         self._repository = repository
         self._pool = models
+        self._book, self._words = ModelBook(queue), Words()
+        self._shelved = {model.id: model for model in unloaded}  # verified, but not served
+        self._done_wishes: dict[str, str] = {}
         self._lease_s = lease_s
         self._scheduler = Scheduler(models.swap_ms)
         self.id = worker_id or new_worker_id()
@@ -201,7 +206,9 @@ class Worker:
         outage = OutageLog(log, "cannot say that this worker lives")
         while True:
             try:
-                await self._presence.announce(self._me, metrics=self._metrics.exposition())
+                await self._presence.announce(
+                    self._me, metrics=self._metrics.exposition(), memory=self._pool.memory()
+                )
                 await self._queue.publish_times(self.id, self._known_times(), TTL_S)
                 outage.worked()
             except QueueUnavailable as error:
@@ -236,15 +243,38 @@ class Worker:
                 continue
             before = self._me
             for model_id in gone:
-                if self._pool.remove(model_id):
-                    self._scheduler.forget(model_id)
-                    log.info("model %s is gone from the repository and served no longer", model_id)
-            for model in new:
-                await self._take_up(model)
+                self._shelved.pop(model_id, None)
+                self._give_up(model_id, "is gone from the repository")
+            self._shelved |= {model.id: model for model in new}
+            await self._follow_words()
             if self._me != before:
                 with contextlib.suppress(QueueUnavailable):
                     await self._presence.withdraw(before)
-                    await self._presence.announce(self._me)
+                    await self._presence.announce(self._me, memory=self._pool.memory())
+
+    async def _follow_words(self) -> None:
+        """Serve what is found but what operators have unloaded, and have in memory what they want there."""
+        try:
+            self._words = words = await self._book.read()
+        except QueueUnavailable:
+            words = self._words  # the last known
+        for model_id in words.unloaded & set(self._pool.served):
+            self._shelved[model_id] = self._pool.served[model_id].model
+            self._give_up(model_id, "was unloaded")
+        for model_id in set(self._shelved) - words.unloaded:
+            await self._take_up(self._shelved.pop(model_id))
+        for model_id, mark in words.wanted.items():
+            served = self._pool.served.get(model_id)
+            if served is not None and self._done_wishes.get(model_id) != mark:
+                self._done_wishes[model_id] = mark
+                with contextlib.suppress(ModelUnavailable):  # it says so to those who want to draw
+                    async with self._pool.use(served):
+                        log.info("model %s is in memory", model_id)
+
+    def _give_up(self, model_id: str, reason: str) -> None:
+        if self._pool.remove(model_id):
+            self._scheduler.forget(model_id)
+            log.info("model %s %s and is served no longer", model_id, reason)
 
     async def _take_up(self, model: Model) -> None:
         try:
@@ -298,8 +328,13 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
 
         pool = ModelPool(load, capacity_bytes=settings.models_memory_bytes)
         models = load_catalog(settings, verify=True).models
+        words = Words()
+        with contextlib.suppress(QueueUnavailable):
+            words = await ModelBook(queue).read()
+        unloaded = [model for model in models if model.id in words.unloaded]
         for model in models:  # of each name the newest last: the least recently used leave the memory first
-            await pool.add(model)
+            if model not in unloaded:
+                await pool.add(model)
         names = ", ".join(f"{name} (batches of {served.cap})" for name, served in pool.served.items())
         log.info("loaded %s in %.2f s", names, time.perf_counter() - start)
         worker = Worker(
@@ -315,6 +350,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             cache=cache,
             tracing=tracing,
             repository=Repository(settings.models, models),
+            unloaded=unloaded,
         )
         log.info("worker %s serves", worker.id)
         try:

@@ -152,7 +152,13 @@ async def assert_invariants(queue: Queue) -> None:
     for model in backlog:
         assert gates.get(model) != b"paused" or not await db.llen(f"{tag}:wake:{model}")
     keys_of_clients = [key.decode() for key in await db.zrange(f"{tag}:apikeys", 0, -1)]
-    expected |= {f"{tag}:gates", f"{tag}:apikeys", *(f"{tag}:apikey:{key}" for key in keys_of_clients)}
+    expected |= {
+        f"{tag}:residence",
+        f"{tag}:aliases",
+        f"{tag}:gates",
+        f"{tag}:apikeys",
+        *(f"{tag}:apikey:{key}" for key in keys_of_clients),
+    }
 
     live = [job for job in jobs.values() if job["state"] in LIVE]
     counts = Counter(job["tenant"] for job in live)

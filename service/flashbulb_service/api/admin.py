@@ -164,7 +164,7 @@ async def replay_dead(job_id: str, context: Shared) -> dict[str, Any]:
 @router.post("/queue/models/{model}/{action}", summary="Pause, drain or resume a model")
 async def set_gate(model: str, action: Action, context: Shared) -> dict[str, Any]:
     """Pause: jobs are taken and wait. Drain: no new ones are taken. Batches in hand go on in both."""
-    model_id = context.catalog.find(model).id
+    model_id = context.catalog.find(model, unloaded_too=True).id
     await context.queue.set_gate(model_id, GATES[action])
     log.info("model %s: %s", model_id, action)
     return {"model": model_id, "gate": GATES[action]}

@@ -122,7 +122,7 @@ async def stream_events(
 def usage(context: Context, record: RequestRecord, n: int) -> dict[str, Any] | None:
     """Count what a request, or one picture of it, used; None when its model has left the repository since."""
     try:
-        model = context.catalog.find(record.model)
+        model = context.catalog.find(record.model, unloaded_too=True)
     except UnknownModel:
         return None
     return count_usage(model, record.prompt, record.width, record.height, n)

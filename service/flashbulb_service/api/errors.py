@@ -25,6 +25,7 @@ from flashbulb_service.errors import (
     KeyNotFound,
     MissingScope,
     ModelDraining,
+    ModelUnloaded,
     QueueFull,
     QueueUnavailable,
     RateLimited,
@@ -141,6 +142,8 @@ def describe(error: Exception) -> ErrorAnswer:
             return describe(first_problem(error.errors()))
         case InvalidRequest():
             return ErrorAnswer(400, error.detail_code, error.message, error.param)
+        case ModelUnloaded():
+            return ErrorAnswer(503, error.code, error.message, "model", {**_retry_after(10.0), **NO_RETRY})
         case UnknownModel():
             return ErrorAnswer(404, error.code, error.message, "model")
         case InvalidApiKey():

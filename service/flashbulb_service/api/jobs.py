@@ -257,7 +257,7 @@ def eta_ms(
 ) -> int | None:
     """Tell in how many milliseconds a queued job should be done, by the bundle's calibration; None if unknown."""
     try:
-        manifest = context.catalog.find(record.model).bundle.manifest
+        manifest = context.catalog.find(record.model, unloaded_too=True).bundle.manifest
     except UnknownModel:  # it has left the repository
         return None
     measured = [ms / size for table in manifest.calibration.values() for size, ms in table.items()]

@@ -26,6 +26,8 @@ alive                 ZSET   worker -> end of what it last announced  TTL
 speed:<model>:<bucket> HASH  worker -> alive until, floor, base, row, cap  TTL
 idem:<tenant>:<hash>  STR    request hash and ids                     TTL
 gates                 HASH   model -> paused or draining              an operator's word: until the next one
+residence             HASH   model -> unloaded, or wanted and since when an operator's word: until the next
+aliases               HASH   other name -> model                      an operator's word: until the next one
 apikey:<id>           HASH   an API key: name, hash, scopes, limits   the access itself; revoked: TTL
 apikeys               ZSET   id of an API key -> time it was made     bounded in number
 rate:<id>             HASH   an API key's tokens                      TTL
@@ -69,6 +71,8 @@ TEMPLATES = MappingProxyType(
         "dead": "%s:dead",
         "idempotency": "%s:idem:%s:%s",
         "gates": "%s:gates",
+        "residence": "%s:residence",
+        "aliases": "%s:aliases",
         "apikey": "%s:apikey:%s",
         "apikeys": "%s:apikeys",
         "rate": "%s:rate:%s",
@@ -140,6 +144,16 @@ class Keys:
     def gates(self) -> str:
         """Hash of the models that are paused or drained."""
         return TEMPLATES["gates"] % self.tag
+
+    @property
+    def residence(self) -> str:
+        """Hash of the models that operators have loaded or unloaded."""
+        return TEMPLATES["residence"] % self.tag
+
+    @property
+    def aliases(self) -> str:
+        """Hash of the other names that operators have given to models."""
+        return TEMPLATES["aliases"] % self.tag
 
     @property
     def dead(self) -> str:

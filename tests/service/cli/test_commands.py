@@ -263,3 +263,15 @@ def test_a_plugin_gets_its_arguments_and_gives_its_exit_code(tmp_path: Path) -> 
 def test_a_plugin_whose_package_is_missing_says_how_to_get_it(tmp_path: Path) -> None:
     done = run_plugin(tmp_path, "import torch_that_is_not_installed", "run")
     check_refused(done, 1, "torch_that_is_not_installed", "pip install 'flashbulb[toy]'")
+
+
+def test_models_load_unload_alias_keep_their_word_in_the_data_folder(
+    models_dir: Path, tmp_path: Path
+) -> None:
+    make_tiny_bundle(models_dir, version=2)
+    where = ("--models", models_dir, "--data", tmp_path / "data")
+    assert run_flashbulb("models", "unload", "tiny", *where).stdout == "tiny@2\tunloaded\n"
+    assert run_flashbulb("models", "alias", "dall-e-3", "tiny@1", *where).stdout == "dall-e-3\ttiny@1\n"
+    check_refused(run_flashbulb("models", "alias", "tiny", "tiny@1", *where), 2, "'tiny'")
+    assert run_flashbulb("models", "alias", "dall-e-3", "--remove", *where).stdout == ""
+    assert run_flashbulb("models", "load", "tiny@2", *where).stdout == "tiny@2\tserved\n"

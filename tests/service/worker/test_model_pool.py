@@ -10,14 +10,17 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashbulb_service import worker as worker_module
 from flashbulb_service.backends import Student
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.catalog import Model, open_model
 from flashbulb_service.errors import ModelUnavailable
 from flashbulb_service.jobs import JobState, NewJob
+from flashbulb_service.model_book import ModelBook
 from flashbulb_service.model_pool import LoadedModel, ModelPool, choose_evictions, resident_bytes
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
+from flashbulb_service.repository import Repository
 from flashbulb_service.results import ResultStore
 from flashbulb_service.settings import Settings
 from flashbulb_service.tasks import ImageOutcome, ImageTask
@@ -235,3 +238,53 @@ def test_the_memory_of_this_process_is_what_linux_says() -> None:
     block: Any = bytearray(64 << 20)
     assert resident_bytes() - before > 60 << 20
     del block
+
+
+async def test_a_worker_follows_what_operators_say(
+    queue: Queue,
+    make_queue: Callable[..., Queue],
+    redis_url: str,
+    namespace: str,
+    results: ResultStore,
+    three: list[Model],
+    device: Device,
+    tmp_path: Path,
+    wait_until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_module, "SCAN_INTERVAL_S", 0.02)
+    pool, book = pool_of(device, 2), ModelBook(queue)
+    await book.unload("ant@1")
+    for model in three[1:]:
+        await pool.add(model)
+    presence = Presence.connect(redis_url, namespace=namespace)
+    repository = Repository(three[0].bundle.path.parent.parent, three)
+    worker = Worker(
+        make_queue(),
+        results,
+        presence,
+        pool,
+        backend_name="onnx",
+        lease_s=5.0,
+        repository=repository,
+        unloaded=three[:1],
+    )
+    stop = asyncio.Event()
+    running = asyncio.create_task(worker.run(stop, drain_s=5.0))
+
+    async def seen(models: set[str], held: set[str]) -> bool:
+        workers = await presence.workers()
+        return {name for one in workers for name in one.models} == models and set(device.held) == held
+
+    await wait_until(lambda: seen({"bee@1", "cat@1"}, {"bee@1", "cat@1"}))
+    await book.unload("bee@1")
+    await wait_until(lambda: seen({"cat@1"}, {"cat@1"}))
+    await book.load("ant@1")
+    await wait_until(lambda: seen({"ant@1", "cat@1"}, {"ant@1", "cat@1"}))
+    await book.load("bee@1")
+    await wait_until(lambda: seen({"ant@1", "bee@1", "cat@1"}, {"ant@1", "bee@1"}))
+    await book.load("cat@1")  # served already, but not in memory
+    await wait_until(lambda: seen({"ant@1", "bee@1", "cat@1"}, {"bee@1", "cat@1"}))
+    stop.set()
+    await running
+    await presence.aclose()
