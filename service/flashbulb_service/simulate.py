@@ -93,17 +93,20 @@ def poisson(
     return arrivals
 
 
-def admits(busy_ms: Sequence[float], ahead: int, tau: Tau, cap: int, allowed_ms: float) -> bool:
+def admits(
+    busy_ms: Sequence[float], ahead: int, tau: Tau, cap: int, allowed_ms: float, others_ms: float = 0.0
+) -> bool:
     """Tell whether a row could be done in time in its own place: after full batches of what is ahead of it.
 
     Args:
         busy_ms: time until each worker is free.
-        ahead: rows that are served before.
+        ahead: rows of its bucket that are served before.
+        others_ms: what the rows of other buckets that are served before take each worker, in full batches.
     """
     order = sorted(busy_ms)
     batches, place = divmod(ahead, cap)
     rounds = batches // len(order)
-    return order[batches % len(order)] + rounds * tau(cap) + tau(place + 1) <= allowed_ms
+    return others_ms + order[batches % len(order)] + rounds * tau(cap) + tau(place + 1) <= allowed_ms
 
 
 def simulate(
@@ -182,9 +185,23 @@ def simulate(
             waiting = queue.rows.setdefault(arrival.bucket, {})
             due = arrival.at_ms + arrival.slo_ms
             busy = [max(0.0, end - now) for end in believed_end]
-            ahead = _rows_ahead(waiting, arrival.tenant, due)
+            ahead = {
+                name: _rows_ahead(rows, arrival.tenant, due)
+                for name, rows in queue.rows.items()
+                if lane_of(name) == lane_of(arrival.bucket)
+            }
+            others = sum(
+                rows / taus[name].throughput(caps[name])
+                for name, rows in ahead.items()
+                if name != arrival.bucket
+            )
             if admission and not admits(
-                busy, ahead, taus[arrival.bucket], caps[arrival.bucket], arrival.slo_ms
+                busy,
+                ahead[arrival.bucket],
+                taus[arrival.bucket],
+                caps[arrival.bucket],
+                arrival.slo_ms,
+                others / num_workers,
             ):
                 outcomes.append(Outcome(arrival, now, "refused"))
                 continue

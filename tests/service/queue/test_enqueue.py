@@ -233,6 +233,28 @@ async def test_anothers_backlog_does_not_refuse_a_polite_tenant(queue):
     await admit(queue, 1, 0.100, tenant="polite")
 
 
+@pytest.mark.parametrize("served_by", ["w", "other"])
+async def test_work_of_other_buckets_counts_where_the_same_worker_does_it(queue, served_by):
+    await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
+    await queue.publish_times(served_by, {("emoji@1", "128x128"): (TAU, 8)}, 6.0, now=100.0)
+    await queue.publish_times("w", {("emoji@1", "128x128:long"): (TAU, 8)}, 6.0, now=100.0)
+    for bucket, due_s in (("128x128", -60), ("128x128", 60), ("128x128:long", -60)):
+        await queue.enqueue([new(bucket=bucket)] * 12, now=100.0 + due_s)
+    if (
+        served_by == "w"
+    ):  # 12 rows that are due before ours: 65.61 ms; not those due later, nor those of the long lane
+        with pytest.raises(DeadlineUnreachable):
+            await admit(queue, 1, 0.082)
+    await admit(queue, 1, 0.083)
+
+
+async def test_another_tenants_backlog_in_another_bucket_does_not_refuse_a_polite_one(queue):
+    for bucket in ("64x64", "128x128"):
+        await queue.publish_times("w", {("emoji@1", bucket): (TAU, 8)}, 6.0, now=100.0)
+    await queue.enqueue([new(tenant="flood", bucket="128x128")] * 100, now=40.0)
+    await admit(queue, 1, 0.100, tenant="polite")
+
+
 async def test_jobs_without_a_deadline_are_admitted_by_count_alone(queue):
     await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
     await queue.enqueue([new()] * 500, now=100.0)
@@ -240,8 +262,10 @@ async def test_jobs_without_a_deadline_are_admitted_by_count_alone(queue):
 
 @pytest.mark.parametrize("allowed_ms", [16, 18, 43, 44, 60, 87, 88, 130, 132, 176])
 @pytest.mark.parametrize(("waiting", "is_busy"), [(0, False), (0, True), (7, True), (8, True), (17, True)])
-async def test_the_simulation_admits_what_the_queue_admits(queue, waiting, is_busy, allowed_ms):
-    await queue.publish_times("w", {("emoji@1", "64x64"): (TAU, 8)}, 6.0, now=100.0)
+@pytest.mark.parametrize("elsewhere", [0, 3])
+async def test_the_simulation_admits_what_the_queue_admits(queue, waiting, is_busy, elsewhere, allowed_ms):
+    times = {("emoji@1", bucket): (TAU, 8) for bucket in ("64x64", "128x128")}
+    await queue.publish_times("w", times, 6.0, now=100.0)
     if is_busy:
         await queue.enqueue([new()], now=30.0)
         await queue.claim(
@@ -254,7 +278,10 @@ async def test_the_simulation_admits_what_the_queue_admits(queue, waiting, is_bu
         )
     if waiting:
         await queue.enqueue([new()] * waiting, now=40.0)
-    expected = admits([17.0 * is_busy], waiting, TAU, 8, allowed_ms)
+    if elsewhere:
+        await queue.enqueue([new(bucket="128x128")] * elsewhere, now=40.0)
+    others_ms = elsewhere / TAU.throughput(8)
+    expected = admits([17.0 * is_busy], waiting, TAU, 8, allowed_ms, others_ms)
     if expected:
         await admit(queue, 1, allowed_ms / 1000)
     else:

@@ -88,7 +88,7 @@ end
 -- Admission: when would the last of a bucket's new rows finish in its own place, after full batches of what is ahead?
 -- Who is late after all is decided before a batch starts. nil while no live worker has published its times.
 -- See docs/scheduling.md.
-local MAX_WORKERS, MAX_TENANTS = 64, 64
+local MAX_WORKERS, MAX_TENANTS, MAX_OTHERS = 64, 64, 8
 
 local function live_workers(model, bucket)
   local busy, found = {}, {}
@@ -96,7 +96,7 @@ local function live_workers(model, bucket)
   for i = 1, math.min(#entries, 2 * MAX_WORKERS), 2 do
     local alive, floor, base, row, cap = string.match(entries[i + 1], '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
     if tonumber(alive) > now then
-      found[#found + 1] = { cap = cap + 0, base = base + 0, row = row + 0, floor = floor + 0 }
+      found[#found + 1] = { id = entries[i], cap = cap + 0, base = base + 0, row = row + 0, floor = floor + 0 }
       busy[#busy + 1] = math.max(0, tonumber(call('ZSCORE', key('busy'), entries[i]) or 0) - now)
     end
   end
@@ -119,25 +119,64 @@ local function rows_ahead(model, bucket, due, num)
   return math.min(total, fair)
 end
 
+-- What workers take for a batch of `rows` (default: a full one), and what they take at most: both on average.
+local function mean_ms(workers, rows)
+  local sum = 0
+  for _, one in ipairs(workers) do
+    sum = sum + math.max(one.floor, one.base + one.row * math.min(rows or one.cap, one.cap))
+  end
+  return sum / #workers
+end
+
+local function mean_cap(workers)
+  local sum = 0
+  for _, one in ipairs(workers) do
+    sum = sum + one.cap
+  end
+  return sum / #workers
+end
+
+local function is_long(bucket)
+  return string.sub(bucket, -5) == ':long'
+end
+
+-- How long each of these workers is kept on average by rows of other buckets of the lane that are served before ours,
+-- in full batches. The most urgent buckets are looked at; what is left out, the drop before a launch will meet.
+local function others_ms(model, bucket, due, num, workers)
+  local ours, ms, looked = {}, 0, 0
+  for _, one in ipairs(workers) do
+    ours[one.id] = true
+  end
+  for _, other_model in ipairs(call('SMEMBERS', key('models'))) do
+    local ready = gate_of(other_model) ~= 'paused' and call('ZRANGE', key('ready', other_model), 0, MAX_OTHERS) or {}
+    for _, other in ipairs(ready) do
+      local is_own = other_model == model and other == bucket
+      if not is_own and is_long(other) == is_long(bucket) and looked < MAX_OTHERS then
+        looked = looked + 1
+        local theirs, shared = live_workers(other_model, other), 0
+        for _, one in ipairs(theirs) do
+          shared = shared + (ours[one.id] and 1 or 0)
+        end
+        if shared > 0 then
+          local batches = rows_ahead(other_model, other, due, num) / mean_cap(theirs)
+          ms = ms + batches * mean_ms(theirs) / #theirs * shared / #workers
+        end
+      end
+    end
+  end
+  return ms
+end
+
 local function predicted_ms(model, bucket, due, num)
   local found, busy = live_workers(model, bucket)
   if #found == 0 then
     return nil
   end
-  local function mean_ms(rows)
-    local sum = 0
-    for _, one in ipairs(found) do
-      sum = sum + math.max(one.floor, one.base + one.row * math.min(rows or one.cap, one.cap))
-    end
-    return sum / #found
-  end
-  local cap = 0
-  for _, one in ipairs(found) do
-    cap = cap + one.cap / #found
-  end
+  local cap = mean_cap(found)
   local before = rows_ahead(model, bucket, due, num) + num - 1
   local batches = math.floor(before / cap)
-  return busy[batches % #found + 1] + math.floor(batches / #found) * mean_ms() + mean_ms(before - batches * cap + 1)
+  return others_ms(model, bucket, due, num, found) + busy[batches % #found + 1]
+    + math.floor(batches / #found) * mean_ms(found) + mean_ms(found, before - batches * cap + 1)
 end
 
 local groups = {}
