@@ -473,6 +473,9 @@ class Pipeline:
 
     async def _deliver(self, claim: Claim, drawn: Drawn) -> None:
         deliveries = [self._deliver_row(claim, drawn, *row) for row in drawn.rows]
+        if len(deliveries) == 1:
+            await deliveries[0]
+            return
         for ended in await asyncio.gather(*deliveries, return_exceptions=True):
             if isinstance(ended, BaseException):
                 raise ended
@@ -483,7 +486,7 @@ class Pipeline:
         """Finish, store, then commit: a result that is announced can be read."""
         with job_context(job, task.request_id):
             try:
-                finished = await asyncio.wrap_future(finishing)
+                finished = finishing.result() if finishing.done() else await asyncio.wrap_future(finishing)
                 finished = await self._finisher.store_remotely(finished)
             except Undeliverable as error:
                 await self._fail(job, error.code, error.reason, retry=error.retry)

@@ -21,6 +21,7 @@ from flashbulb_service.app import create_app
 from flashbulb_service.connections import PromptHeads
 from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import ServerStartError, ServiceError
+from flashbulb_service.garbage import settle_heap
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import serves
 from flashbulb_service.processes import keep_running
@@ -212,6 +213,7 @@ class _Server(uvicorn.Server):
 
 
 def _http_server(settings: Settings, app: object) -> _Server:
+    settle_heap()
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=partial(PromptHeads, head_timeout_s=settings.head_timeout_s),  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.calibration import batch_sizes, load_student
 from flashbulb_service.catalog import Model
 from flashbulb_service.errors import ModelUnavailable, QueueUnavailable
+from flashbulb_service.garbage import settle_heap
 from flashbulb_service.jobs import Job
 from flashbulb_service.model_book import ModelBook, Words
 from flashbulb_service.model_pool import LoadedModel, ModelPool, Served
@@ -353,6 +354,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             unloaded=unloaded,
         )
         log.info("worker %s serves", worker.id)
+        settle_heap()
         try:
             with serve_metrics(metrics, settings.metrics_host, settings.metrics_port):
                 return await worker.run(stop, drain_s=settings.drain_s)

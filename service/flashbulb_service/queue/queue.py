@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, NoReturn, Self, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
+MAX_BLOCKING = 32  # calls that wait for the server to tell something; a process has a handful
 MAX_WINDOW_ROWS = 512  # of one bucket, that one look at the queue returns
 REAP_LIMIT = 200  # jobs moved per script call: the server serves nobody else meanwhile
 MAX_MESSAGE_CHARS = 2_000
@@ -799,12 +800,9 @@ def new_id() -> str:
 def _patient_client(client: "Redis") -> "Redis":
     """Copy a client for calls that block: their own connections, and no limit on reading."""
     pool = client.connection_pool
+    kwargs = {**pool.connection_kwargs, "socket_timeout": None, "socket_connect_timeout": CONNECT_TIMEOUT_S}
     return Redis.from_pool(
-        BlockingConnectionPool(
-            connection_class=pool.connection_class,
-            max_connections=32,
-            **{**pool.connection_kwargs, "socket_timeout": None, "socket_connect_timeout": CONNECT_TIMEOUT_S},
-        )
+        ConnectionPool(connection_class=pool.connection_class, max_connections=MAX_BLOCKING, **kwargs)
     )
 
 
