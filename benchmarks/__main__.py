@@ -5,6 +5,8 @@
 student     model time of one picture, student beside teacher (the default)
 saturate    pictures/s of the whole server beside a bare onnxruntime loop
 overhead    what the server adds to a picture at light load
+stages      where that time goes, by the stages of API and worker
+decide      a decision and a claim with a thousand requests waiting
 live        goodput of the server on a synthetic device, beside the simulation
 chaos       2,000 jobs while workers, APIs and Valkey are killed: lost, doubled, different
 fuzz        thousands of requests drawn from the OpenAPI document
@@ -30,6 +32,8 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "saturate": ("saturate.py", SERVICE_TESTS),
     "overhead": ("overhead.py", SERVICE_TESTS),
+    "stages": ("stages.py", SERVICE_TESTS),
+    "decide": ("decide.py", ("tests/service/queue", "tests/service/test_scheduler.py")),
     "live": ("live.py", (*SERVICE_TESTS, "tests/service/test_simulate.py")),
     "chaos": ("chaos.py", ("tests/service/chaos", "tests/service/queue")),
     "fuzz": ("fuzz.py", ("tests/service/api/test_errors.py", "tests/service/api/test_fuzz.py")),

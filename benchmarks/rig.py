@@ -93,9 +93,8 @@ def serving(bundle: Path, *, threads: int, **settings: str) -> Iterator[Server]:
 def clean_environment(code: Path = ROOT) -> dict[str, str]:
     """Return this process's environment without settings of ours, for the packages of a checkout."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLASHBULB_")}
-    return kept | {
-        "PYTHONPATH": os.pathsep.join(str(code / part) for part in ("service", "distill", "kernels"))
-    }
+    folders = [str(code / part) for part in ("service", "distill", "kernels")]
+    return kept | {"PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("MARKS")]), *folders])}
 
 
 def drain(stream: IO[str]) -> None:

@@ -1,0 +1,81 @@
+"""Python imports this first of all in the server's processes while `stages` runs: it marks when they pass their stages.
+
+Nothing of the product knows of it. Marks are kept in memory and written when the process ends.
+"""
+
+import atexit
+import functools
+import importlib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# (module, class, function, mark on entering, mark on leaving)
+API = (
+    ("flashbulb_service.connections", "PromptHeads", "data_received", "request received", ""),
+    ("flashbulb_service.api.middleware", "RequestFrame", "__call__", "HTTP parsed", ""),
+    ("flashbulb_service.api.images", "", "make_plan", "body validated", "planned"),
+    ("redis.asyncio", "Redis", "evalsha", "enqueue sent", ""),
+    ("flashbulb_service.queue.completions", "Completions", "_resolve", "end heard", ""),
+    ("starlette.responses", "JSONResponse", "render", "answer made", "JSON written"),
+)
+WORKER = (
+    ("flashbulb_service.queue.queue", "Queue", "wait_for_work", "", "woken"),
+    ("flashbulb_service.pipeline", "Pipeline", "submit", "decided", ""),
+    ("flashbulb_service.backends", "Student", "encode_prompts", "text begun", "text encoded"),
+    ("flashbulb_service.backends", "Student", "denoise", "", "denoised"),
+    ("flashbulb_service.backends", "Student", "decode", "", "decoded"),
+    ("flashbulb_service.finishing", "Finisher", "finish", "", "PNG stored"),
+    ("flashbulb_service.queue.queue", "Queue", "complete", "commit sent", ""),
+)
+marks: list[tuple[int, str]] = []
+
+
+def marked(function: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
+    """Wrap a function so that it leaves its marks."""
+
+    def mark(name: str) -> None:
+        if name:
+            marks.append((time.monotonic_ns(), name))
+
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def waiting(*args: Any, **kwargs: Any) -> Any:
+            mark(before)
+            result = await function(*args, **kwargs)
+            mark(after)
+            return result
+
+        return waiting
+
+    @functools.wraps(function)
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        mark(before)
+        result = function(*args, **kwargs)
+        mark(after)
+        return result
+
+    return calling
+
+
+def install(folder: str) -> None:
+    """Mark the functions of this process's part."""
+    for module, owner, name, before, after in WORKER if "worker" in sys.orig_argv else API:
+        holder: Any = importlib.import_module(module)
+        holder = getattr(holder, owner) if owner else holder
+        setattr(holder, name, marked(getattr(holder, name), before, after))
+
+    def write() -> None:
+        (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(marks), encoding="utf-8")
+
+    atexit.register(write)
+
+
+if "flashbulb_service.cli" in sys.orig_argv and "MARKS_FOLDER" in os.environ:
+    install(os.environ["MARKS_FOLDER"])
