@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from flashbulb_service.errors import InvalidRequest
@@ -48,6 +49,7 @@ def scope_of(path: str) -> Scope | None:
     return "admin" if path.endswith("/metrics") or "/v1/admin" in path else "generate"
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Tell whether a host name or address, an IPv6 one with brackets or without, can only mean this machine."""
     if host.lower() == "localhost":

@@ -75,11 +75,11 @@ local function refuse(scope, live, limit)
   return { 'full', scope, live, live + #jobs - limit, finished, WINDOW_MS + now % WINDOW_MS, limit }
 end
 
-local live = tonumber(call('HGET', key('inuse'), '') or 0)
+local in_use = call('HMGET', key('inuse'), '', tenant)
+local live, live_tenant = tonumber(in_use[1] or 0), tonumber(in_use[2] or 0)
 if live + #jobs > max_live then
   return refuse('total', live, max_live)
 end
-local live_tenant = tonumber(call('HGET', key('inuse'), tenant) or 0)
 local of_key = tonumber(call('HGET', key('apikey', tenant), 'max_live') or '')
 if live_tenant + #jobs > (of_key or max_live_tenant) then
   return refuse(of_key and 'key' or 'tenant', live_tenant, of_key or max_live_tenant)
@@ -107,6 +107,9 @@ end
 -- Rows that are served before ours: those due earlier, but of each other tenant no more than its fair share.
 local function rows_ahead(model, bucket, due, num)
   local total = call('ZCOUNT', key('due', model, bucket), '-inf', due)
+  if total == 0 then
+    return 0
+  end
   local tenants = call('ZRANGE', key('tenants', model, bucket), 0, MAX_TENANTS)
   if #tenants > MAX_TENANTS or (#tenants == 1 and tenants[1] == tenant) then
     return total
@@ -196,6 +199,19 @@ for _, group in pairs(groups) do
   end
 end
 
+-- What a wake tells of a job that waits alone: a window on it, and what its claim will return.
+local MAX_TOKEN_PAYLOAD = 65536
+
+local function lone_token(job, used)
+  if #job.payload > MAX_TOKEN_PAYLOAD then
+    return '1'
+  end
+  local row = { job.id, tenant, job.due, job.deadline or '', job.cost, job.weight, 0 }
+  local window = { job.model, job.bucket, 1, { tenant, string.format('%.3f', used) }, row }
+  local awaited = instance ~= '' and 1 or 0
+  return cjson.encode({ now, window, { job.id, job.model, job.bucket, tenant, job.payload, 1, 0, now, awaited } })
+end
+
 for _, job in ipairs(jobs) do
   call('HSET', key('job', job.id), 'state', 'queued', 'model', job.model, 'bucket', job.bucket,
     'tenant', tenant, 'payload', job.payload, 'enqueued', now, 'due', job.due, 'cost', job.cost,
@@ -203,8 +219,8 @@ for _, job in ipairs(jobs) do
   if job.deadline then
     call('HSET', key('job', job.id), 'deadline', job.deadline)
   end
-  enter(job.id, job.model, job.bucket, tenant, job.due, now, job.deadline)
-  settle(job.model, #jobs == 1 and job.bucket, now)
+  local used = enter(job.id, job.model, job.bucket, tenant, job.due, now, job.deadline)
+  settle(job.model, #jobs == 1 and job.bucket, function() return lone_token(job, used) end)
 end
 call('HINCRBY', key('inuse'), '', #jobs)
 call('HINCRBY', key('inuse'), tenant, #jobs)

@@ -112,27 +112,15 @@ local function claimed(id, model, bucket, attempt)
   return { id, model, bucket, job[1], job[2], attempt, tonumber(job[3]), tonumber(job[4]), awaited }
 end
 
-local MAX_TOKEN_PAYLOAD = 65536
-
-local function lone_token(model, bucket, now)
-  local window = look_into(model, bucket, 1)
-  local id = window[5][1]
-  if call('HSTRLEN', key('job', id), 'payload') > MAX_TOKEN_PAYLOAD then
-    return '1'
-  end
-  local attempt = tonumber(call('HGET', key('job', id), 'attempt')) + 1
-  return cjson.encode({ now, window, claimed(id, model, bucket, attempt) })
-end
-
 -- After a model's backlog changed. One token is enough to wake everybody: whoever claims and leaves work
 -- behind puts the next one. A token may say what there is to take, while that is one job. With the last backlog go the accounts: nobody waits, so nobody is owed anything.
-local function settle(model, lone_bucket, now)
+local function settle(model, lone_bucket, lone_token)
   local wake = key('wake', model)
   if call('EXISTS', key('ready', model)) == 1 then
     call('SADD', key('models'), model)
     if call('LLEN', wake) == 0 and gate_of(model) ~= 'paused' then
       local lone = lone_bucket and is_alone(model, lone_bucket)
-      call('RPUSH', wake, lone and lone_token(model, lone_bucket, now) or '1')
+      call('RPUSH', wake, lone and lone_token() or '1')
     end
   else
     call('DEL', wake)
@@ -144,16 +132,18 @@ local function settle(model, lone_bucket, now)
   end
 end
 
--- Put a job whose hash is written into its bucket. The caller settles the model.
+-- Put a job whose hash is written into its bucket; return what its tenant used. The caller settles the model.
 local function enter(id, model, bucket, tenant, due, enqueued, deadline)
   call('ZADD', key('bucket', model, bucket, tenant), due, id)
   call('ZADD', key('due', model, bucket), due, id)
-  call('ZADD', key('tenants', model, bucket), used_by(model, tenant), tenant)
+  local used = used_by(model, tenant)
+  call('ZADD', key('tenants', model, bucket), used, tenant)
   call('ZADD', key('ready', model), 'LT', due, bucket)
   call('ZADD', key('waiting', model), enqueued, id)
   if deadline then
     call('ZADD', key('deadlines'), deadline, id)
   end
+  return used
 end
 
 -- Take a queued job out of its bucket, from anywhere in it. The caller settles the model.
