@@ -1,4 +1,4 @@
-"""flashbulb kernels: verify and measure the Triton kernels."""
+"""flashbulb kernels: compile, inspect, verify and measure the Triton kernels."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,114 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-app = typer.Typer(help="Verify and measure the Triton kernels.", no_args_is_help=True)
+    from .aot import Variant
+
+app = typer.Typer(help="Compile, inspect, verify and measure the Triton kernels.", no_args_is_help=True)
 
 GPU = "cuda"
 DTYPES = ("fp16", "bf16", "fp32")
+Archs = Annotated[str, typer.Option("--arch", help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, or several")]
+Entries = Annotated[str, typer.Option("--entry", help="forward, fused, delta, dkdv, dq, or several")]
+DTypes = Annotated[str, typer.Option("--dtype", help="fp16, bf16, fp32, or several")]
+HeadDims = Annotated[str, typer.Option("--head-dim", help="32, 40, 64, 80, 96, 128, 160, or several")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir", help="where compiled kernels are kept; ~/.cache/flashbulb/kernels by default"
+    ),
+]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, max=256, help="compilers at a time")]
 DType = Annotated[str, typer.Option("--dtype", help=f"one of {', '.join(DTYPES)}")]
 
 
 @app.callback()
 def kernels() -> None:
-    """Verify and measure the Triton kernels."""
+    """Compile, inspect, verify and measure the Triton kernels."""
+
+
+@app.command(
+    epilog="Examples:  flashbulb kernels compile --arch sm_89  |  flashbulb kernels compile --arch sm_80,sm_90 "
+    "--entry forward --dtype fp16 --head-dim 64 --cache-dir build/kernels"
+)
+def compile(
+    arch: Archs = "all",
+    entry: Entries = "all",
+    dtype: DTypes = "all",
+    head_dim: HeadDims = "all",
+    cache_dir: Cache = None,
+    jobs: Jobs = 2,
+) -> None:
+    """Compile the kernels to PTX and cubin, without a GPU; what is in the cache is not compiled again."""
+    from .aot import Compiled, compile_variants, default_cache
+    from .errors import CompilationFailed
+
+    variants = _variants(arch, entry, dtype, head_dim)
+    cache = cache_dir or default_cache()
+    refused = []
+    fresh = 0
+    for done, (variant, result) in enumerate(compile_variants(variants, cache, jobs), 1):
+        if isinstance(result, Compiled):
+            fresh += not result.cached
+            typer.echo(f"{done}/{len(variants)} {variant} {result.key}{' cached' * result.cached}", err=True)
+        else:
+            refused.append(result)
+            typer.echo(f"{done}/{len(variants)} FAILED {result}", err=True)
+    typer.echo(f"{len(variants)} variants in {cache}: {fresh} compiled, {len(refused)} failed")
+    if refused:
+        raise CompilationFailed(
+            f"expected {len(variants)} variants to compile, {len(refused)} did not: {refused[0]}"
+        )
+
+
+@app.command(
+    epilog="Examples:  flashbulb kernels inspect --arch sm_90 --entry forward --dtype fp16 --head-dim 64  |  "
+    "flashbulb kernels inspect --check --write kernels/static-table.csv  |  flashbulb kernels inspect --roofline"
+)
+def inspect(
+    arch: Archs = "all",
+    entry: Entries = "all",
+    dtype: DTypes = "all",
+    head_dim: HeadDims = "all",
+    cache_dir: Cache = None,
+    jobs: Jobs = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    check: Annotated[bool, typer.Option("--check", help="exit 1 if any kernel fails the gate")] = False,
+    write: Annotated[Path | None, typer.Option("--write", help="write the rows here, as CSV")] = None,
+    roofline: Annotated[
+        bool,
+        typer.Option(
+            "--roofline", help="print the bound that each GPU's datasheet puts on attention, and end"
+        ),
+    ] = False,
+) -> None:
+    """Show what the kernels compile to: registers, spills, shared memory, instructions, occupancy. No GPU, no times."""
+    import tempfile
+    from dataclasses import asdict
+
+    from .aot import compile_variants, default_cache
+    from .errors import GateFailed
+    from .inspect import inspect as describe
+    from .static_table import markdown, roofline_markdown, write_csv
+
+    if roofline:
+        typer.echo(roofline_markdown())
+        return
+    variants = _variants(arch, entry, dtype, head_dim)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="flashbulb-inspect-") as scratch:
+        results = compile_variants(variants, cache_dir or default_cache(), jobs)
+        for row in describe(results, Path(scratch), jobs):
+            rows.append(row)
+            typer.echo(f"{len(rows)}/{len(variants)} {row.name}: {'; '.join(row.faults) or 'ok'}", err=True)
+    typer.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else markdown(rows))
+    if write is not None:
+        write.write_text(write_csv(rows), encoding="utf-8")
+    red = [row for row in rows if row.faults]
+    if check and red:
+        raise GateFailed(
+            f"expected {len(rows)} green kernels, got {len(red)} red ones, the first: "
+            f"{red[0].name}: {'; '.join(red[0].faults)}"
+        )
 
 
 @app.command(
@@ -106,3 +204,23 @@ def _families(given: str, known: tuple[str, ...]) -> tuple[str, ...]:
         if name not in known:
             raise typer.BadParameter(f"--family: expected some of {', '.join(known)}, got {name!r}")
     return names
+
+
+def _variants(arch: str, entry: str, dtype: str, head_dim: str) -> "list[Variant]":
+    """List the variants that the options name; "all" is everything of its kind."""
+    from .aot import ARCHS, FORMS, shipped_variants
+    from .tiles import HEAD_DIMS
+
+    def names(given: str, known: tuple[str, ...]) -> tuple[str, ...]:
+        return known if given == "all" else tuple(name.strip() for name in given.split(","))
+
+    dims = names(head_dim, tuple(map(str, HEAD_DIMS)))
+    try:
+        return shipped_variants(
+            names(arch, ARCHS),
+            names(entry, tuple(FORMS)),
+            names(dtype, DTYPES),
+            tuple(int(dim) if dim.isdecimal() else dim for dim in dims),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

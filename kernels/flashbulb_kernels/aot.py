@@ -1,0 +1,295 @@
+"""Compile the kernels for GPUs that are not there: PTX and cubin per variant, kept in a cache by content.
+
+A variant is an entry in one form (with a mask, with a norm ...), for a dtype, a head dimension and an architecture.
+Triton compiles in worker processes of its own (`aot_worker`), since TRITON_INTERPRET must be unset before it is
+imported there and may be set here. This module imports neither Triton nor torch.
+"""
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import CompilationFailed, KernelUnavailable
+from .tiles import HEAD_DIMS, Tile, tile_for
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+DTYPES = ("fp16", "bf16", "fp32")
+
+# Every kernel in the forms that models ask for: the compile-time flags of a launch. SD3.5 normalises text and image
+# with weights of their own; CogVideoX normalises both alike and rotates the image.
+FORMS: dict[str, dict[str, dict[str, Any]]] = {
+    "forward": {"plain": {}, "mask": {"HAS_MASK": True}},
+    "fused": {
+        "rms": {"NORM": "rms", "SPLIT": True},
+        "layer-rope": {"NORM": "layer", "HAS_ROPE": True},
+    },
+    "delta": {"plain": {}},
+    "dkdv": {"plain": {}, "mask": {"HAS_MASK": True}},
+    "dq": {"plain": {}, "mask": {"HAS_MASK": True}},
+}
+# Where the source of an entry stands, besides attention/blocks.py.
+SOURCES = {"forward": "forward", "fused": "fused", "delta": "backward", "dkdv": "backward", "dq": "backward"}
+
+# Triton would write PTX 9.4 for sm_90 and up, which asks for a driver of CUDA 13.4; Hopper needs no more than 8.8.
+PTX_VERSIONS = {"sm_90": 88}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel to compile. `unaligned` names arguments that lose the promise of alignment: for experiments."""
+
+    entry: str
+    form: str
+    dtype: str
+    head_dim: int
+    arch: str
+    tile: Tile
+    unaligned: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.entry}/{self.form} {self.dtype} d{self.head_dim} {self.arch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What the compiler made of a variant.
+
+    Args:
+        metadata: name, num_warps, shared (bytes), global_scratch_size, ptx_version, tmem_size (columns).
+        log: what ptxas -v said: registers, spills.
+        cached: True where it came from the cache.
+    """
+
+    variant: Variant
+    key: str
+    ptx: str
+    cubin: bytes
+    log: str
+    metadata: dict[str, Any]
+    cached: bool
+
+
+def shipped_variants(
+    archs: Sequence[str] = ARCHS,
+    entries: Sequence[str] = tuple(FORMS),
+    dtypes: Sequence[str] = DTYPES,
+    head_dims: Sequence[int | str] = HEAD_DIMS,
+) -> list[Variant]:
+    """List the variants that the table of tiles serves, narrowed to what is asked for.
+
+    Raises:
+        ValueError: a name is unknown; the message lists the known ones.
+    """
+    for what, asked, known in (
+        ("architecture", archs, ARCHS),
+        ("entry", entries, tuple(FORMS)),
+        ("dtype", dtypes, DTYPES),
+        ("head dimension", head_dims, HEAD_DIMS),
+    ):
+        if unknown := [str(name) for name in asked if name not in known]:
+            raise ValueError(
+                f"unknown {what} {', '.join(unknown)}: expected some of {', '.join(map(str, known))}"
+            )
+    return [
+        Variant(entry, form, dtype, head_dim, arch, tile_for(entry, dtype, head_dim, arch))
+        for arch in archs
+        for entry in entries
+        for form in FORMS[entry]
+        for dtype in dtypes
+        for head_dim in HEAD_DIMS
+        if head_dim in head_dims
+    ]
+
+
+def jitted_source(text: str) -> str:
+    """Return the functions under `triton.jit` without comments and docstrings: what a compiler sees of a file."""
+    functions = []
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.dump(mark) for mark in node.decorator_list):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+            functions.append(ast.dump(node))
+    return "\n".join(functions)
+
+
+def content_key(variant: Variant) -> str:
+    """Hash all that decides the machine code: jitted source, signature, tile, architecture, Triton's version."""
+    folder = Path(__file__).parent / "attention"
+    source = [
+        jitted_source((folder / f"{name}.py").read_text(encoding="utf-8"))
+        for name in ("blocks", SOURCES[variant.entry])
+    ]
+    # The signatures are data in the body of a module, so all of its code counts.
+    signatures = ast.dump(ast.parse((folder / "variants.py").read_text(encoding="utf-8")))
+    told = [
+        source,
+        signatures,
+        asdict(variant),
+        FORMS[variant.entry][variant.form],
+        _options(variant),
+        _triton(),
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def default_cache() -> Path:
+    """Return flashbulb's folder for compiled kernels in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashbulb" / "kernels"
+
+
+def compile_variants(
+    variants: Iterable[Variant], cache: Path, jobs: int = 2
+) -> Iterator[tuple[Variant, Compiled | CompilationFailed]]:
+    """Compile in `jobs` processes and yield each result as it is ready; what is in the cache is not compiled again.
+
+    A variant that the compiler refuses is yielded with the error, and the others go on.
+
+    Raises:
+        KernelUnavailable: Triton is not installed.
+    """
+    waiting: list[Variant] = []
+    for variant in variants:
+        if (found := _load(variant, cache)) is not None:
+            yield variant, found
+        else:
+            waiting.append(variant)
+    if not waiting:
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    todo: queue.SimpleQueue[Variant] = queue.SimpleQueue()
+    for variant in waiting:
+        todo.put(variant)
+    done: queue.SimpleQueue[tuple[Variant, Compiled | Exception]] = queue.SimpleQueue()
+    with tempfile.TemporaryDirectory(prefix="flashbulb-triton-") as scratch:
+        workers = [_worker(scratch) for _ in range(min(jobs, len(waiting)))]
+        threads = [
+            threading.Thread(target=_feed, args=(worker, todo, done, cache), daemon=True)
+            for worker in workers
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in waiting:
+                variant, result = done.get()
+                if not isinstance(result, Compiled | CompilationFailed):
+                    raise result
+                yield variant, result
+        finally:
+            for worker in workers:
+                worker.kill()
+            for thread in threads:
+                thread.join()
+            for worker in workers:
+                # Leaving it closes its pipes; what could not be written any more does not matter.
+                with contextlib.suppress(BrokenPipeError), worker:
+                    pass
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        raise KernelUnavailable("Triton is not installed: pip install 'flashbulb[gpu]'") from None
+
+
+def _options(variant: Variant) -> dict[str, int]:
+    options = {"num_warps": variant.tile.num_warps, "num_stages": variant.tile.num_stages}
+    if (ptx_version := PTX_VERSIONS.get(variant.arch)) is not None:
+        options["ptx_version"] = ptx_version
+    return options
+
+
+def _worker(scratch: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | {
+        "TRITON_DEFAULT_FP_FUSION": "1",  # multiply-adds are fused; the default changes with Triton's versions
+        "TRITON_ALWAYS_COMPILE": "1",  # ptxas says what it did only when it runs
+        "TRITON_CACHE_DIR": scratch,
+        "NVPTX_ENABLE_DUMP": "0",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "flashbulb_kernels.aot_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def _feed(
+    worker: "subprocess.Popen[str]",
+    todo: "queue.SimpleQueue[Variant]",
+    done: "queue.SimpleQueue[tuple[Variant, Compiled | Exception]]",
+    cache: Path,
+) -> None:
+    """Hand variants to one worker until none is left."""
+    assert worker.stdin is not None and worker.stdout is not None
+    while True:
+        try:
+            variant = todo.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            done.put((variant, _compile(variant, worker, cache)))
+        except Exception as error:  # noqa: BLE001 - raised again where the results are read
+            done.put((variant, error))
+
+
+def _compile(variant: Variant, worker: "subprocess.Popen[str]", cache: Path) -> Compiled:
+    assert worker.stdin is not None and worker.stdout is not None
+    key = content_key(variant)
+    target = cache / key
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=cache) as folder:
+        request = asdict(variant) | {
+            "flags": FORMS[variant.entry][variant.form],
+            "options": _options(variant),
+            "folder": folder,
+        }
+        worker.stdin.write(json.dumps(request) + "\n")
+        worker.stdin.flush()
+        answer = worker.stdout.readline()
+        if not answer:
+            raise CompilationFailed(f"{variant}: the compiler's process ended with code {worker.wait()}")
+        if error := json.loads(answer)["error"]:
+            raise CompilationFailed(f"{variant}: {error}")
+        # Another process may have made the same variant: what is there is as good.
+        if not target.exists():
+            try:
+                Path(folder).rename(target)
+                Path(folder).mkdir()
+            except OSError:
+                if not target.exists():
+                    raise
+    compiled = _load(variant, cache)
+    if compiled is None:
+        raise CompilationFailed(f"{variant}: {target} is incomplete; remove it and compile again")
+    return Compiled(variant, key, compiled.ptx, compiled.cubin, compiled.log, compiled.metadata, cached=False)
+
+
+def _load(variant: Variant, cache: Path) -> Compiled | None:
+    key = content_key(variant)
+    folder = cache / key
+    try:
+        return Compiled(
+            variant=variant,
+            key=key,
+            ptx=(folder / "kernel.ptx").read_text(encoding="utf-8"),
+            cubin=(folder / "kernel.cubin").read_bytes(),
+            log=(folder / "ptxas.log").read_text(encoding="utf-8"),
+            metadata=json.loads((folder / "metadata.json").read_text(encoding="utf-8")),
+            cached=True,
+        )
+    except FileNotFoundError:
+        return None
