@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashbulb_distill.bundle import Bundle, Manifest
 from flashbulb_service.backends import Backend, ImageRequest, Student, create_backend
+from flashbulb_service.backends.choice import choose_backend, this_machine
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.cores import usable_cores
 from flashbulb_service.scheduler import batch_cap
@@ -55,7 +56,7 @@ class Calibrated:
 
 def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | None = None) -> Calibrated:
     """Load a verified bundle; choose its batch cap and padding by this machine's calibration, else the exporter's."""
-    manifest, name = bundle.manifest, settings.backend
+    manifest, name = bundle.manifest, backend_of(bundle, settings)
     found = read_calibration(settings.data.expanduser(), place(bundle, name, settings.threads))
     times, _ = known_times(bundle, settings)
     cap = batch_cap(manifest.max_batch, settings.max_batch, times)
@@ -68,9 +69,18 @@ def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | Non
     return Calibrated(Student(backend, canonical), min(cap, canonical), padded)
 
 
+def backend_of(bundle: Bundle, settings: Settings) -> str:
+    """Return the backend that runs a bundle with these settings on this machine.
+
+    Raises:
+        BackendUnavailable: the one that was asked for cannot, or none can.
+    """
+    return choose_backend(settings.backend, bundle.manifest, this_machine())
+
+
 def known_times(bundle: Bundle, settings: Settings) -> tuple[Mapping[int, float], str]:
     """Return batch size -> milliseconds (empty: unknown) and where they were measured: "here" or "by its exporter"."""
-    name = settings.backend
+    name = backend_of(bundle, settings)
     found = read_calibration(settings.data.expanduser(), place(bundle, name, settings.threads))
     if found:
         return found.times_ms, "here"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashbulb_distill.bundle import Bundle, BundleError, hash_file, list_models, open_bundle
+from flashbulb_distill.bundle import Bundle, BundleError, Manifest, hash_file, list_models, open_bundle
 from flashbulb_service.errors import BundleRejected, InvalidRequest, ModelUnloaded, UnknownModel
 
 # Names that clients have built in.
@@ -188,6 +188,13 @@ class Catalog:
         if not served:
             raise ModelUnloaded(matching[-1].id)
         return served[-1]
+
+
+def exporter_times(manifest: Manifest, backend: str) -> Mapping[int, float]:
+    """Return batch size -> milliseconds as its exporter measured them on a backend; "auto": on any; {} if nowhere."""
+    if backend == "auto":
+        return next(iter(manifest.calibration.values()), {})
+    return manifest.calibration.get(backend, {})
 
 
 def choose_size(model: Model, wanted: str) -> tuple[int, int]:

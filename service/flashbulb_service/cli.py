@@ -29,7 +29,8 @@ Redis = Annotated[str | None, typer.Option("--redis", metavar="URL", help="redis
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on [127.0.0.1]")]
 Port = Annotated[int | None, typer.Option("--port", help="Port to listen on, 0 for any free one [8000]")]
 BackendOption = Annotated[
-    str | None, typer.Option("--backend", metavar="NAME", help="What runs models: onnx or synthetic [onnx]")
+    str | None,
+    typer.Option("--backend", metavar="NAME", help="auto, onnx, tensorrt, torch or synthetic [auto]"),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads of one worker [one per core]")]
 Public = Annotated[
@@ -69,6 +70,7 @@ def serve(
         models=models, data=data, redis=redis, host=host, port=port, backend=backend, threads=threads
     )
     _configure_logging(settings)
+    _check_backend(settings)
     with bind(settings.host, settings.port) as listener, queue_server(settings) as complete:
 
         async def run() -> None:
@@ -126,6 +128,7 @@ def worker(
         models=models, data=data, redis=redis, backend=backend, threads=threads, metrics_port=metrics_port
     )
     _configure_logging(settings)
+    _check_backend(settings)
 
     async def run() -> bool:
         return await run_worker(settings, stop_on_signals())
@@ -292,16 +295,17 @@ def calibrate_models(
 ) -> None:
     """Measure time by batch size, and check that batches do not change pixels; workers here then use both."""
     from flashbulb_service.backends import create_backend
-    from flashbulb_service.calibration import calibrate, place, write_calibration
+    from flashbulb_service.calibration import backend_of, calibrate, place, write_calibration
     from flashbulb_service.catalog import Catalog
 
     settings = _settings(models=models, data=data, backend=backend, threads=threads)
     for name in names or [model.id for model in Catalog.load(settings.models, verify=False).models]:
         bundle = _open(settings, name, verify=True)
-        engine = create_backend(settings.backend, threads=settings.threads, synthetic=settings.synthetic)
+        backend_name = backend_of(bundle, settings)
+        engine = create_backend(backend_name, threads=settings.threads, synthetic=settings.synthetic)
         try:
             engine.load(bundle)
-            where = place(bundle, settings.backend, settings.threads)
+            where = place(bundle, backend_name, settings.threads)
             found = calibrate(engine, bundle, where, max_batch=settings.max_batch)
         finally:
             engine.close()
@@ -317,6 +321,15 @@ def _open(settings: "Settings", reference: str, *, verify: bool) -> "Bundle":
     from flashbulb_service.generate import resolve_bundle
 
     return resolve_bundle(settings.models, reference, verify=verify)
+
+
+def _check_backend(settings: "Settings") -> None:
+    """Refuse at once a backend that cannot run the models, before anything starts."""
+    from flashbulb_service.calibration import backend_of
+    from flashbulb_service.parts import load_catalog
+
+    for model in load_catalog(settings, verify=False).models:
+        backend_of(model.bundle, settings)
 
 
 def _default_model(settings: "Settings") -> str:

@@ -19,6 +19,7 @@ ServiceError                        has a stable `code` and a message for people
 ├── JobFailed                       it ended without a result; carries the recorded code
 ├── BackendError                    a batch failed; carries its job ids
 │   └── OutOfMemory                 the device ran out of memory: a smaller batch may pass
+├── BackendUnavailable              the backend that was asked for cannot run a model here
 ├── BundleRejected                  hash or schema mismatch; the worker refuses to serve it
 ├── ModelUnavailable                a worker cannot load a model
 ├── BundleReplaced                  a job's model was exported again under the same version
@@ -212,6 +213,12 @@ class OutOfMemory(BackendError):
     """The device ran out of memory on this batch; a smaller one may pass."""
 
     code = "out_of_memory"
+
+
+class BackendUnavailable(ServiceError):
+    """The backend that was asked for cannot run a model on this machine, or none can."""
+
+    code = "backend_unavailable"
 
 
 class BundleRejected(ServiceError):

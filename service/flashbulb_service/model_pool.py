@@ -41,6 +41,7 @@ class Served:
     model: Model
     cap: int = 1
     times_ms: Mapping[int, float] = field(default_factory=dict)
+    backend: str = ""  # what runs it
     bytes: int = 0  # of memory: the most that was measured, at least its files
     load_s: float = 0.0  # newest
     loaded: LoadedModel | None = None
@@ -103,7 +104,7 @@ class ModelPool:
         ready = {one.model.id: one for one in models}
         pool = cls(lambda model: ready[model.id])
         for one in ready.values():
-            served = Served(one.model, one.cap, one.times_ms, loaded=one)
+            served = Served(one.model, one.cap, one.times_ms, one.student.backend.name, loaded=one)
             pool._served[one.model.id] = served
             pool._room.add(served)
         return pool
@@ -193,6 +194,7 @@ class ModelPool:
                 served.load_s = self._clock() - start
                 served.bytes = max(served.bytes, self._measure() - before)
             served.loaded, served.cap, served.times_ms = loaded, loaded.cap, loaded.times_ms
+            served.backend = loaded.student.backend.name
             if self._capacity is not None and served.bytes > self._capacity:
                 self._evict(served)
                 raise self._too_large(served)

@@ -120,7 +120,6 @@ class Pipeline:
         scheduler: Scheduler,
         worker_id: str,
         *,
-        backend_name: str,
         lease_s: float,
         marker: Marker,
         checker: ImageChecker | None,
@@ -138,7 +137,6 @@ class Pipeline:
         self._queue = queue
         self._scheduler = scheduler
         self._worker_id = worker_id
-        self._backend_name = backend_name
         self._lease_s = lease_s
         self._finisher = Finisher(results, marker, checker)
         self._metrics = metrics
@@ -503,7 +501,7 @@ class Pipeline:
             encode_ms=(finished.encode_s + finished.store_s) * 1000,
             stages_ms=drawn.stages_ms,
             bundle_sha256=claim.model.bundle.sha256,
-            backend=self._backend_name,
+            backend=claim.loaded.student.backend.name,
         )
         stands = await self._queue.complete(
             self._worker_id,

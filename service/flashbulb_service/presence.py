@@ -30,8 +30,9 @@ class LiveWorker:
 
     id: str
     models: tuple[str, ...]  # name@version
-    backend: str
+    backend: str  # as it was asked for
     bundles: tuple[str, ...] = ()  # sha256 of each model's manifest, in their order
+    backends: tuple[str, ...] = ()  # what runs each model, in their order
 
 
 class Presence:
@@ -155,8 +156,14 @@ def _to_member(worker: LiveWorker) -> str:
 
 def _from_member(member: bytes) -> LiveWorker:
     fields = json.loads(member)
-    bundles = tuple(fields.get("bundles", ()))
-    return LiveWorker(fields["id"], tuple(fields["models"]), fields["backend"], bundles)
+    bundles, backends = (tuple(fields.get(name, ())) for name in ("bundles", "backends"))
+    return LiveWorker(fields["id"], tuple(fields["models"]), fields["backend"], bundles, backends)
+
+
+def backends_of(workers: Sequence[LiveWorker], model: str) -> list[str]:
+    """Return the backends that run a model (name@version) now, sorted."""
+    chosen = [dict(zip(worker.models, worker.backends, strict=False)) for worker in workers]
+    return sorted({backends[model] for backends in chosen if model in backends})
 
 
 @asynccontextmanager

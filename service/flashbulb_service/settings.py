@@ -18,7 +18,7 @@ from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.tenants.access import AuthMode
 from flashbulb_service.webhooks import secret_key
 
-BackendName = Literal["onnx", "synthetic"]
+BackendName = Literal["auto", "onnx", "tensorrt", "torch", "synthetic"]
 
 SECRETS_DIR = (
     "FLASHBULB_SECRETS_DIR"  # folder of files named as settings (flashbulb_redis), as containers mount them
@@ -108,7 +108,8 @@ class Settings(BaseSettings):
 
     # the worker
     backend: BackendName = Field(
-        default="onnx", description="what runs models; synthetic: a device for drills"
+        default="auto",
+        description="what runs models; auto: by bundle and machine; synthetic: a device for drills",
     )
     synthetic: str = Field(
         default="", description="JSON options of the synthetic backend: see backends/synthetic.py"

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.calibration import batch_sizes, load_student
-from flashbulb_service.catalog import Model
+from flashbulb_service.catalog import Model, exporter_times
 from flashbulb_service.errors import ModelUnavailable, QueueUnavailable
 from flashbulb_service.garbage import settle_heap
 from flashbulb_service.jobs import Job
@@ -102,7 +102,6 @@ class Worker:
             results,
             self._scheduler,
             self.id,
-            backend_name=backend_name,
             lease_s=lease_s,
             marker=marker or Marker(),
             checker=checker,
@@ -221,7 +220,7 @@ class Worker:
         known = {}
         for model_id, served in self._pool.served.items():
             manifest = served.model.bundle.manifest
-            lane = choose_lane(manifest.task, manifest.calibration.get(self._backend_name))
+            lane = choose_lane(manifest.task, exporter_times(manifest, self._backend_name))
             for shape, num_steps in product(manifest.shapes, manifest.offered_steps):
                 bucket = bucket_name(model_id, shape.width, shape.height, num_steps, lane)
                 facts = self._scheduler.facts(model_id, bucket)
@@ -290,7 +289,8 @@ class Worker:
     def _me(self) -> LiveWorker:
         served = self._pool.served
         bundles = tuple(one.model.bundle.sha256 for one in served.values())
-        return LiveWorker(self.id, tuple(served), self._backend_name, bundles)
+        backends = tuple(one.backend for one in served.values())
+        return LiveWorker(self.id, tuple(served), self._backend_name, bundles, backends)
 
     async def _keep_clean(self) -> None:
         while True:

@@ -13,7 +13,7 @@ from flashbulb_service.api.schemas import ERRORS
 from flashbulb_service.catalog import Model
 from flashbulb_service.errors import InvalidRequest, UnknownModel
 from flashbulb_service.model_book import ModelBook
-from flashbulb_service.presence import LiveWorker
+from flashbulb_service.presence import LiveWorker, backends_of
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/admin", responses=ERRORS, tags=["admin"])
@@ -99,7 +99,7 @@ def _describe(
         "workers": [
             {
                 "id": worker.id,
-                "backend": worker.backend,
+                "backend": next(iter(backends_of([worker], model.id)), worker.backend),
                 "in_memory": memory.get(worker.id, {}).get(model.id, 0) > 0,
                 "bytes": memory.get(worker.id, {}).get(model.id, 0),
             }

@@ -12,9 +12,10 @@ from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import NotReady
 from flashbulb_service.api.schemas import ERRORS
 from flashbulb_service.capacity import work_seconds
+from flashbulb_service.catalog import exporter_times
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.measures import merge_expositions, write_families
-from flashbulb_service.presence import LiveWorker, serves
+from flashbulb_service.presence import LiveWorker, backends_of, serves
 from flashbulb_service.queue import QueueStats
 
 router = APIRouter(responses=ERRORS)
@@ -58,8 +59,9 @@ async def metrics(context: Shared) -> Response:
 
 def waiting_work(context: Context, stats: QueueStats) -> dict[str, float]:
     """Return model -> seconds that one worker would take for what waits, by the times of its exporter."""
-    known = {model.id: model.bundle.manifest.calibration for model in context.catalog.models}
-    times = {name: known[name].get(context.settings.backend, {}) for name in stats.queued if name in known}
+    known = {model.id: model.bundle.manifest for model in context.catalog.models}
+    backend = context.settings.backend
+    times = {name: exporter_times(known[name], backend) for name in stats.queued if name in known}
     return work_seconds(stats.queued, times)
 
 
@@ -90,7 +92,5 @@ async def check_ready(context: Context) -> dict[str, Any]:
             f"expected a live worker for one of {', '.join(m.id for m in context.catalog.models)}, "
             f"found {len(workers)} workers: start one with 'flashbulb worker'"
         )
-    backends = {
-        model: sorted({worker.backend for worker in workers if model in worker.models}) for model in served
-    }
+    backends = {model: backends_of(workers, model) for model in served}
     return {"status": "ready", "models": served, "workers": len(workers), "backends": backends}

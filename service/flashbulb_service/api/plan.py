@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flashbulb_service.api.identity import Caller
 from flashbulb_service.api.schemas import ImagesRequest, JobRequest
-from flashbulb_service.catalog import Catalog, Model, choose_size
+from flashbulb_service.catalog import Catalog, Model, choose_size, exporter_times
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.jobs import NewJob
 from flashbulb_service.observability import current_request_id
@@ -119,7 +119,7 @@ def _jobs(
     body: ImagesRequest, model: Model, record: RequestRecord, caller: Caller, settings: Settings
 ) -> tuple[NewJob, ...]:
     manifest = model.bundle.manifest
-    lane = choose_lane(manifest.task, manifest.calibration.get(settings.backend))
+    lane = choose_lane(manifest.task, exporter_times(manifest, settings.backend))
     slo_s = settings.slo_long_s if lane == LONG else settings.slo_s
     smallest = min(width * height for width, height in model.sizes)
     return tuple(

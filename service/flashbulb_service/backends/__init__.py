@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from importlib import import_module
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -54,6 +55,8 @@ class Backend(Protocol):
 
     Different stages may be called from different threads at the same time, one stage never twice.
     """
+
+    name: str  # as it is chosen by
 
     def load(self, bundle: Bundle) -> None:
         """Open a verified bundle; nothing is run yet."""
@@ -168,14 +171,17 @@ def create_backend(
     """Create the backend of that name; nothing is loaded yet. Backends may share a cache of embeddings.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend; `choice.choose_backend` says which there are.
     """
     if name == "onnx":
         from flashbulb_service.backends.onnx import OnnxBackend
 
         return OnnxBackend(threads=threads, cache=cache)
+    if name == "tensorrt" or name == "torch":
+        module = import_module(f"flashbulb_service.backends.{name}")
+        return cast(Backend, module.create(threads=threads, cache=cache))
     if name == "synthetic":
         from flashbulb_service.backends.synthetic import SyntheticBackend, SyntheticDevice
 
         return SyntheticBackend(SyntheticDevice.model_validate_json(synthetic or "{}"))
-    raise ValueError(f"expected the backend 'onnx' or 'synthetic', got {name!r}")
+    raise ValueError(f"expected the name of a backend, got {name!r}")

@@ -22,6 +22,8 @@ from flashbulb_service.images import to_uint8
 class OnnxBackend:
     """One bundle in three onnxruntime sessions on the CPU."""
 
+    name = "onnx"
+
     def __init__(self, *, threads: int = 0, cache: EmbeddingCache | None = None) -> None:
         """Remember the number of operator threads; 0 means one per core. Backends may share a cache."""
         self._threads = threads or usable_cores()

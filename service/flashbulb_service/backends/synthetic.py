@@ -39,6 +39,8 @@ class SyntheticDevice(BaseModel):
 class SyntheticBackend:
     """The device as a backend: any bundle will do, of which nothing but the shape is used."""
 
+    name = "synthetic"
+
     def __init__(self, device: SyntheticDevice | None = None) -> None:
         """Start the device's own random numbers."""
         self._device = device or SyntheticDevice()

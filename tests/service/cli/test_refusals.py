@@ -79,3 +79,13 @@ def test_an_alias_to_nothing_is_not_offered(models_dir: Path) -> None:
     with pytest.raises(UnknownModel) as caught:
         Catalog.load(models_dir, verify=False, aliases={"mine": "gone", "good": "tiny"})
     assert caught.value.known == ("good", "tiny")
+
+
+def test_a_backend_that_cannot_run_the_models_is_refused_before_anything_starts(
+    models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["serve", "--models", models_dir, "--data", tmp_path / "d", "--backend", "tensorrt"]
+    assert run([str(word) for word in asked]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("flashbulb: backend 'tensorrt' was asked for, but ")
+    assert said.count("\n") == 1 and not (tmp_path / "d").exists()

@@ -59,7 +59,7 @@ async def test_an_unloaded_version_gives_its_name_back_to_the_one_before(admin: 
 
 async def test_it_shows_which_worker_has_what_in_memory(app: FastAPI, admin: httpx2.AsyncClient) -> None:
     presence = app.state.context.presence
-    worker = LiveWorker("w1", ("tiny@1", "tiny@2"), "onnx")
+    worker = LiveWorker("w1", ("tiny@1", "tiny@2"), "auto", backends=("onnx", "onnx"))
     await presence.announce(worker, memory={"tiny@1": 0, "tiny@2": 4096})
     data = (await admin.get("/v1/admin/models")).json()["data"]
     assert [(one["id"], one["state"]) for one in data] == [("tiny@1", "ready"), ("tiny@2", "ready")]

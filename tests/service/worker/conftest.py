@@ -49,6 +49,7 @@ class Watched:
     """A backend that writes down its batches, and can be told to fail or to wait."""
 
     inner: Backend
+    name: str = "onnx"
     batches: list[list[str]] = field(default_factory=list)
     before: Callable[[Sequence[ImageRequest]], None] = lambda requests: None
 

@@ -66,6 +66,8 @@ class Device:
         device = self
 
         class Backend:
+            name = "pretended"
+
             def close(self) -> None:
                 device.held.remove(model.id)
 
