@@ -14,12 +14,20 @@ HEAD_DIMS = (32, 40, 64, 80, 96, 128, 160)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows of queries and of keys per block, warps per program, stages of the load pipeline."""
+    """How one kernel is cut.
+
+    Args:
+        block_m, block_n: rows of queries and of keys per block.
+        num_warps: warps per program.   num_stages: of the pipeline of loads.
+        reload: read what does not change in the loop (a block of q, or of k and v) from shared memory in every step,
+            where keeping it in registers would spill.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    reload: bool = False
 
 
 # The interpreter's time goes by blocks, not by what they hold.

@@ -11,7 +11,7 @@ SOME = [
     Case(63, 77, 64, torch.float16),
     Case(63, 200, 64, torch.bfloat16, masked=True),
     Case(200, 200, 64, torch.float32, prepared="rms of two segments"),
-    Case(200, 200, 64, torch.float16, prepared="layer and rotation"),
+    Case(200, 200, 64, torch.float32, prepared="layer and rotation"),
 ]
 
 

@@ -79,7 +79,7 @@ def dkdv_kernel(
     stride_dkb, stride_dkh, stride_dkn,
     stride_dvb, stride_dvh, stride_dvn,
     stride_mb, scale, H, NQ, NK,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of BLOCK_N keys over all queries. Grid: (cdiv(NK, BLOCK_N) * B * H,)."""
@@ -104,7 +104,7 @@ def dkdv_kernel(
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
 
     whole = NQ // BLOCK_M * BLOCK_M
-    for start in range(0, whole, BLOCK_M):
+    for start in tl.range(0, whole, BLOCK_M, disable_licm=RELOAD):
         o_m = start + tl.arange(0, BLOCK_M)
         b_dk, b_dv = dkdv_step(
             b_k, b_v, b_dk, b_dv, m_keys, o_m, NQ, p_q, p_do, p_lse, p_delta, stride_qn, stride_don,
@@ -151,7 +151,7 @@ def dq_kernel(
     stride_dob, stride_doh, stride_don,
     stride_dqb, stride_dqh, stride_dqn,
     stride_mb, scale, H, NQ, NK,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ of BLOCK_M queries over all keys. Grid: (cdiv(NQ, BLOCK_M) * B * H,)."""
@@ -174,7 +174,7 @@ def dq_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
     whole = NK // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
+    for start in tl.range(0, whole, BLOCK_N, disable_licm=RELOAD):
         o_n = start + tl.arange(0, BLOCK_N)
         b_dq = dq_step(
             b_q, b_do, b_lse, b_delta, b_dq, o_n, NK, p_k, p_v, p_mask, stride_kn, stride_vn,
@@ -235,13 +235,15 @@ def backward(
             q, k, v, mask, grad_o, lse, deltas, dk, dv,
             *strides(q), *strides(k), *strides(v), *strides(grad_o), *strides(dk), *strides(dv),
             mask_stride, scale, h, n, m, **shared,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, RELOAD=tile.reload,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         tile = tiles["dq"]
         dq_kernel[(triton.cdiv(n, tile.block_m) * b * h,)](
             q, k, v, mask, grad_o, lse, deltas, dq,
             *strides(q), *strides(k), *strides(v), *strides(grad_o), *strides(dq),
             mask_stride, scale, h, n, m, **shared,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, RELOAD=tile.reload,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return dq, dk, dv

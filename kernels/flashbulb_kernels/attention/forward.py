@@ -22,7 +22,7 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     stride_mb, scale, H, NQ, NK,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (cdiv(NQ, BLOCK_M) * B * H,), the blocks of one head side by side, so that they share its keys in L2."""
@@ -44,7 +44,7 @@ def forward_kernel(
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     whole = NK // BLOCK_N * BLOCK_N  # blocks without a tail need no comparison per score
-    for start in range(0, whole, BLOCK_N):
+    for start in tl.range(0, whole, BLOCK_N, disable_licm=RELOAD):
         o_n = start + tl.arange(0, BLOCK_N)
         b_k = load_rows(p_k, stride_kn, o_n, NK, D, BLOCK_D, False)
         b_v = load_rows(p_v, stride_vn, o_n, NK, D, BLOCK_D, False)
@@ -80,7 +80,7 @@ def forward(
         forward_kernel[grid](
             q, k, v, mask, o, lse, *strides(q), *strides(k), *strides(v), *strides(o),
             mask_stride, scale, h, n, k.shape[2],
-            D=d, BLOCK_D=block_d(d), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            D=d, BLOCK_D=block_d(d), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, RELOAD=tile.reload,
             HAS_MASK=mask is not None, PRECISION=precision(q.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -78,7 +78,7 @@ def fused_kernel(
     stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     stride_mb, scale, eps, split, rope_start, H, NQ, NK,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RELOAD: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     NORM: tl.constexpr, SPLIT: tl.constexpr, HAS_ROPE: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def fused_kernel(
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     whole = NK // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
+    for start in tl.range(0, whole, BLOCK_N, disable_licm=RELOAD):
         o_n = start + tl.arange(0, BLOCK_N)
         b_k = load_rows(p_k, stride_kn, o_n, NK, D, BLOCK_D, False)
         b_v = load_rows(p_v, stride_vn, o_n, NK, D, BLOCK_D, False)
@@ -159,7 +159,7 @@ def fused_forward(
             q, k, v, mask, *_affine(p.q_weight, p.q_bias, p, q), *_affine(p.k_weight, p.k_bias, p, k),
             *tables, o, lse, *strides(q), *strides(k), *strides(v), *strides(o),
             mask_stride, scale, p.eps, p.split, p.rope_start, h, n, k.shape[2],
-            D=d, BLOCK_D=block_d(d), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            D=d, BLOCK_D=block_d(d), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, RELOAD=tile.reload,
             HAS_MASK=mask is not None, PRECISION=precision(q.dtype),
             NORM=p.norm, SPLIT=p.split > 0, HAS_ROPE=p.cos is not None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -5,6 +5,7 @@ to the dtype of its inputs. A kernel sums in fp32: at 16 bits it is closer than 
 attention in another order of sums, and may be as far on the other side.
 
     allowed = 2 * yardstick  +  half a rounding of the largest value  +  8 fp32 roundings of what cancels in the sums
+            + one fp32 rounding of lse, times the largest value: a weight is exp(score - lse)
 """
 
 from dataclasses import dataclass
@@ -37,17 +38,20 @@ class Closeness:
         return f"error {self.error:.1e} of {self.allowed:.1e} allowed (plain torch: {self.yardstick:.1e})"
 
 
-def closeness(result: Tensor, truth: Tensor, plain: Tensor, terms: float = 0.0) -> Closeness:
+def closeness(
+    result: Tensor, truth: Tensor, plain: Tensor, terms: float = 0.0, largest_lse: float = 0.0
+) -> Closeness:
     """Compare a kernel's result with the truth (fp64) and with plain torch in the kernel's dtype.
 
     Args:
         terms: size of the numbers whose sum the result is; matters where they cancel, as in dQ and dK.
+        largest_lse: of the log-sum-exp; matters for gradients in fp32 where scores are large.
     """
     if result.numel() == 0:
         return Closeness(0.0, 0.0, 0.0)
     yardstick = _largest(plain.double() - truth)
     rounding = torch.finfo(result.dtype).eps / 2 * _largest(truth)
-    sums = 8 * torch.finfo(torch.float32).eps * terms
+    sums = torch.finfo(torch.float32).eps * (8 * terms + largest_lse * _largest(truth))
     return Closeness(_largest(result.double() - truth), 2 * yardstick + rounding + sums, yardstick)
 
 

@@ -43,6 +43,7 @@ class Entry:
             "BLOCK_D": block_d(head_dim),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
+            "RELOAD": False,
             "HAS_MASK": False,
             "PRECISION": PRECISIONS[dtype],
             "NORM": "none",
