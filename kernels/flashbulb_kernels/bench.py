@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Impl, Preparation, attention
+from .attention import Preparation, attention
 
 Timer = Callable[[Callable[[], object]], tuple[float, float, float]]
 
@@ -85,7 +86,9 @@ def bench(
         q, k, v = _draw(layer, batch, dtype, device)
         preparation = _preparation(layer, dtype, device)
         for work, products in (("forward", 2), ("training", 2 + 5)):
-            ours, theirs = (timer(_call(q, k, v, preparation, impl, work)) for impl in ("triton", "torch"))
+            ours, theirs = (
+                timer(_call(q, k, v, preparation, layer, run, work)) for run in (by_triton, by_torch)
+            )
             flops = products * 2 * batch * layer.heads * layer.n * layer.m * layer.d
             yield Row(layer.family, layer.name, work, ours, theirs, flops / ours[0] / 1e9)
 
@@ -149,14 +152,47 @@ def _preparation(layer: Layer, dtype: torch.dtype, device: torch.device) -> Prep
     return Preparation(layer.norm, 1e-6, one, bias, one, bias, split, rope_start=start, **tables)
 
 
+def by_triton(q: Tensor, k: Tensor, v: Tensor, preparation: Preparation | None, layer: Layer) -> Tensor:
+    """Compute a layer with our kernels."""
+    return attention(q, k, v, preparation=preparation, layout="bnhd", impl="triton")
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, preparation: Preparation | None, layer: Layer) -> Tensor:
+    """Compute a layer as diffusers does: torch's own norms, a rotation in fp32, scaled_dot_product_attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    p = preparation
+    if p is not None and p.q_weight is not None:
+        weight = p.q_weight[0] if p.split else p.q_weight  # both segments have ones
+        if p.norm == "rms":
+            q, k = (F.rms_norm(x, (layer.d,), weight, p.eps) for x in (q, k))
+        else:
+            q, k = (F.layer_norm(x, (layer.d,), weight, p.q_bias, p.eps) for x in (q, k))
+    if p is not None and p.cos is not None and p.sin is not None:
+        q, k = (_rotated(x, p.cos, p.sin, p.rope_start) for x in (q, k))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
+    video = x[:, :, start:].float()
+    even, odd = video[..., 0::2], video[..., 1::2]
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(3)
+    return torch.cat((x[:, :, :start], turned.to(x.dtype)), dim=2)
+
+
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, preparation: Preparation | None, impl: Impl, work: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    preparation: Preparation | None,
+    layer: Layer,
+    run: Callable[[Tensor, Tensor, Tensor, Preparation | None, Layer], Tensor],
+    work: str,
 ) -> Callable[[], object]:
     if work == "forward":
 
         def forward() -> object:
             with torch.no_grad():
-                return attention(q, k, v, preparation=preparation, layout="bnhd", impl=impl)
+                return run(q, k, v, preparation, layer)
 
         return forward
 
@@ -164,7 +200,6 @@ def _call(
     grad_o = torch.ones_like(q)
 
     def training() -> object:
-        o = attention(*leaves, preparation=preparation, layout="bnhd", impl=impl)
-        return torch.autograd.grad(o, leaves, grad_o)
+        return torch.autograd.grad(run(leaves[0], leaves[1], leaves[2], preparation, layer), leaves, grad_o)
 
     return training

@@ -86,6 +86,16 @@ def test_neighbours_do_not_change_a_sample(device, dtype, impl):
         assert torch.equal(one[0], beside_nan[1])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_casts_as_for_torchs_own_attention(device, impl):
+    """A norm under autocast gives fp32 while a projection gives bf16: their attention is bf16."""
+    q, k, v = (x.requires_grad_() for x in draw(device, torch.float32))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        o = attention(q, k.bfloat16(), v.bfloat16(), impl=impl)
+    assert torch.equal(o, attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), impl=impl))
+    assert [gradient.dtype for gradient in torch.autograd.grad(o.sum(), (q, k, v))] == [torch.float32] * 3
+
+
 def test_an_empty_batch_gives_an_empty_result(device):
     q, k, v = draw(device, torch.float16, b=0)
     assert attention(q, k, v, impl="triton").shape == (0, 2, 63, 64)

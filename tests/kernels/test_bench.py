@@ -8,7 +8,7 @@ import torch
 
 from flashbulb_kernels import bench, verify
 from flashbulb_kernels.bench import Layer
-from flashbulb_service.cli import run
+from flashbulb_service.cli import run as flashbulb
 
 TINY = [
     Layer("sdxl", "cross", 2, 40, 17, d=32),
@@ -37,7 +37,7 @@ def with_a_gpu(monkeypatch, device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_bench_without_a_gpu_says_so_in_one_line(capsys):
-    assert run(["kernels", "bench"]) == 1
+    assert flashbulb(["kernels", "bench"]) == 1
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "expected a CUDA device to measure on, found none" in told
@@ -52,14 +52,14 @@ def test_bench_without_a_gpu_says_so_in_one_line(capsys):
     ],
 )
 def test_wrong_usage_is_one_line(capsys, arguments, words):
-    assert run(["kernels", *arguments]) == 2
+    assert flashbulb(["kernels", *arguments]) == 2
     told = capsys.readouterr().err
     assert words in told and told.count("\n") == 1
 
 
 def test_bench_writes_a_table_and_a_file(with_a_gpu, capsys, tmp_path):
     out = tmp_path / "times.json"
-    assert run(["kernels", "bench", "--out", str(out)]) == 0
+    assert flashbulb(["kernels", "bench", "--out", str(out)]) == 0
     told = capsys.readouterr()
     assert "kernels: 1 cases right" in told.err
     listed = [line.split()[0] for line in told.out.splitlines()]
@@ -77,10 +77,19 @@ def test_no_time_is_taken_on_wrong_kernels(with_a_gpu, monkeypatch, capsys):
     right = forward.forward
     monkeypatch.setattr(forward, "forward", lambda *a: tuple(2 * x for x in right(*a)))
     monkeypatch.setattr(bench, "gpu_timer", lambda function: pytest.fail("a time was taken"))
-    assert run(["kernels", "bench"]) == 1
+    assert flashbulb(["kernels", "bench"]) == 1
     told = capsys.readouterr()
     assert told.out == ""
     assert "got 1 wrong ones, the first: 7x9 d32 bfloat16" in told.err
+
+
+@pytest.mark.parametrize("layer", TINY, ids=lambda layer: layer.family)
+def test_both_sides_compute_the_same(device, layer):
+    """A comparison of times means nothing otherwise."""
+    q, k, v = bench._draw(layer, 2, torch.float32, torch.device(device))
+    preparation = bench._preparation(layer, torch.float32, torch.device(device))
+    ours, theirs = (run(q, k, v, preparation, layer) for run in (bench.by_triton, bench.by_torch))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_work_is_counted_by_the_matrix_products():
@@ -102,5 +111,5 @@ def test_work_is_counted_by_the_matrix_products():
 
 def test_verify_lists_every_case(monkeypatch, device, capsys):
     monkeypatch.setattr(verify, "cases", lambda dtypes: FEW)
-    assert run(["kernels", "verify"]) == 0
+    assert flashbulb(["kernels", "verify"]) == 0
     assert capsys.readouterr().out.startswith("ok    7x9 d32 bfloat16: ")

@@ -34,7 +34,8 @@ def attention(
     Args:
         q: [b, h, n, d], or [b, n, h, d] for layout "bnhd"; any strides.
         k, v: the same with m tokens; n and m are any numbers from 1 up.
-            fp16, bf16 or fp32, one dtype for all; sums are in fp32.
+            fp16, bf16 or fp32, one dtype for all; sums are in fp32. Under autocast they are cast first, as torch casts
+            the inputs of its own attention.
         scale: factor of the scores before the softmax; d ** -0.5 by default.
         key_padding_mask: [b, m] bool, True where a key may be seen. A query without any key gets zeros.
         preparation: the norm and the rotary embedding that q and k pass through first; the kernels do both as they
@@ -49,6 +50,20 @@ def attention(
         KernelUnavailable: impl="triton" cannot run here.
         ValueError: shapes, dtypes or devices do not fit together.
     """
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        q, k, v = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (q, k, v))
+        with torch.autocast(device, enabled=False):  # or the reference's fp32 products would be cast as well
+            return attention(
+                q,
+                k,
+                v,
+                scale=scale,
+                key_padding_mask=key_padding_mask,
+                preparation=preparation,
+                layout=layout,
+                impl=impl,
+            )
     if layout == "bnhd":
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     elif layout != "bhnd":
