@@ -18,7 +18,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-FOLDER = Path(__file__).resolve().parent / "reference"
+DOCS = Path(__file__).resolve().parent
+FOLDER = DOCS / "reference"
+sys.path.insert(0, str(DOCS))
 NOTE = "<!-- Made by docs/reference.py from the code; change it there. -->\n"
 
 
@@ -131,6 +133,7 @@ def pages() -> dict[str, str]:
     return {
         "settings.md": settings_page(Settings.model_fields),
         "errors.md": errors_page(_errors()),
+        "../performance.md": NOTE + "\n" + import_module("performance").performance_page(),
         "commands.md": commands_page(_with_plugins(typer.main.get_command(app))),
     }
 

@@ -1,0 +1,137 @@
+"""Write docs/performance.md from benchmarks/results/*.json: no number is typed in. Called by docs/reference.py."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+Result = Mapping[str, Any]
+
+
+def performance_page(folder: Path = RESULTS) -> str:
+    """Return the page: a section for each result that is there, with its command, machine and commit."""
+    lines = [
+        "# Performance",
+        "",
+        "What `python -m benchmarks NAME --write` left in `benchmarks/results/`, each with the machine and commit that",
+        "gave it. How it is measured is in [benchmarks](benchmarks.md). Two cores are noisy: the load average is told.",
+    ]
+    for name, (title, table) in SECTIONS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            lines += ["", f"## {title}", "", *table(result), "", _origin(name, result)]
+    return "\n".join(lines) + "\n"
+
+
+def _origin(name: str, result: Result) -> str:
+    machine = result.get("machine", {})
+    where = machine if isinstance(machine, str) else f"{machine.get('cpu')}, {machine.get('cores')} cores"
+    load = machine.get("load_average", []) if isinstance(machine, dict) else []
+    busy = f", load average {load[0]:.1f}" if load else ""
+    return f"`python -m benchmarks {name}`, {where}{busy}, commit `{result.get('commit', 'unknown')}`."
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return lines + [f"| {' | '.join(_text(cell) for cell in row)} |" for row in rows]
+
+
+def _text(cell: Any) -> str:
+    if isinstance(cell, bool):
+        return "yes" if cell else "**no**"
+    return f"{cell:.3g}" if isinstance(cell, float) and abs(cell) < 1000 else str(cell)
+
+
+def _spread(names: Mapping[str, str]) -> Callable[[Result], list[str]]:
+    def table(result: Result) -> list[str]:
+        rows = [[says, *(result[key][p] for p in ("p50", "p90", "p99"))] for key, says in names.items()]
+        return _table(["ms", "p50", "p90", "p99"], rows)
+
+    return table
+
+
+def _student(result: Result) -> list[str]:
+    rows = [[who, float(ms)] for who, ms in result["cpu_ms"].items()]
+    return _table(["one picture", "CPU ms"], rows)
+
+
+def _saturate(result: Result) -> list[str]:
+    bare = [run["pictures_per_s"] for run in result["bare"]]
+    server = [run["pictures_per_s"] for run in result["server"]]
+    rows = [
+        ["bare onnxruntime loop at its best batch", max(bare), min(bare)],
+        ["the whole server", max(server), min(server)],
+    ]
+    ratio = result["ratio_wall"]
+    return [
+        *_table(["pictures per second", "best run", "worst run"], rows),
+        "",
+        f"Server over bare, by turns: {ratio['mean']:.3g} ± {ratio['ci95']:.2g} (95 % interval).",
+    ]
+
+
+def _stages(result: Result) -> list[str]:
+    return _table(["mark", "ms since the one before"], [[k, v] for k, v in result["stages_ms"].items()])
+
+
+def _decide(result: Result) -> list[str]:
+    rows = [
+        [f"decision over {what}", *(t[p] for p in ("p50", "p99"))] for what, t in result["plan_ms"].items()
+    ]
+    rows.append(["a whole claim on Valkey", *(result["claim_ms"][p] for p in ("p50", "p99"))])
+    return _table([f"{result['waiting']} requests waiting, ms", "p50", "p99"], rows)
+
+
+def _live(result: Result) -> list[str]:
+    rows = [
+        [
+            load,
+            point["live_goodput_rps"]["mean"],
+            point["simulated_goodput_rps"]["mean"],
+            point["live_over_simulated"]["mean"],
+            point["live_on_time"]["mean"],
+        ]
+        for load, point in result["points"].items()
+    ]
+    return _table(["load", "live goodput/s", "simulated", "live over simulated", "answers on time"], rows)
+
+
+def _verdict(result: Result) -> list[str]:
+    rows = [[key.replace("_", " "), value] for key, value in result["verdict"].items()]
+    return _table(["verdict", ""], rows)
+
+
+def _chaos(result: Result) -> list[str]:
+    kills = ", ".join(f"{count} of {what}" for what, count in result["chaos"]["kills"].items())
+    return [f"{result['jobs']} jobs, killed with SIGKILL: {kills}.", "", *_verdict(result)]
+
+
+def _soak(result: Result) -> list[str]:
+    growth = ", ".join(f"{part} {share:+.1%}" for part, share in result["growth"].items())
+    return [f"{result['seconds'] / 60:.0f} minutes; growth of memory: {growth}.", "", *_verdict(result)]
+
+
+SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
+    "student_vs_teacher": ("Student and teacher", _student),
+    "saturate": ("Saturated throughput", _saturate),
+    "overhead": (
+        "What the server adds to a picture",
+        _spread(
+            {
+                "overhead_ms": "overhead: HTTP in to HTTP out, less model and PNG",
+                "http_ms": "HTTP in to HTTP out",
+                "model_ms": "model",
+                "png_ms": "PNG",
+            }
+        ),
+    ),
+    "stages": ("The way of a picture", _stages),
+    "decide": ("Decisions under a backlog", _decide),
+    "live": ("The live server beside the simulation", _live),
+    "chaos": ("Chaos", _chaos),
+    "fuzz": ("Requests drawn from the OpenAPI document", _verdict),
+    "soak": ("Soak", _soak),
+    "rolling": ("Rolling restart", _verdict),
+}
