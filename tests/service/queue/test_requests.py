@@ -6,7 +6,7 @@ import pytest
 
 from flashbulb_service.errors import JobNotFound
 from flashbulb_service.jobs import JobError, NewJob
-from flashbulb_service.queue import Event, Kept, Queue
+from flashbulb_service.queue import Event, Kept, Limits, Queue
 
 EVENTS = Kept(record=b"what was asked", owner="me", listed=True, events=True)
 
@@ -65,6 +65,15 @@ async def test_stale_worker_cannot_tell_progress(queue: Queue) -> None:
     assert not await queue.progress("other", job, "x")
     await queue.cancel(job.id)
     assert not await queue.progress("w", job, "x")
+
+
+async def test_events_are_kept_no_longer_than_their_request(make_queue: Callable[..., Queue]) -> None:
+    """They were kept for an hour, whatever became of the request: a busy server with short results filled up."""
+    queue = make_queue(Limits(result_ttl_s=5.0))
+    (lead,) = (await queue.enqueue([new()], keep=EVENTS)).ids
+    (job,) = await queue.claim("w", ["emoji@1"], 1, 5.0)
+    await queue.complete("w", job, b"r")
+    assert 0 < await queue._client.pttl(queue.keys.events(lead)) <= 5000
 
 
 async def test_unwatched_jobs_write_no_stream(queue: Queue, make_queue: Callable[..., Queue]) -> None:

@@ -195,7 +195,7 @@ end
 -- The one way into done, failed and cancelled: counts, expiry and the one event per waiting process.
 local function finish(id, state, now, ttl_ms, attached)
   local job = key('job', id)
-  local fields = call('HMGET', job, 'tenant', 'reply')
+  local fields = call('HMGET', job, 'tenant', 'reply', 'events')
   call('HSET', job, 'state', state, 'finished', now)
   call('PEXPIRE', job, ttl_ms)
   call('ZREM', key('deadlines'), id)
@@ -208,6 +208,9 @@ local function finish(id, state, now, ttl_ms, attached)
   call('INCR', finished)
   call('PEXPIRE', finished, 3 * WINDOW_MS)
   note(id, state, now)
+  if fields[3] then -- nobody can ask for events of a request that is gone
+    call('PEXPIRE', key('events', fields[3]), math.min(ttl_ms, EVENTS_TTL_MS))
+  end
   hook_due(id, now)
   for instance in string.gmatch(fields[2] or '', '%S+') do
     call('PUBLISH', key('done', instance), news(id, attached))
