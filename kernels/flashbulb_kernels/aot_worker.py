@@ -18,8 +18,9 @@ def compile_request(request: dict[str, Any]) -> None:
 
     entry = ENTRIES[request["entry"]]
     tile = request["tile"]
+    flags = request["flags"] | {"RELOAD": tile["reload"]}
     constants = entry.constants(
-        request["dtype"], request["head_dim"], tile["block_m"], tile["block_n"], **request["flags"]
+        request["dtype"], request["head_dim"], tile["block_m"], tile["block_n"], **flags
     )
     names = entry.kernel.arg_names
     aligned = entry.aligned - set(request["unaligned"])

@@ -57,6 +57,7 @@ class Row:
     block_n: int
     num_warps: int
     num_stages: int
+    reload: bool
     key: str
     registers: int
     spill_bytes: int

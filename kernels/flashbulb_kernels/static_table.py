@@ -13,7 +13,7 @@ from .aot import Variant, content_key
 from .gpus import GPUS, Work, roofline
 from .inspect import COLUMNS, KEY_DIGITS, Row
 
-_KINDS: dict[str, Any] = {field.name: field.type for field in fields(Row)}
+_KINDS: dict[str, Any] = {field.name: field.type for field in fields(Row)} | {"reload": "True".__eq__}
 
 # One layer of each family at its usual size: samples, heads, queries, keys, head dimension, bytes per element.
 LAYERS = {
@@ -68,7 +68,8 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     for row in sorted(rows, key=_order):
         lines.append(
-            f"| {row.name} | {row.block_m}x{row.block_n} w{row.num_warps} s{row.num_stages} | {row.registers} "
+            f"| {row.name} | {row.block_m}x{row.block_n} w{row.num_warps} s{row.num_stages}{' reload' * row.reload} "
+            f"| {row.registers} "
             f"| {row.spill_bytes} | {row.stack_bytes} | {row.shared_bytes} | {row.tensor} ({row.tensor_sass}) "
             f"| {row.async_copies} / {row.bulk_copies} | {row.scalar_loads} "
             f"| {row.blocks} blocks, {row.occupancy:.0%}, {row.limiter} | {row.intensity:.0f} "

@@ -19,6 +19,7 @@ GREEN = Row(
     block_n=64,
     num_warps=4,
     num_stages=3,
+    reload=False,
     key="0123456789ab",
     registers=168,
     spill_bytes=0,
@@ -103,7 +104,9 @@ def test_delta_needs_neither_tensor_cores_nor_asynchronous_copies() -> None:
 
 
 def test_the_table_survives_writing_and_reading() -> None:
-    red = replace(GREEN, arch="sm_90", spill_bytes=4, faults=("4 bytes of registers spilled", "no wgmma"))
+    red = replace(
+        GREEN, arch="sm_90", reload=True, spill_bytes=4, faults=("4 bytes of registers spilled", "no wgmma")
+    )
     assert read_csv(write_csv([red, GREEN])) == [GREEN, red]
 
 
