@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CompilationFailed, KernelUnavailable
-from .tiles import HEAD_DIMS, Tile, tile_for
+from .tiles import HEAD_DIMS, Tile, has_tile, tile_for
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("fp16", "bf16", "fp32")
@@ -38,9 +38,15 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     "delta": {"plain": {}},
     "dkdv": {"plain": {}, "mask": {"HAS_MASK": True}},
     "dq": {"plain": {}, "mask": {"HAS_MASK": True}},
+    "tensorrt": {
+        "plain": {}
+    },  # its tiles are tactics of the plugin: in no table, so not among what is shipped
 }
 # Where the source of an entry stands, besides attention/blocks.py.
-SOURCES = {"forward": "forward", "fused": "fused", "delta": "backward", "dkdv": "backward", "dq": "backward"}
+SOURCES = {
+    "forward": "forward", "fused": "fused", "delta": "backward", "dkdv": "backward", "dq": "backward",
+    "tensorrt": "tensorrt",
+}  # fmt: skip
 
 # Triton would write PTX 9.4 for sm_90 and up, which asks for a driver of CUDA 13.4; Hopper needs no more than 8.8.
 PTX_VERSIONS = {"sm_90": 88}
@@ -48,7 +54,12 @@ PTX_VERSIONS = {"sm_90": 88}
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One kernel to compile. `unaligned` names arguments that lose the promise of alignment: for experiments."""
+    """One kernel to compile.
+
+    Args:
+        unaligned: arguments that lose the promise of alignment: for experiments.
+        constants: compile-time arguments beyond those of the form, by name.
+    """
 
     entry: str
     form: str
@@ -57,6 +68,7 @@ class Variant:
     arch: str
     tile: Tile
     unaligned: tuple[str, ...] = ()
+    constants: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.entry}/{self.form} {self.dtype} d{self.head_dim} {self.arch}"
@@ -109,7 +121,7 @@ def shipped_variants(
         for form in FORMS[entry]
         for dtype in dtypes
         for head_dim in HEAD_DIMS
-        if head_dim in head_dims
+        if head_dim in head_dims and has_tile(entry, dtype, head_dim, arch)
     ]
 
 
@@ -161,7 +173,7 @@ def compile_variants(
     """
     waiting: list[Variant] = []
     for variant in variants:
-        if (found := _load(variant, cache)) is not None:
+        if (found := _load(variant, content_key(variant), cache, cached=True)) is not None:
             yield variant, found
         else:
             waiting.append(variant)
@@ -253,7 +265,7 @@ def _compile(variant: Variant, worker: "subprocess.Popen[str]", cache: Path) -> 
     target = cache / key
     with tempfile.TemporaryDirectory(prefix=".new-", dir=cache) as folder:
         request = asdict(variant) | {
-            "flags": FORMS[variant.entry][variant.form],
+            "flags": FORMS[variant.entry][variant.form] | dict(variant.constants),
             "options": _options(variant),
             "folder": folder,
         }
@@ -272,14 +284,13 @@ def _compile(variant: Variant, worker: "subprocess.Popen[str]", cache: Path) -> 
             except OSError:
                 if not target.exists():
                     raise
-    compiled = _load(variant, cache)
+    compiled = _load(variant, key, cache, cached=False)
     if compiled is None:
         raise CompilationFailed(f"{variant}: {target} is incomplete; remove it and compile again")
-    return Compiled(variant, key, compiled.ptx, compiled.cubin, compiled.log, compiled.metadata, cached=False)
+    return compiled
 
 
-def _load(variant: Variant, cache: Path) -> Compiled | None:
-    key = content_key(variant)
+def _load(variant: Variant, key: str, cache: Path, *, cached: bool) -> Compiled | None:
     folder = cache / key
     try:
         return Compiled(
@@ -289,7 +300,7 @@ def _load(variant: Variant, cache: Path) -> Compiled | None:
             cubin=(folder / "kernel.cubin").read_bytes(),
             log=(folder / "ptxas.log").read_text(encoding="utf-8"),
             metadata=json.loads((folder / "metadata.json").read_text(encoding="utf-8")),
-            cached=True,
+            cached=cached,
         )
     except FileNotFoundError:
         return None

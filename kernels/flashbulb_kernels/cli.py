@@ -170,9 +170,14 @@ def bench(
 def _verify(device: "torch.device", dtypes: "list[torch.dtype]", *, talk: bool) -> None:
     """Run the comparison and raise KernelError unless every case is right."""
     from . import verify as verification
-    from .errors import KernelError
+    from .attention.availability import arch_of
+    from .errors import KernelError, KernelUnavailable
 
-    listed = verification.cases(dtypes)
+    listed = verification.cases(dtypes, arch_of(device))
+    if not listed:
+        raise KernelUnavailable(
+            f"expected a dtype with kernels for values and gradients on this GPU, got {', '.join(map(str, dtypes))}"
+        )
     wrong = []
     for verdict in verification.verify(device, listed):
         if talk or not verdict.ok:

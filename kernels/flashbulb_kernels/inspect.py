@@ -23,7 +23,7 @@ UNITS_PTX = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": 
 UNITS_SASS = {"mma.sync": r"HMMA", "wgmma": r"HGMMA", "tcgen05": r"UTC\w*MMA"}
 ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 # Matrix products per block. `delta` multiplies element by element, once, in no loop.
-PRODUCTS = {"forward": 2, "fused": 2, "delta": 0, "dkdv": 4, "dq": 3}
+PRODUCTS = {"forward": 2, "fused": 2, "delta": 0, "dkdv": 4, "dq": 3, "tensorrt": 2}
 KEY_DIGITS = 12  # of the content hash, in the table
 
 _LABEL = re.compile(r"^\s*(\$L__BB\w+):")
@@ -235,5 +235,5 @@ def _intensity(variant: Variant) -> float:
 def _named(variant: Variant) -> dict[str, Any]:
     named: dict[str, Any] = asdict(variant)
     tile: dict[str, int] = named.pop("tile")
-    del named["unaligned"]
+    del named["unaligned"], named["constants"]
     return named | tile

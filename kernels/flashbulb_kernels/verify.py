@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .attention import Preparation, attention
+from .attention.availability import BACKWARD, DTYPES
 from .attention.reference import attention_reference
 from .attention.tolerance import Closeness, closeness, plain_attention
-from .tiles import HEAD_DIMS
+from .tiles import HEAD_DIMS, has_tile
 
 Prepared = Literal["", "rms of two segments", "layer and rotation"]
 
@@ -48,8 +49,11 @@ class Verdict:
         return f"{self.case}: {worst} {self.found[worst]}"
 
 
-def cases(dtypes: Sequence[torch.dtype]) -> list[Case]:
-    """List what is compared for each dtype: odd lengths, every head dimension, masks, norms and rotations."""
+def cases(dtypes: Sequence[torch.dtype], arch: str = "interpreter") -> list[Case]:
+    """List what is compared for each dtype: odd lengths, every head dimension, masks, norms and rotations.
+
+    Left out are cases for which there is no kernel on the architecture.
+    """
     listed = []
     for dtype in dtypes:
         listed += [Case(n, m, 64, dtype) for n, m in ((1, 1), (63, 77), (200, 77), (77, 333), (333, 333))]
@@ -58,7 +62,12 @@ def cases(dtypes: Sequence[torch.dtype]) -> list[Case]:
         listed += [
             Case(200, 200, 64, dtype, prepared=p) for p in ("rms of two segments", "layer and rotation")
         ]
-    return listed
+    return [case for case in listed if _exists(case, arch)]
+
+
+def _exists(case: Case, arch: str) -> bool:
+    entries = ("fused" if case.prepared else "forward", *BACKWARD)
+    return all(has_tile(entry, DTYPES[case.dtype], case.d, arch) for entry in entries)
 
 
 def verify(device: torch.device, listed: Sequence[Case]) -> Iterator[Verdict]:

@@ -11,6 +11,7 @@ from .backward import delta_kernel, dkdv_kernel, dq_kernel
 from .forward import forward_kernel
 from .fused import fused_kernel
 from .launch import block_d
+from .tensorrt import tensorrt_kernel
 
 # How the table of tiles, Triton's signatures and torch name a dtype, and how tl.dot multiplies it.
 PRECISIONS = {"fp16": "tf32", "bf16": "tf32", "fp32": "tf32x3"}
@@ -126,5 +127,10 @@ ENTRIES: dict[str, Entry] = {
         },
         (*_QKV, *_strides("do", "dq")),
         {"stride_mb": "i32"} | _SIZES,
+    ),
+    "tensorrt": Entry(
+        kernel=tensorrt_kernel,
+        types={"p_q": "*T", "p_k": "*T", "p_v": "*T", "NQ": "i32", "NK": "i32", "p_o": "*T"},
+        aligned=frozenset(("p_q", "p_k", "p_v", "p_o")),
     ),
 }  # fmt: skip
