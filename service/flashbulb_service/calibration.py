@@ -1,21 +1,24 @@
 """What a student does on this machine: time by batch size, and whether its neighbours change a picture's bytes.
 
+Times of another machine are better than none; a verdict of another machine is none, so it is tried at the first load.
+
 A published bundle never changes, so this is kept beside it: a file in the state folder for each (bundle, backend,
 machine, threads), which workers prefer to what the bundle's exporter measured elsewhere.
 """
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,7 +30,10 @@ from flashbulb_service.cores import usable_cores
 from flashbulb_service.scheduler import batch_cap
 from flashbulb_service.settings import Settings
 
-Determinism = Literal["strict", "fast"]
+log = logging.getLogger(__name__)
+
+TRIAL_MIXES = 12
+TRIAL_S = 10.0  # a load takes no longer for it
 
 _PROMPTS = ("", "red apple", "a dog", "blue heart on a rocket", "two green birds in the morning sun")
 
@@ -45,6 +51,24 @@ class Calibration(BaseModel):
     num_mixes: int
 
 
+class Verdict(BaseModel):
+    """What batches do to a picture's bytes; `where` says of what and on what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    where: dict[str, str | int]
+    largest: int = Field(ge=1)  # batch that was tried
+    canonical: int | None  # the size to pad to; None: equal bytes in every size
+    num_mixes: int
+
+    @classmethod
+    def of(cls, calibration: Calibration, cap: int) -> Self:
+        """Return the verdict of a calibration, for batches of up to `cap`."""
+        canonical = None if calibration.batch_invariant else min(calibration.canonical, cap)
+        return cls(where=calibration.where, largest=cap, canonical=canonical, num_mixes=calibration.num_mixes)
+
+
 @dataclass(frozen=True)
 class Calibrated:
     """A loaded student with what is known of it here."""
@@ -60,9 +84,15 @@ def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | Non
     found = read_calibration(settings.data.expanduser(), place(bundle, name, settings.threads))
     times, _ = known_times(bundle, settings)
     cap = batch_cap(manifest.max_batch, settings.max_batch, times)
-    canonical = canonical_size(manifest, name, found, settings.determinism, cap)
     backend = create_backend(name, threads=settings.threads, cache=cache, synthetic=settings.synthetic)
     backend.load(bundle)
+    canonical = None
+    if (
+        settings.determinism == "strict" and name != "synthetic"
+    ):  # which draws each row from its request alone
+        where = place(bundle, name, settings.threads)
+        kept = Verdict.of(found, cap) if found else read_verdict(settings.data.expanduser(), where, cap)
+        canonical = (kept or _judge(backend, bundle, where, cap, settings)).canonical
     if canonical is None:
         return Calibrated(Student(backend), cap, times)
     padded = {size: ms for size, ms in times.items() if size == canonical}
@@ -110,29 +140,64 @@ def read_calibration(data: Path, where: Mapping[str, str | int]) -> Calibration 
 
 def write_calibration(data: Path, calibration: Calibration) -> Path:
     """Keep a calibration, atomically; return its file."""
-    file = _file(data, calibration.where)
+    return _write(_file(data, calibration.where), calibration)
+
+
+def _write(file: Path, content: BaseModel) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     with os.fdopen(handle, "w") as stream:
-        stream.write(calibration.model_dump_json(indent=2) + "\n")
+        stream.write(content.model_dump_json(indent=2) + "\n")
     Path(draft).replace(file)
     return file
 
 
-def canonical_size(
-    manifest: Manifest, backend: str, calibration: Calibration | None, determinism: Determinism, cap: int
-) -> int | None:
-    """Choose the batch size that every batch is padded to; None where any size gives equal bytes.
+def read_verdict(data: Path, where: Mapping[str, str | int], largest: int) -> "Verdict | None":
+    """Return the verdict on a place for batches of up to `largest`; None when there is none that can be used."""
+    try:
+        found = Verdict.model_validate_json(_file(data, where, "verdict").read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return found if found.where == dict(where) and found.largest == largest else None
 
-    With no measurement at all it is 1: nothing shows that larger batches are worth their padding.
+
+def judge(
+    backend: Backend,
+    bundle: Bundle,
+    where: Mapping[str, str | int],
+    largest: int,
+    *,
+    num_mixes: int = TRIAL_MIXES,
+    clock: Callable[[], float] = time.monotonic,
+) -> "Verdict":
+    """Try whether neighbours change a picture on this machine, whatever the exporter's machine did.
+
+    A student that is too slow to be tried in time is drawn alone, which is always the same.
     """
-    if determinism == "fast" or backend == "synthetic":  # which draws each row from its request alone
-        return None
-    if calibration:
-        return None if calibration.batch_invariant else min(calibration.canonical, cap)
-    if manifest.batch_invariant.get(backend, False):
-        return None
-    return cap if backend in manifest.calibration else 1
+    end, canonical = clock() + TRIAL_S, 1
+    for tried in (None, largest):
+        if is_invariant(
+            Student(backend, tried), bundle.manifest, largest, num_mixes, until=lambda: clock() >= end
+        ):
+            return Verdict(where=dict(where), largest=largest, canonical=tried, num_mixes=num_mixes)
+    return Verdict(where=dict(where), largest=largest, canonical=canonical, num_mixes=num_mixes)
+
+
+def _judge(
+    backend: Backend, bundle: Bundle, where: Mapping[str, str | int], cap: int, settings: Settings
+) -> "Verdict":
+    """Judge and keep the verdict, so that the next start need not."""
+    if cap == 1:
+        return Verdict(where=dict(where), largest=1, canonical=None, num_mixes=0)
+    verdict = judge(backend, bundle, where, cap)
+    told = f"padded to {verdict.canonical}" if verdict.canonical else "any size gives equal bytes"
+    model = f"{bundle.manifest.name}@{bundle.manifest.version}"
+    log.info("batches of %s on this machine: %s", model, told)
+    try:
+        _write(_file(settings.data.expanduser(), where, "verdict"), verdict)
+    except OSError as error:
+        log.warning("the verdict on %s is not kept, and tried again at the next start: %s", model, error)
+    return verdict
 
 
 def batch_sizes(largest: int) -> tuple[int, ...]:
@@ -169,9 +234,18 @@ def calibrate(
 
 
 def is_invariant(
-    student: Student, manifest: Manifest, largest: int, num_mixes: int, *, seed: int = 0
+    student: Student,
+    manifest: Manifest,
+    largest: int,
+    num_mixes: int,
+    *,
+    seed: int = 0,
+    until: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Tell whether every picture has the same bytes alone as in random batches of up to `largest`."""
+    """Tell whether every picture has the same bytes alone as in random batches of up to `largest`.
+
+    until: when it says so before all mixes were tried, nothing is shown, and the answer is no.
+    """
     draw = random.Random(seed)
     shape = manifest.shapes[0]
     pool = [
@@ -180,6 +254,8 @@ def is_invariant(
     ]
     alone: dict[ImageRequest, bytes] = {}
     for _ in range(num_mixes):
+        if until():
+            return False
         batch = draw.sample(pool, draw.randint(1, largest))
         for request, picture in zip(batch, student.generate(batch).images, strict=True):
             if request not in alone:
@@ -204,9 +280,9 @@ def _times_ms(backend: Backend, manifest: Manifest, sizes: Sequence[int], rounds
     return {size: round(statistics.median(values[1:]) * 1000, 3) for size, values in seconds.items()}
 
 
-def _file(data: Path, where: Mapping[str, str | int]) -> Path:
+def _file(data: Path, where: Mapping[str, str | int], kind: str = "") -> Path:
     name = hashlib.sha256(json.dumps(dict(where), sort_keys=True).encode()).hexdigest()[:32]
-    return data / "calibration" / f"{name}.json"
+    return data / "calibration" / f"{name}{kind and '.'}{kind}.json"
 
 
 def _runtime(backend: str) -> str:

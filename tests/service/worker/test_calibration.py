@@ -1,6 +1,7 @@
 """Batch invariance over random mixes on the real student, calibration files, and what determinism asks for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,19 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashbulb_distill.bundle import Bundle, Manifest, open_bundle
+from flashbulb_distill.bundle import Bundle, open_bundle
+from flashbulb_service import calibration
 from flashbulb_service.backends import Embeddings, ImageRequest, OnStep, Student
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.backends.onnx import OnnxBackend
 from flashbulb_service.calibration import (
     Calibration,
+    Verdict,
     batch_sizes,
     calibrate,
-    canonical_size,
+    judge,
+    load_student,
     place,
     read_calibration,
     write_calibration,
 )
+from flashbulb_service.settings import Settings
 
 EMOJI = Path(__file__).resolve().parents[3] / "models" / "emoji" / "1"
 
@@ -76,7 +81,7 @@ def test_calibrate_finds_out_what_a_batch_changes(bundle: Bundle, by_position: b
     assert not found.batch_invariant
     assert found.canonical == 1 or not by_position
     batch = [ImageRequest("dog", seed, 0, 64, 64) for seed in range(3)]
-    strict = Student(leaky, canonical_size(bundle.manifest, "onnx", found, "strict", 8))
+    strict = Student(leaky, Verdict.of(found, 8).canonical)
     together = strict.generate(batch).images
     for request, picture in zip(batch, together, strict=True):
         assert strict.generate([request]).images[0].tobytes() == picture.tobytes()
@@ -94,26 +99,38 @@ def test_a_calibration_is_read_back_only_where_it_was_made(tmp_path: Path, bundl
     assert read_calibration(tmp_path, where) is None
 
 
-def test_strict_pads_only_where_nothing_shows_that_it_need_not(bundle: Bundle) -> None:
-    def size(
-        determinism: str = "strict", calibration: Calibration | None = None, **fields: object
-    ) -> int | None:
-        manifest: Manifest = bundle.manifest.model_copy(update=fields)
-        return canonical_size(manifest, "onnx", calibration, determinism, 8)  # type: ignore[arg-type]
-
-    times = {"onnx": {1: 4.0, 8: 9.0}}
-    invariant = {"onnx": True}
-    assert size() == 1
-    assert size("fast") is None
-    assert size(batch_invariant=invariant) is None
-    assert size(batch_invariant={"onnx": False}) == 1
-    assert (
-        canonical_size(bundle.manifest.model_copy(update={"calibration": times}), "onnx", None, "strict", 8)
-        == 8
-    )
-    here = Calibration(where={}, times_ms={1: 1.0}, batch_invariant=False, canonical=4, num_mixes=1)
-    assert size(calibration=here, batch_invariant=invariant) == 4
-    assert size(calibration=here.model_copy(update={"batch_invariant": True})) is None
+def test_batch_sizes_are_powers_of_two_and_the_largest() -> None:
     assert batch_sizes(1) == (1,)
     assert batch_sizes(6) == (1, 2, 4, 6)
     assert batch_sizes(8) == (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize(("by_position", "canonical"), [(False, 8), (True, 1)])
+def test_a_verdict_is_tried_on_this_machine(bundle: Bundle, by_position: bool, canonical: int) -> None:
+    honest, leaky = OnnxBackend(threads=1), Leaky(threads=1)
+    leaky.by_position = by_position
+    for backend in (honest, leaky):
+        backend.load(bundle)
+    assert judge(honest, bundle, {}, 8).canonical is None
+    assert judge(leaky, bundle, {}, 8).canonical == canonical
+    late = iter(range(0, 10**6, 100))  # seconds: too slow to be tried in time
+    assert judge(honest, bundle, {}, 8, clock=lambda: float(next(late))).canonical == 1
+
+
+def test_the_exporter_s_verdict_is_not_taken_for_this_machine_s(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle that says it is invariant, on a machine where it is not: strict pads, and remembers that."""
+    manifest = bundle.manifest.model_copy(update={"batch_invariant": {"onnx": True}})
+    claimed = replace(bundle, manifest=manifest)
+    monkeypatch.setattr(calibration, "create_backend", lambda *_, **__: Leaky(threads=1))
+    strict = Settings(data=tmp_path, threads=1)
+    assert load_student(claimed, strict).student.canonical == 8
+    assert load_student(claimed, strict.model_copy(update={"determinism": "fast"})).student.canonical is None
+    monkeypatch.setattr(calibration, "is_invariant", lambda *_, **__: pytest.fail("tried a second time"))
+    assert load_student(claimed, strict).student.canonical == 8
+    here = Calibration(
+        where=place(claimed, "onnx", 1), times_ms={1: 1.0}, batch_invariant=False, canonical=4, num_mixes=1
+    )
+    write_calibration(tmp_path, here)  # measured by the operator: it counts before the trial
+    assert load_student(claimed, strict).student.canonical == 1  # its knee is one row
