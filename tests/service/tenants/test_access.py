@@ -25,7 +25,7 @@ ClientOf = Callable[..., httpx2.AsyncClient]
 
 OPEN = {
     "/", "/livez", "/readyz", "/openapi.json", "/v1/images/results/{name}",
-    "/ui/playground.js", "/ui/playground.css", "/ui/icon.svg",
+    "/ui/playground.js", "/ui/server.js", "/ui/request.js", "/ui/run.js", "/ui/playground.css", "/ui/icon.svg",
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ async def test_every_route_but_the_open_ones_needs_a_key(
                 else:
                     check_error(answer, status, code)
                     assert ("www-authenticate" in answer.headers) == (status == 401)
-    assert admin == 4 * 12
+    assert admin == 4 * 16
 
 
 async def test_a_path_that_nobody_serves_tells_nothing_without_a_key(
