@@ -53,7 +53,7 @@ class BareStudent:
             )
             for part, name in components.items()
         }
-        text = self.bundle.manifest.text
+        (text,) = self.bundle.manifest.text
         self._tokenizer = Tokenizer.from_file(str(self.bundle.file(text.tokenizer)))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(text.max_length)
@@ -61,7 +61,7 @@ class BareStudent:
     def prepare(self, asks: Sequence[Ask]) -> Inputs:
         """Tokenise, and draw the noise of every step."""
         manifest = self.bundle.manifest
-        text, latent, size = manifest.text, manifest.latent, manifest.shapes[0]
+        (text,), latent, size = manifest.text, manifest.latent, manifest.shapes[0]
         ids = np.full((len(asks), text.max_length), text.pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, encoding in enumerate(self._tokenizer.encode_batch([ask.prompt for ask in asks])):

@@ -81,7 +81,7 @@ def main() -> None:
 def bare_loop(backend: OnnxBackend, width: int, height: int, jobs: int, size: int):
     """Make a loop over the three graphs with all inputs ready."""
     latent = backend._bundle.manifest.latent
-    text = backend._bundle.manifest.text
+    (text,) = backend._bundle.manifest.text
     noise = np.stack(
         [
             draw_noise(row, 0, (latent.channels, height // latent.downscale, width // latent.downscale))
@@ -89,7 +89,7 @@ def bare_loop(backend: OnnxBackend, width: int, height: int, jobs: int, size: in
         ]
     )
     ids = np.full((size, text.max_length), text.pad_id, dtype=np.int64)
-    tokens = backend._tokenizer.encode("dog 0 16 99").ids[: text.max_length]
+    tokens = backend._tokenizers[0].encode("dog 0 16 99").ids[: text.max_length]
     ids[:, : len(tokens)] = tokens
     mask = (np.arange(text.max_length) < len(tokens)).astype(np.int64)[None].repeat(size, 0)
     time_step = np.full(size, backend._bundle.manifest.timestep_scale, dtype=np.float32)

@@ -34,6 +34,6 @@ def encode_image(pixels: np.ndarray, image_format: ImageFormat, quality: int = D
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Turn float [b, 3, h, w] in [-1, 1] into uint8 [b, h, w, 3]; values outside are clipped."""
+    """Turn float [b, 3, ...] in [-1, 1] into uint8 [b, ..., 3]; values outside are clipped."""
     scaled = np.rint((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
-    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(np.moveaxis(scaled.astype(np.uint8), 1, -1))

@@ -36,7 +36,7 @@ def make_tiny_bundle(folder: Path, *, name: str = "tiny", version: int = 1, **fi
     (path / "tokenizer.json").write_text(json.dumps(_tokenizer()))
     files = describe_files(path)
     given: dict[str, object] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": name,
         "version": version,
         "task": "text-to-image",
@@ -49,7 +49,7 @@ def make_tiny_bundle(folder: Path, *, name: str = "tiny", version: int = 1, **fi
         "shapes": (Shape(width=64, height=64),),
         "max_batch": 8,
         "latent": Latent(channels=CHANNELS, downscale=8),
-        "text": Text(tokenizer="tokenizer.json", max_length=LENGTH),
+        "text": (Text(tokenizer="tokenizer.json", max_length=LENGTH),),
         "dtype": "float32",
         "components": Components(
             text_encoder="text_encoder.onnx", denoiser="denoiser.onnx", decoder="decoder.onnx"

@@ -10,9 +10,10 @@ from .bundle import (
     write_manifest,
 )
 from .errors import BundleError
-from .manifest import Components, File, Guidance, Latent, Manifest, Shape, Text
+from .manifest import Betas, Components, File, Guidance, Latent, Manifest, Shape, Text
 
 __all__ = [
+    "Betas",
     "Bundle",
     "BundleError",
     "Components",

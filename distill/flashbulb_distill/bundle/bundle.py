@@ -66,9 +66,9 @@ def _parse(path: Path, data: bytes) -> Manifest:
     except ValueError as error:
         raise BundleError(f"{path}: expected JSON, got {error}; restore the bundle") from error
     found = raw.get("schema_version") if isinstance(raw, dict) else None
-    if found != SCHEMA_VERSION or isinstance(found, bool):
+    if isinstance(found, bool) or found not in (1, SCHEMA_VERSION):
         raise BundleError(
-            f"{path}: expected schema_version {SCHEMA_VERSION}, got {found!r}; "
+            f"{path}: expected schema_version 1 or {SCHEMA_VERSION}, got {found!r}; "
             "export the student again with this version of flashbulb, or use the version that wrote it"
         )
     same_text = _text(raw).encode() == data  # byte for byte, so that no flipped byte goes unseen
@@ -77,11 +77,16 @@ def _parse(path: Path, data: bytes) -> Manifest:
             f"{path}: expected manifest_sha256 to match its content; the file was changed or damaged"
         )
     try:
-        return Manifest.model_validate_json(json.dumps(raw))
+        return Manifest.model_validate_json(json.dumps(_from_version_1(raw) if found == 1 else raw))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise BundleError(f"{path}: {where}: {first['msg']}; export the student again") from error
+
+
+def _from_version_1(fields: dict[str, object]) -> dict[str, object]:
+    """Read a manifest of schema version 1, which knew one text encoder; the file stays as it is."""
+    return fields | {"schema_version": SCHEMA_VERSION, "text": [fields.get("text")]}
 
 
 def _text(fields: dict[str, object]) -> str:

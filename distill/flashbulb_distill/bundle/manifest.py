@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Sha256 = str
 
@@ -17,10 +17,21 @@ class Strict(BaseModel):
 
 
 class Shape(Strict):
-    """One picture size that the student offers, in pixels."""
+    """One size that the student offers: pixels, and frames, of which a picture has one."""
 
     width: int = Field(ge=8, le=8192)
     height: int = Field(ge=8, le=8192)
+    frames: int = Field(default=1, ge=1, le=4096)
+
+
+class Betas(Strict):
+    """Discrete variance-preserving noise levels; betas are linear in their square roots (as in Stable Diffusion)."""
+
+    beta_start: float = Field(gt=0, lt=1)
+    beta_end: float = Field(gt=0, lt=1)
+    num_timesteps: int = Field(default=1000, ge=2, le=100_000)
+    snr_shift: float = Field(default=1.0, gt=0)
+    zero_terminal_snr: bool = False
 
 
 class Guidance(Strict):
@@ -35,12 +46,15 @@ class Latent(Strict):
 
     channels: int = Field(ge=1, le=1024)
     downscale: int = Field(ge=1, le=64)
+    frame_downscale: int = Field(
+        default=1, ge=1, le=64
+    )  # the first frame stands alone: 1 + 4 k frames -> 1 + k
     scaling: float = 1.0
     shift: float = 0.0
 
 
 class Text(Strict):
-    """How a prompt becomes token ids: cut and padded to max_length."""
+    """How a prompt becomes the token ids of one text encoder: cut and padded to max_length."""
 
     tokenizer: str
     max_length: int = Field(ge=1, le=4096)
@@ -48,7 +62,13 @@ class Text(Strict):
 
 
 class Components(Strict):
-    """The three ONNX files."""
+    """The three ONNX files.
+
+    text_encoder: input_ids, attention_mask int64 [b, l] (of the second tokenizer: input_ids_2, attention_mask_2, and
+        so on; a graph may do without masks) -> prompt_embeds [b, l, d], pooled_prompt_embeds [b, d].
+    denoiser: latents, timestep [b], prompt_embeds, pooled_prompt_embeds (where it uses them) -> prediction.
+    decoder: latents [b, c, h, w] or, of a video, [b, c, f, h, w] -> pixels in [-1, 1], [b, 3, ...].
+    """
 
     text_encoder: str
     denoiser: str
@@ -65,21 +85,23 @@ class File(Strict):
 class Manifest(Strict):
     """Everything that is needed to run a student correctly, and to trace it to its teacher."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
     version: int = Field(ge=1)
     task: Literal["text-to-image", "text-to-video"]
     family: str
     prediction: Literal["x0", "eps", "v", "flow"]
-    schedule: Literal["rectified-flow", "variance-preserving"]
+    schedule: Literal["rectified-flow", "variance-preserving"] | Betas
     time_steps: tuple[float, ...] = Field(min_length=1, max_length=1000)
     step_schedules: dict[int, tuple[float, ...]] = {}  # other numbers of steps -> their times
     timestep_scale: float = Field(gt=0)
+    timestep_offset: float = 0.0  # the network is told time t as t * timestep_scale + timestep_offset
     guidance: Guidance
     shapes: tuple[Shape, ...] = Field(min_length=1)
+    fps: float | None = Field(default=None, gt=0, le=1000)
     max_batch: int = Field(ge=1, le=1024)
     latent: Latent
-    text: Text
+    text: tuple[Text, ...] = Field(min_length=1, max_length=8)
     dtype: Literal["float32", "float16", "bfloat16"]
     components: Components
     files: dict[str, File]
@@ -101,7 +123,11 @@ class Manifest(Strict):
                     f"step_schedules: expected a number of steps other than that of time_steps, with as many times, "
                     f"got {count}: {times}"
                 )
-        named = [*self.components.model_dump().values(), self.text.tokenizer]
+        for shape in self.shapes:
+            self._check_shape(shape)
+        if (self.fps is not None) != self.is_video:
+            raise ValueError(f"fps: expected of a video and only there, got {self.fps} for {self.task}")
+        named = [*self.components.model_dump().values(), *(text.tokenizer for text in self.text)]
         for name in named:
             if name not in self.files:
                 raise ValueError(f"files: expected an entry for {name}, which the manifest uses")
@@ -109,6 +135,30 @@ class Manifest(Strict):
             if name.startswith("/") or ".." in name.split("/") or "\\" in name or name == "manifest.json":
                 raise ValueError(f"files: expected a path inside the bundle, got {name!r}")
         return self
+
+    def _check_shape(self, shape: Shape) -> None:
+        latent = self.latent
+        if shape.width % latent.downscale or shape.height % latent.downscale:
+            raise ValueError(
+                f"shapes: expected multiples of {latent.downscale}, got {shape.width}x{shape.height}"
+            )
+        if not self.is_video and shape.frames != 1:
+            raise ValueError(f"shapes: expected one frame of a picture, got {shape.frames}")
+        if (shape.frames - 1) % latent.frame_downscale:
+            raise ValueError(f"shapes: expected 1 + {latent.frame_downscale} k frames, got {shape.frames}")
+
+    @property
+    def is_video(self) -> bool:
+        """Tell whether the student makes videos."""
+        return self.task == "text-to-video"
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        """Return the latents' shape without the batch: (c, h, w) of a picture, (c, f, h, w) of a video."""
+        latent = self.latent
+        plane = (height // latent.downscale, width // latent.downscale)
+        if not self.is_video:
+            return (latent.channels, *plane)
+        return (latent.channels, (frames - 1) // latent.frame_downscale + 1, *plane)
 
     @property
     def offered_steps(self) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
 """The one sampler: training, evaluation, export parity and every backend call it. NumPy and torch arrays alike."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 from .schedule import Array, Prediction, Schedule, add_noise, ode_step, to_x0
+from .times import ode_times
 
 
 def sample_steps(
@@ -57,11 +59,15 @@ def sample_ode(
     *,
     prediction: Prediction,
     schedule: Schedule,
+    shift: float = 1.0,
 ) -> Array:
-    """Integrate the probability-flow ODE from t = 1 to 0 in equal steps (DDIM, Euler): how a teacher samples."""
+    """Integrate the probability-flow ODE from t = 1 to 0 (DDIM, Euler): how a teacher samples.
+
+    Args:
+        shift: of the times, see `ode_times`; 1 is equal steps.
+    """
     xt = noise
-    for index in range(num_steps):
-        t, s = 1 - index / num_steps, 1 - (index + 1) / num_steps
+    for t, s in pairwise(ode_times(num_steps, shift=shift)):
         x0_hat = to_x0(prediction, schedule, denoise(xt, t), xt, t)
         xt = ode_step(schedule, x0_hat, xt, t, s)
     return xt

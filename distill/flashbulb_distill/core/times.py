@@ -30,3 +30,16 @@ def adm_times(u: Times, *, low: float, high: float) -> Times:
     if not 0 < low < high <= 1:
         raise ValueError(f"expected 0 < low < high <= 1, got {low} and {high}")
     return low + (high - low) * u
+
+
+def ode_times(num_steps: int, *, shift: float = 1.0) -> tuple[float, ...]:
+    """Return num_steps + 1 times from 1 to 0, in equal steps for shift 1, closer together at high noise above it.
+
+    Source: Esser et al. 2024 (SD3, arXiv 2403.03206), equation 23, with `shift` = sqrt(m / n).
+    Raises:
+        ValueError: num_steps < 1 or shift <= 0.
+    """
+    if num_steps < 1 or shift <= 0:
+        raise ValueError(f"expected num_steps >= 1 and shift > 0, got {num_steps} and {shift}")
+    even = [1 - index / num_steps for index in range(num_steps + 1)]
+    return tuple(shift * t / (1 + (shift - 1) * t) for t in even)

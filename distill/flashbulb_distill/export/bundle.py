@@ -73,7 +73,7 @@ def export_bundle(
         channels, side, _ = teacher.latent_shape
         patch = teacher.codec.patch
         manifest = Manifest(
-            schema_version=1,
+            schema_version=2,
             name=name,
             version=version,
             task="text-to-image",
@@ -86,7 +86,7 @@ def export_bundle(
             shapes=(Shape(width=side * patch, height=side * patch),),
             max_batch=max_batch,
             latent=Latent(channels=channels, downscale=patch),
-            text=Text(tokenizer="tokenizer.json", max_length=MAX_LENGTH),
+            text=(Text(tokenizer="tokenizer.json", max_length=MAX_LENGTH),),
             dtype="float32",
             components=Components(
                 text_encoder="text_encoder.onnx", denoiser="denoiser.onnx", decoder="decoder.onnx"

@@ -22,7 +22,9 @@ def sample_teacher(
     def denoise(xt: Tensor, t: float) -> Tensor:
         return guided_x0(denoiser, xt, torch.full((len(xt),), t, device=xt.device), cond, uncond, guidance)
 
-    x_0: Tensor = sample_ode(denoise, noise, num_steps, prediction="x0", schedule=denoiser.schedule)
+    x_0: Tensor = sample_ode(
+        denoise, noise, num_steps, prediction="x0", schedule=denoiser.schedule, shift=denoiser.shift
+    )
     return x_0
 
 

@@ -14,8 +14,10 @@ PATCH_PX = 16
 
 def count_usage(model: Model, prompt: str, width: int, height: int, n: int) -> dict[str, Any]:
     """Count in OpenAI's form; equal requests count alike."""
-    text = model.bundle.manifest.text
-    tokens = min(text.max_length, _count(model.bundle.file(text.tokenizer), prompt))
+    tokens = max(  # several encoders read the same prompt
+        min(text.max_length, _count(model.bundle.file(text.tokenizer), prompt))
+        for text in model.bundle.manifest.text
+    )
     drawn = n * -(-width // PATCH_PX) * -(-height // PATCH_PX)
     return {
         "input_tokens": tokens,

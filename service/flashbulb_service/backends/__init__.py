@@ -32,6 +32,7 @@ class ImageRequest:
     width: int
     height: int
     num_steps: int | None = None  # None: the student's own
+    frames: int = 1  # of a video
 
 
 @dataclass(frozen=True)

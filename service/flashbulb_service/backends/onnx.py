@@ -4,19 +4,21 @@ Three graphs come from the bundle (text encoder, denoiser, decoder); the loop ov
 `flashbulb_distill.core.sampler`, the same function that training and export parity call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-from flashbulb_distill.bundle import Bundle
+from flashbulb_distill.bundle import Bundle, Text
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample_steps
 from flashbulb_service.backends import Embeddings, ImageRequest, OnStep
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.cores import usable_cores
 from flashbulb_service.images import to_uint8
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
 class OnnxBackend:
@@ -29,11 +31,12 @@ class OnnxBackend:
         self._threads = threads or usable_cores()
         self._bundle: Bundle | None = None
         self._sessions: dict[str, ort.InferenceSession] = {}
-        self._tokenizer: Tokenizer | None = None
+        self._takes: dict[str, dict[str, type]] = {}  # part -> its inputs and their types
+        self._tokenizers: tuple[Tokenizer, ...] = ()
         self.cache = EmbeddingCache() if cache is None else cache
 
     def load(self, bundle: Bundle) -> None:
-        """Open the graphs and the tokenizer."""
+        """Open the graphs and the tokenizers."""
         components = bundle.manifest.components
         options = _session_options(self._threads)
         for part in ("text_encoder", "denoiser", "decoder"):
@@ -41,7 +44,8 @@ class OnnxBackend:
             self._sessions[part] = ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
-        self._tokenizer = _plain_tokenizer(bundle)
+            self._takes[part] = {node.name: _DTYPES[node.type] for node in self._sessions[part].get_inputs()}
+        self._tokenizers = tuple(_plain_tokenizer(bundle, text) for text in bundle.manifest.text)
         self._bundle = bundle
 
     def encode_prompts(self, prompts: Sequence[str], pad_to: int | None = None) -> Embeddings:
@@ -69,7 +73,7 @@ class OnnxBackend:
     def denoise(
         self, requests: Sequence[ImageRequest], embeddings: Embeddings, on_step: OnStep | None = None
     ) -> np.ndarray:
-        """Draw the latents of requests of one size and number of steps: -> [b, c, h, w].
+        """Draw the latents of requests of one size and number of steps: -> [b, c, h, w], of videos [b, c, f, h, w].
 
         Args:
             on_step: called after each step with (step, num_steps, x0 latents); what it raises ends the batch.
@@ -79,24 +83,21 @@ class OnnxBackend:
             ValueError: the student was not trained for the requests' number of steps.
         """
         manifest = self._ready().manifest
-        latent, times = manifest.latent, manifest.times(requests[0].num_steps)
-        shape = (
-            latent.channels,
-            requests[0].height // latent.downscale,
-            requests[0].width // latent.downscale,
-        )
+        times = manifest.times(requests[0].num_steps)
+        shape = manifest.latent_shape(requests[0].width, requests[0].height, requests[0].frames)
 
         def noise(step: int) -> np.ndarray:
             return np.stack([draw_noise(r.seed, r.index, shape, step) for r in requests])
 
         def network(xt: np.ndarray, t: float) -> np.ndarray:
+            timestep = t * manifest.timestep_scale + manifest.timestep_offset
             inputs = {
-                "latents": np.ascontiguousarray(xt, dtype=np.float32),
-                "timestep": np.full(len(requests), t * manifest.timestep_scale, dtype=np.float32),
+                "latents": xt,
+                "timestep": np.full(len(requests), timestep),
                 "prompt_embeds": embeddings.tokens,
                 "pooled_prompt_embeds": embeddings.pooled,
             }
-            return _only(self._sessions["denoiser"].run(None, inputs))
+            return _only(self._run("denoiser", inputs))
 
         steps = sample_steps(
             network,
@@ -113,14 +114,14 @@ class OnnxBackend:
         return x0
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Turn latents into pictures: [b, c, h, w] -> uint8 [b, h, w, 3].
+        """Turn latents into pictures, uint8 [b, h, w, 3], or videos, [b, f, h, w, 3].
 
         Raises:
             RuntimeError: no bundle is loaded.
         """
         latent = self._ready().manifest.latent
         scaled = latents / np.float32(latent.scaling) + np.float32(latent.shift)
-        return to_uint8(_only(self._sessions["decoder"].run(None, {"latents": scaled})))
+        return to_uint8(_only(self._run("decoder", {"latents": scaled})))
 
     def close(self) -> None:
         """Drop the sessions."""
@@ -133,19 +134,31 @@ class OnnxBackend:
         return self._bundle
 
     def _encode(self, bundle: Bundle, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Run tokenizer and text encoder: -> [b, l, d], [b, d]."""
-        assert self._tokenizer is not None
-        text = bundle.manifest.text
-        ids = np.full((len(prompts), text.max_length), text.pad_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, encoding in enumerate(self._tokenizer.encode_batch(prompts)):
-            tokens = encoding.ids[: text.max_length]
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-        embeds, pooled = self._sessions["text_encoder"].run(
-            ["prompt_embeds", "pooled_prompt_embeds"], {"input_ids": ids, "attention_mask": mask}
-        )
+        """Run tokenizers and text encoders: -> [b, l, d], [b, d]."""
+        inputs: dict[str, np.ndarray] = {}
+        for number, (tokenizer, text) in enumerate(
+            zip(self._tokenizers, bundle.manifest.text, strict=True), start=1
+        ):
+            suffix = "" if number == 1 else f"_{number}"
+            ids = np.full((len(prompts), text.max_length), text.pad_id, dtype=np.int64)
+            mask = np.zeros_like(ids)
+            for row, encoding in enumerate(tokenizer.encode_batch(prompts)):
+                tokens = encoding.ids[: text.max_length]
+                ids[row, : len(tokens)] = tokens
+                mask[row, : len(tokens)] = 1
+            inputs |= {f"input_ids{suffix}": ids, f"attention_mask{suffix}": mask}
+        embeds, pooled = self._run("text_encoder", inputs, ["prompt_embeds", "pooled_prompt_embeds"])
         return embeds, pooled
+
+    def _run(
+        self, part: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> list[np.ndarray]:
+        """Run a graph on those of the inputs that it takes, in its types; what comes out is float32."""
+        feed: dict[str, np.ndarray] = {
+            name: np.ascontiguousarray(inputs[name], dtype=dtype) for name, dtype in self._takes[part].items()
+        }
+        found = self._sessions[part].run(outputs, feed)
+        return [np.asarray(value, dtype=np.float32) for value in found]
 
 
 def _session_options(threads: int) -> ort.SessionOptions:
@@ -160,11 +173,11 @@ def _session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def _plain_tokenizer(bundle: Bundle) -> Tokenizer:
-    """Open the bundle's tokenizer with its own padding and truncation off: the manifest says both."""
-    tokenizer = Tokenizer.from_file(str(bundle.file(bundle.manifest.text.tokenizer)))
+def _plain_tokenizer(bundle: Bundle, text: Text) -> Tokenizer:
+    """Open one of the bundle's tokenizers with its own padding and truncation off: the manifest says both."""
+    tokenizer = Tokenizer.from_file(str(bundle.file(text.tokenizer)))
     tokenizer.no_padding()
-    tokenizer.enable_truncation(bundle.manifest.text.max_length)
+    tokenizer.enable_truncation(text.max_length)
     return tokenizer
 
 

@@ -3,10 +3,20 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from flashbulb_distill.bundle import BundleError, find_model, list_models, open_bundle
+from flashbulb_distill.bundle import (
+    Betas,
+    BundleError,
+    Manifest,
+    find_model,
+    hash_file,
+    list_models,
+    open_bundle,
+    write_manifest,
+)
 from support.tiny_bundle import make_tiny_bundle
 
 
@@ -43,13 +53,13 @@ def test_whitespace_changed_in_the_manifest_is_refused_too(bundle):
         open_bundle(bundle)
 
 
-@pytest.mark.parametrize("version", [2, "1", None, True])
+@pytest.mark.parametrize("version", [3, "1", None, True])
 def test_another_schema_version_is_refused_before_anything_else(bundle, version):
     path = bundle / "manifest.json"
     fields = json.loads(path.read_text())
     fields["schema_version"] = version
     path.write_text(json.dumps(fields, indent=2) + "\n")
-    with pytest.raises(BundleError, match="expected schema_version 1"):
+    with pytest.raises(BundleError, match="expected schema_version 1 or 2"):
         open_bundle(bundle)
 
 
@@ -113,3 +123,49 @@ def test_each_offered_number_of_steps_has_its_times(tmp_path):
 def test_a_schedule_that_contradicts_itself_is_refused(tmp_path, schedules):
     with pytest.raises(ValueError, match="step_schedules"):
         make_tiny_bundle(tmp_path, step_schedules=schedules)
+
+
+def test_a_published_bundle_of_schema_version_1_is_read_as_it_is():
+    path = Path(__file__).parents[3] / "models/emoji/1"
+    assert json.loads((path / "manifest.json").read_text())["schema_version"] == 1
+    opened = open_bundle(path)
+    assert [text.tokenizer for text in opened.manifest.text] == ["tokenizer.json"]
+    assert opened.sha256 == hash_file(path / "manifest.json")
+
+
+def video(bundle, **changes):
+    manifest = open_bundle(bundle).manifest
+    fields = manifest.model_dump() | {
+        "task": "text-to-video",
+        "fps": 8.0,
+        "shapes": ({"width": 64, "height": 32, "frames": 9},),
+        "latent": {"channels": 16, "downscale": 8, "frame_downscale": 4},
+    }
+    return Manifest.model_validate(fields | changes)
+
+
+def test_latents_have_an_axis_of_frames_in_videos_only(bundle):
+    assert open_bundle(bundle).manifest.latent_shape(64, 64) == (64, 8, 8)
+    assert video(bundle).latent_shape(64, 32, 9) == (16, 3, 4, 8)
+    assert video(bundle).latent_shape(64, 32, 1) == (16, 1, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fps": None}, "fps: expected of a video"),
+        ({"task": "text-to-image", "fps": None}, "expected one frame of a picture, got 9"),
+        ({"shapes": ({"width": 64, "height": 32, "frames": 10},)}, "expected 1 \\+ 4 k frames, got 10"),
+        ({"shapes": ({"width": 60, "height": 32, "frames": 9},)}, "expected multiples of 8, got 60x32"),
+    ],
+)
+def test_shapes_that_no_latents_have_are_refused(bundle, changes, message):
+    with pytest.raises(ValueError, match=message):
+        video(bundle, **changes)
+
+
+def test_a_familys_own_noise_levels_survive_the_manifest(bundle):
+    betas = Betas(beta_start=0.00085, beta_end=0.012, snr_shift=3.0, zero_terminal_snr=True)
+    manifest = video(bundle, schedule=betas, prediction="v", timestep_offset=-1.0)
+    write_manifest(bundle, manifest)
+    assert open_bundle(bundle).manifest.schedule == betas
