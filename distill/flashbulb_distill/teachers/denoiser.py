@@ -1,7 +1,9 @@
 """What the methods need of a network, whatever its family: an output, and features of its blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from ..core.schedule import Prediction, Schedule, to_x0
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """Text embeddings: tokens [b, length, width] and pooled [b, width]."""
+    """Text embeddings: tokens [b, length, width] and pooled [b, width], of width 0 in families without."""
 
     tokens: Tensor
     pooled: Tensor
@@ -34,27 +36,70 @@ def join(first: Condition, second: Condition) -> Condition:
 
 
 class Denoiser(nn.Module):
-    """A diffusion network: latents xt [b, c, h, w], times t [b] in [0, 1] and a condition in, an output like xt out.
+    """A diffusion network: latents xt, times t [b] in [0, 1] and a condition in, an output like xt out.
 
-    Subclasses say what the output means (`prediction`, `schedule`) and implement `forward` and `features`.
+    Latents are [b, c, h, w] of pictures, [b, c, f, h, w] of videos. Subclasses say what the output means
+    (`prediction`, `schedule`), how the network is told the time, and implement `forward`, `blocks`, `feature_map`.
     """
 
     prediction: Prediction
     schedule: Schedule
+    timestep_scale: float = 1000.0
+    timestep_offset: float = 0.0
+    shift: float = 1.0  # of the times at which it is sampled as a teacher, see `ode_times`
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the blocks that can be tapped, in the order in which they run."""
+        raise NotImplementedError
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Return the number of channels of each block's features."""
+        raise NotImplementedError
+
+    def feature_map(self, output: Any, xt: Tensor) -> Tensor:
+        """Read what a block returned as a map [b, width, h, w], of videos [b, width, f, h, w]."""
+        raise NotImplementedError
 
     def features(self, xt: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> list[Tensor]:
-        """Return the feature maps [b, width, h, w] after the numbered blocks."""
-        raise NotImplementedError
+        """Return the feature maps after the numbered blocks (from 0), float32."""
+        with watched([self.blocks[index] for index in taps]) as outputs:
+            self(xt, t, cond)
+        return [self.feature_map(outputs[place], xt).float() for place in range(len(taps))]
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Return the times [b] as the network is told them, float32."""
+        return (t.double() * self.timestep_scale + self.timestep_offset).float()
 
     def x0(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Estimate the clean latents, float32 like xt."""
         return read_x0(self, self(xt, t, cond), xt, t)
 
 
+@contextmanager
+def watched(modules: Sequence[nn.Module]) -> Iterator[dict[int, Any]]:
+    """Collect what modules return while the context is open, by their place in the list."""
+    outputs: dict[int, Any] = {}
+
+    def keep(place: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[place] = output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(place)) for place, module in enumerate(modules)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def read_x0(denoiser: Denoiser, out: Tensor, xt: Tensor, t: Tensor) -> Tensor:
     """Read a denoiser's output at (xt, t [b]) as the clean latents it stands for."""
     at: Tensor = to_x0(denoiser.prediction, denoiser.schedule, out, xt, spread(t, xt))
-    return at
+    return at.to(xt.dtype)  # times may be float64
 
 
 def spread(t: Tensor, like: Tensor) -> Tensor:

@@ -8,67 +8,25 @@ from typing import cast
 import torch
 from diffusers import SD3Transformer2DModel
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from ..bundle import hash_file
-from .denoiser import Condition, Denoiser
+from .denoiser import Condition
 from .patch_codec import PatchCodec
+from .sd3 import Sd3Denoiser
 from .text import TextEncoder, encode_prompts, load_text_encoder, load_tokenizer
 
 TIMESTEP_SCALE = 1000.0
 
 
-class EmojiDenoiser(Denoiser):
-    """An SD3Transformer2DModel that predicts x0 under rectified flow; computes in bfloat16 where asked to."""
+class EmojiDenoiser(Sd3Denoiser):
+    """An SD3Transformer2DModel that predicts x0; computes in bfloat16 where asked to."""
 
     prediction = "x0"
-    schedule = "rectified-flow"
-
-    def __init__(self, transformer: SD3Transformer2DModel, *, bf16: bool = False) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.bf16 = bf16
-
-    def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Return the network's estimate of x0, float32 [b, 64, 8, 8]."""
-        with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bf16):
-            out = self.transformer(
-                hidden_states=xt,
-                timestep=t * TIMESTEP_SCALE,
-                encoder_hidden_states=cond.tokens,
-                pooled_projections=cond.pooled,
-                return_dict=False,
-            )[0]
-        return cast(Tensor, out.float())
-
-    def features(self, xt: Tensor, t: Tensor, cond: Condition, taps: Sequence[int]) -> list[Tensor]:
-        """Return the image tokens after the numbered blocks (from 0) as maps [b, width, h, w], float32."""
-        found: dict[int, Tensor] = {}
-
-        def keep(index: int) -> object:
-            def hook(module: object, args: object, output: tuple[Tensor, Tensor]) -> None:
-                found[index] = output[1]  # (text tokens, image tokens)
-
-            return self.transformer.transformer_blocks[index].register_forward_hook(hook)
-
-        handles = [keep(index) for index in taps]
-        try:
-            self(xt, t, cond)
-        finally:
-            for handle in handles:
-                handle.remove()  # type: ignore[attr-defined]
-        height, width = xt.shape[-2:]
-        return [found[i].float().transpose(1, 2).reshape(len(xt), -1, height, width) for i in taps]
-
-    @property
-    def num_blocks(self) -> int:
-        """Return how many blocks there are to tap."""
-        return len(self.transformer.transformer_blocks)
 
     @property
     def width(self) -> int:
         """Return the number of channels of a block's features."""
-        return int(self.transformer.inner_dim)
+        return self.widths[0]
 
 
 @dataclass(frozen=True)

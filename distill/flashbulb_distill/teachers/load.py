@@ -1,0 +1,240 @@
+"""Teachers of SDXL, SD3, SD3.5 and CogVideoX from a diffusers folder or a hub id; which one, model_index.json says."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXTransformer3DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
+
+from ..bundle import Betas, hash_file
+from ..core.schedule import Prediction
+from .codec import VaeCodec, freeze
+from .cogvideox import CogVideoXDenoiser
+from .denoiser import Denoiser
+from .prompts import CogVideoXPrompts, PromptEncoder, Sd3Prompts, SdxlPrompts
+from .sd3 import Sd3Denoiser
+from .sdxl import SdxlDenoiser
+
+Family = Literal["sdxl", "sd3", "cogvideox"]
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never a pickle
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A diffusers folder and the types to load it in; parts are loaded when they are asked for."""
+
+    folder: Path
+    family: Family
+    dtype: torch.dtype = torch.float32
+    bf16: bool = False
+    variant: str | None = None
+
+    def denoiser(self) -> Denoiser:
+        """Load the network, frozen; each call reads a new copy."""
+        return cast(Denoiser, freeze(_DENOISERS[self.family](self)))
+
+    def codec(self) -> VaeCodec:
+        """Load the VAE, frozen, always in float32: SDXL's overflows in float16."""
+        kind = AutoencoderKLCogVideoX if self.family == "cogvideox" else AutoencoderKL
+        vae = _part(self, kind, "vae", torch.float32)
+        return cast(VaeCodec, freeze(VaeCodec(vae)))
+
+    def prompts(self) -> PromptEncoder:
+        """Load the text encoders and tokenizers, frozen. Drop them once the prompts are encoded: T5 is large."""
+        return cast(PromptEncoder, freeze(_PROMPTS[self.family](self)))
+
+    def scheduler(self) -> dict[str, Any]:
+        """Return the scheduler's configuration."""
+        config: dict[str, Any] = json.loads((self.folder / "scheduler/scheduler_config.json").read_text())
+        return config
+
+    def sha256(self, *parts: str) -> dict[str, str]:
+        """Return the hashes of weights, tokenizers and configurations by path; of all parts unless some are named."""
+        files = sorted(
+            path
+            for path in self.folder.rglob("*")
+            if path.suffix in {".safetensors", ".json", ".txt", ".model"} and path.is_file()
+        )
+        names = {path.relative_to(self.folder).as_posix(): path for path in files}
+        return {
+            name: hash_file(path) for name, path in names.items() if not parts or name.split("/")[0] in parts
+        }
+
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """Return the folders that decide what a prompt's embedding is."""
+        numbers = {"sdxl": ("", "_2"), "sd3": ("", "_2", "_3"), "cogvideox": ("",)}[self.family]
+        return tuple(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in numbers)
+
+
+def open_source(
+    place: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bf16: bool = False,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Source:
+    """Find a teacher: a folder as diffusers writes it, or else a hub id, whose safetensors files are fetched.
+
+    Args:
+        dtype: of the network's and the text encoders' weights.
+        bf16: compute in bfloat16 with float32 weights (autocast).
+        variant: which files, like "fp16".   revision: of the hub id.
+    Raises:
+        FileNotFoundError: neither a teacher folder, nor a hub id that can be fetched.
+        ValueError: a pipeline of another family.
+    """
+    folder = Path(place)
+    if not folder.exists():
+        folder = _fetch(str(place), revision)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder}: expected a diffusers folder with model_index.json, found none; "
+            "give the folder that save_pretrained wrote, or a hub id like stabilityai/stable-diffusion-xl-base-1.0"
+        )
+    kind = json.loads(index.read_text()).get("_class_name")
+    if kind not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        raise ValueError(f"{folder}: expected a pipeline of {known}, got {kind!r}")
+    return Source(folder, _FAMILIES[kind], dtype, bf16, variant)
+
+
+_FAMILIES: dict[str, Family] = {
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "CogVideoXPipeline": "cogvideox",
+}
+
+
+def betas_of(config: dict[str, Any]) -> Betas:
+    """Read a scheduler's configuration as our noise levels.
+
+    Raises:
+        ValueError: betas of another form.
+    """
+    form = config.get("beta_schedule", "scaled_linear")
+    if form != "scaled_linear" or config.get("trained_betas") is not None:
+        raise ValueError(f"scheduler: expected beta_schedule scaled_linear, got {form!r} or trained betas")
+    return Betas(
+        beta_start=config["beta_start"],
+        beta_end=config["beta_end"],
+        num_timesteps=config.get("num_train_timesteps", 1000),
+        snr_shift=config.get("snr_shift_scale", 1.0),
+        zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
+    )
+
+
+def prediction_of(config: dict[str, Any]) -> Prediction:
+    """Read what the network predicts from a scheduler's configuration.
+
+    Raises:
+        ValueError: something that we do not know.
+    """
+    name = config.get("prediction_type", "epsilon")
+    if name not in _PREDICTIONS:
+        raise ValueError(f"scheduler: expected prediction_type among {list(_PREDICTIONS)}, got {name!r}")
+    return _PREDICTIONS[name]
+
+
+def _fetch(hub_id: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_FILES)))
+    except Exception as error:  # a wrong name, no network, no access: many types, one meaning
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{hub_id}: expected a folder or a hub id that can be fetched; no such folder, and {reason}"
+        ) from error
+
+
+def _part(source: Source, kind: Any, name: str, dtype: torch.dtype | None = None) -> Any:
+    """Load one part from safetensors files, sharded or not, and never from a pickle."""
+    if not (source.folder / name / "config.json").is_file():
+        raise FileNotFoundError(f"{source.folder}: expected {name}/config.json, found none; fetch it anew")
+    options = {"torch_dtype" if hasattr(kind, "load_config") else "dtype": dtype or source.dtype}
+    return kind.from_pretrained(
+        source.folder,
+        subfolder=name,
+        local_files_only=True,
+        use_safetensors=True,
+        variant=source.variant,
+        **options,
+    )
+
+
+def _tokenizers(source: Source) -> list[PreTrainedTokenizerBase]:
+    names = [part for part in source.text_parts if part.startswith("tokenizer")]
+    return [
+        AutoTokenizer.from_pretrained(source.folder, subfolder=name, local_files_only=True) for name in names
+    ]
+
+
+def _sdxl(source: Source) -> Denoiser:
+    config = source.scheduler()
+    unet = _part(source, UNet2DConditionModel, "unet")
+    return SdxlDenoiser(unet, betas_of(config), prediction=prediction_of(config), bf16=source.bf16)
+
+
+def _sd3(source: Source) -> Denoiser:
+    network = _part(source, SD3Transformer2DModel, "transformer")
+    return Sd3Denoiser(network, shift=source.scheduler().get("shift", 1.0), bf16=source.bf16)
+
+
+def _cogvideox(source: Source) -> Denoiser:
+    config = source.scheduler()
+    network = _part(source, CogVideoXTransformer3DModel, "transformer")
+    return CogVideoXDenoiser(network, betas_of(config), prediction=prediction_of(config), bf16=source.bf16)
+
+
+def _sdxl_prompts(source: Source) -> PromptEncoder:
+    index = json.loads((source.folder / "model_index.json").read_text())
+    return SdxlPrompts(
+        _tokenizers(source),
+        _part(source, CLIPTextModel, "text_encoder"),
+        _part(source, CLIPTextModelWithProjection, "text_encoder_2"),
+        zero_uncond=index.get("force_zeros_for_empty_prompt", True),
+    )
+
+
+def _sd3_prompts(source: Source) -> PromptEncoder:
+    return Sd3Prompts(
+        _tokenizers(source),
+        _part(source, CLIPTextModelWithProjection, "text_encoder"),
+        _part(source, CLIPTextModelWithProjection, "text_encoder_2"),
+        _part(source, T5EncoderModel, "text_encoder_3"),
+    )
+
+
+def _cogvideox_prompts(source: Source) -> PromptEncoder:
+    return CogVideoXPrompts(_tokenizers(source), _part(source, T5EncoderModel, "text_encoder"))
+
+
+_DENOISERS: dict[Family, Callable[[Source], Denoiser]] = {
+    "sdxl": _sdxl,
+    "sd3": _sd3,
+    "cogvideox": _cogvideox,
+}
+_PROMPTS: dict[Family, Callable[[Source], PromptEncoder]] = {
+    "sdxl": _sdxl_prompts,
+    "sd3": _sd3_prompts,
+    "cogvideox": _cogvideox_prompts,
+}
