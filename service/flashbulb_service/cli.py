@@ -378,7 +378,7 @@ def _add_plugin(entry: EntryPoint) -> None:
         except ModuleNotFoundError as error:
             raise typer.TyperException(
                 f"'flashbulb {entry.name}' needs the package {error.name!r}, which is not installed: "
-                f"pip install 'flashbulb[{entry.name}]'"
+                f"pip install 'flashbulb[{(entry.extras or [entry.name])[0]}]'"
             ) from error
         if isinstance(code, int) and code:
             raise typer.Exit(code)

@@ -10,12 +10,13 @@ Classifier-free guidance is no part of a student, and the few-step loop is `core
 """
 
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from .positions import rotary_positions
 
 Axes = Mapping[str, Mapping[int, str]]
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
@@ -100,23 +101,23 @@ class Sd3Denoiser(nn.Module):
 
 
 class CogVideoXDenoiser(nn.Module):
-    """CogVideoX's transformer on latents [b, c, f, h, w]; the 5B model gets its rotary tables [tokens, d] as inputs."""
+    """CogVideoX's transformer on latents [b, c, f, h, w]; the 5B model's rotary positions are computed inside."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
         self.transformer = transformer
 
-    def forward(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        prompt_embeds: Tensor,
-        rotary_cos: Tensor | None = None,
-        rotary_sin: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Run the network once."""
         dtype = _dtype(self.transformer)
-        rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
+        config: Any = self.transformer.config
+        rotary = None
+        if config.use_rotary_positional_embeddings:
+            frames, height, width = latents.shape[2:]
+            patch = config.patch_size
+            grid = height // patch, width // patch
+            base = config.sample_height // patch, config.sample_width // patch
+            rotary = rotary_positions(config.attention_head_dim, frames, grid, base)
         out = self.transformer(
             hidden_states=latents.to(dtype).transpose(1, 2),
             encoder_hidden_states=prompt_embeds.to(dtype),
@@ -155,12 +156,17 @@ def components_of(family: str, parts: Mapping[str, nn.Module]) -> list[Component
     missing = [name for name in (denoiser, "vae", "text_encoder") if parts.get(name) is None]
     if missing:
         raise ValueError(f"{family}: expected the parts {denoiser}, vae and text_encoder; missing: {missing}")
-    encoders = [
-        _text_component(name, part)
-        for name, part in sorted(parts.items())
-        if name.startswith("text_encoder") and part is not None
-    ]
-    return [*encoders, _DENOISERS[family](parts[denoiser]), _decoder(parts["vae"])]
+    names = sorted(
+        name for name, part in parts.items() if name.startswith("text_encoder") and part is not None
+    )
+    return [component_of(family, name, parts[name]) for name in (*names, denoiser, "vae")]
+
+
+def component_of(family: str, name: str, part: nn.Module) -> Component:
+    """Return the graph of one part of a family's pipeline; see `components_of`."""
+    if name.startswith("text_encoder"):
+        return _text_component(name, part)
+    return _decoder(part) if name == "vae" else _DENOISERS[family](part)
 
 
 def variants(component: Component) -> list[dict[str, Tensor]]:
@@ -170,50 +176,6 @@ def variants(component: Component) -> list[dict[str, Tensor]]:
     if spatial:
         cases.append(_resized(component, batch=2, grow=spatial))
     return cases
-
-
-@contextmanager
-def exportable() -> Any:
-    """Replace, while this is open, the one layer of CogVideoX's VAE that a tracer cannot follow.
-
-    It splits its input when that is larger than 2 GB, which is no matter of what is computed.
-    """
-    from diffusers.models.autoencoders import autoencoder_kl_cogvideox as module
-
-    kept = module.CogVideoXSafeConv3d.forward
-    module.CogVideoXSafeConv3d.forward = nn.Conv3d.forward
-    try:
-        yield
-    finally:
-        module.CogVideoXSafeConv3d.forward = kept
-
-
-def rotary_tables(transformer: nn.Module, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [tokens, head dim] of CogVideoX-5B for latents of this size, as its pipeline makes them."""
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
-    config: Any = transformer.config
-    patch = config.patch_size
-    base_height, base_width = config.sample_height // patch, config.sample_width // patch
-    cos, sin = get_3d_rotary_pos_embed(
-        embed_dim=config.attention_head_dim,
-        crops_coords=_crop(height // patch, width // patch, base_height, base_width),
-        grid_size=(height // patch, width // patch),
-        temporal_size=frames,
-    )
-    return cos.float(), sin.float()
-
-
-def _crop(
-    height: int, width: int, base_height: int, base_width: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the middle of the trained grid that a picture of another shape covers, as CogVideoX's pipeline does."""
-    if height / width > base_height / base_width:
-        rows, columns = base_height, round(base_height / height * width)
-    else:
-        rows, columns = round(base_width / width * height), base_width
-    top, left = round((base_height - rows) / 2), round((base_width - columns) / 2)
-    return (top, left), (top + rows, left + columns)
 
 
 def _text_component(name: str, model: nn.Module) -> Component:
@@ -262,22 +224,20 @@ def _sd3(transformer: nn.Module) -> Component:
 
 
 def _cogvideox(transformer: nn.Module) -> Component:
-    """CogVideoX-2B's added positions belong to one size; the 5B model's rotary ones are inputs, so its sizes vary."""
     config: Any = transformer.config
-    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-    height, width = config.sample_height, config.sample_width
     inputs = {
-        "latents": _normal(0, 2, config.in_channels, frames, height, width),
+        "latents": _normal(0, 2, config.in_channels, 4, *_unlike(config.sample_height, config.sample_width)),
         "timestep": torch.tensor([999.0, 1.0]),
         "prompt_embeds": _normal(1, 2, config.max_text_seq_length, config.text_embed_dim),
     }
     rows = {0: "batch"}
-    axes: dict[str, Mapping[int, str]] = dict.fromkeys(inputs, rows)
-    if config.use_rotary_positional_embeddings:
-        cos, sin = rotary_tables(transformer, frames, height, width)
-        inputs |= {"rotary_cos": cos, "rotary_sin": sin}
-        axes |= {"latents": VIDEO_AXES, "rotary_cos": {0: "tokens"}, "rotary_sin": {0: "tokens"}}
+    axes: dict[str, Mapping[int, str]] = {**dict.fromkeys(inputs, rows), "latents": VIDEO_AXES}
     return Component("transformer", CogVideoXDenoiser(transformer), inputs, axes, ("prediction",))
+
+
+def _unlike(height: int, width: int) -> tuple[int, int]:
+    """Return a small size that differs from the trained one, whose positions diffusers takes from a table."""
+    return (6 if height != 6 else 8), (10 if width != 10 else 12)
 
 
 def _decoder(vae: nn.Module) -> Component:
@@ -304,15 +264,11 @@ def _resized(
         for axis, what in axes.items():
             if what == "batch":
                 value = value[torch.arange(batch) % len(value)]
-            elif what in grow and what != "tokens":
+            elif what in grow:
                 more = {"length": 4, "frames": 1}.get(what, 4)
                 rows = torch.arange(value.shape[axis] + more) % value.shape[axis]
                 value = value.index_select(axis, rows)
         case[name] = value
-    if "rotary_cos" in case and grow:
-        frames, height, width = case["latents"].shape[2:]
-        transformer = cast(Any, component.module).transformer
-        case["rotary_cos"], case["rotary_sin"] = rotary_tables(transformer, frames, height, width)
     return case
 
 

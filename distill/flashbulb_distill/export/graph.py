@@ -1,138 +1,137 @@
-"""From a component to an ONNX file: traced once, weights written one after another, kept by content.
+"""From a component to an ONNX graph without its weights, which stay in safetensors files beside it.
 
-Weights above `EXTERNAL_BYTES` lie in a file beside the graph, since a protobuf holds no more than 2 GB; they are
-written a tensor at a time, so that an export needs the memory of the weights and little more.
+The tracer sees shapes only and constant folding is kept from the weights, so a graph depends on the network's
+configuration alone: an export needs no memory beyond the weights', and one of other weights comes out of the cache.
 """
 
 import hashlib
 import json
 import logging
-import shutil
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import onnx
+import diffusers
+import onnx_ir as ir
+import onnxscript
 import torch
-from torch import Tensor, nn
+import transformers
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxscript.optimizer import optimize_ir
+from torch import nn
 
-from .families import Component, exportable
+from .families import Component
+from .positions import exportable
 
-OPSETS = (18, 23)
-EXTERNAL_BYTES = 1 << 30
-GRAPH = "model.onnx"
+OPSETS = (18, 23)  # 18: widest reach, TensorRT-RTX; 23: attention whole, for fused kernels
+UNPLACED = "unplaced"  # the file that a weight without a place names; it is never there
 
 
-def export_component(
-    component: Component, folder: Path, *, opset: int = 18, cache: Path | None = None
-) -> Path:
-    """Write a component's graph, and its weights beside it where they are large, and return the graph's path.
+def trace_graph(component: Component, *, opset: int = 18, cache: Path | None = None) -> ir.Model:
+    """Trace a component into a graph whose weights are names, to be placed by `external.place_weights`.
 
     The graph's arithmetic is that of the weights' type; its inputs and outputs are float32.
 
     Args:
-        folder: of this component alone; it appears whole or not at all.
-        opset: 18 for the widest reach and TensorRT-RTX, 23 keeps attention as one node.
-        cache: where exports are kept by content; an equal one is copied instead of traced again.
+        opset: one of OPSETS.
+        cache: folder where graphs are kept by `content_hash`; an equal one is not traced again.
 
     Raises:
-        FileExistsError: `folder` exists.
         ValueError: the opset is none of OPSETS.
     """
     if opset not in OPSETS:
         raise ValueError(f"expected an opset of {OPSETS}, got {opset}")
-    if folder.exists():
-        raise FileExistsError(f"{folder}: expected a new folder, but it exists; remove it or choose another")
-    kept = None if cache is None else cache / content_hash(component, opset)
-    if kept is None or not (kept / GRAPH).exists():
-        target = folder if kept is None else kept
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _trace(component, partial / GRAPH, opset)
-        partial.rename(target)
+    kept = None if cache is None else cache / f"{content_hash(component, opset)}.onnx"
+    if kept is not None and kept.exists():
+        return ir.load(kept)
+    model = _trace(component, opset)
     if kept is not None:
-        shutil.copytree(kept, folder)
-    return folder / GRAPH
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
+        ir.save(model, temporary)
+        temporary.replace(kept)
+    return model
+
+
+def network_of(component: Component) -> tuple[str, nn.Module]:
+    """Return the one network that a component wraps, and the prefix of its weights' names in the graph."""
+    ((name, network),) = component.module.named_children()
+    return f"{name}.", network
 
 
 def content_hash(component: Component, opset: int) -> str:
-    """Return the hash of all that a graph is made from: weights, configuration, shapes, and who makes it."""
-    found = hashlib.sha256()
+    """Return the hash of all that a graph is made from: configuration, types, shapes, and who makes it."""
+    _, network = network_of(component)
+    config: Any = network.config
+    state = network.state_dict()
+    here = Path(__file__)
     facts = {
         "opset": opset,
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "code": Path(__file__).with_name("families.py").read_text(encoding="utf-8"),
+        "versions": [
+            torch.__version__,
+            onnxscript.__version__,
+            diffusers.__version__,
+            transformers.__version__,
+        ],
+        "code": [here.with_name(name).read_text() for name in ("families.py", "graph.py", "positions.py")],
         "module": [type(part).__qualname__ for part in component.module.modules()],
-        "config": [_config(child) for child in component.module.children()],
+        "config": config.to_dict() if hasattr(config, "to_dict") else dict(config),
+        "weights": {name: [list(value.shape), str(value.dtype)] for name, value in state.items()},
         "inputs": {name: [list(value.shape), str(value.dtype)] for name, value in component.inputs.items()},
         "axes": {name: dict(axes) for name, axes in component.axes.items()},
         "outputs": component.outputs,
     }
-    found.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, value in component.module.state_dict().items():
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(memoryview(_bytes(value)))
-    return found.hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _trace(component: Component, path: Path, opset: int) -> None:
+def _trace(component: Component, opset: int) -> ir.Model:
     dynamic = torch.export.Dim.DYNAMIC
-    with exportable(), _quietly():
+    prefix, network = network_of(component)
+    with exportable(), _quietly(), torch.no_grad():
         program = torch.onnx.export(
             component.module.eval(),
             tuple(component.inputs.values()),
             dynamo=True,
             opset_version=opset,
+            optimize=False,
             input_names=list(component.inputs),
             output_names=list(component.outputs),
             dynamic_shapes=tuple(dict.fromkeys(component.axes[name], dynamic) for name in component.inputs),
             verbose=False,
         )
-    assert program is not None
-    _strip(program.model)
-    program.save(path, external_data=_weight_bytes(component.module) > EXTERNAL_BYTES)
-    onnx.checker.check_model(path)
+        assert program is not None
+        model = program.model
+        names = {f"{prefix}{name}" for name in network.state_dict()}
+        weights = [value for name, value in model.graph.initializers.items() if name in names]
+        for value in weights:
+            value.const_value = None  # unknown to every pass, so that none reads or folds it
+
+        def should_fold(node: ir.Node) -> bool | None:
+            return False if any(value is not None and value.name in names for value in node.inputs) else None
+
+        optimize_ir(model, should_fold=should_fold)
+        ClearMetadataAndDocStringPass()(model)
+    for name in names & set(model.graph.initializers):
+        value = model.graph.initializers[name]
+        assert value.dtype is not None and value.shape is not None
+        value.const_value = ir.ExternalTensor(UNPLACED, 0, 0, value.dtype, shape=value.shape, name=name)
+    return model
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep the exporter's own remarks (torchvision is missing, tree specs change) off our users' screens."""
-    exporter = logging.getLogger("torch.onnx._internal.exporter")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    """Keep the exporter's own remarks (torchvision is missing, weights have no values) off our users' screens."""
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            exporter.setLevel(level)
-
-
-def _strip(model: Any) -> None:
-    """Drop what the exporter noted about its own run: source paths and traces, which differ between machines."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.doc_string = model.graph.doc_string = None
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-        value.doc_string = None
-
-
-def _config(module: nn.Module) -> Any:
-    config: Any = getattr(module, "config", None) or {}
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
-
-
-def _weight_bytes(module: nn.Module) -> int:
-    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
-
-
-def _bytes(value: Tensor) -> Any:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            for logger, level in zip(noisy, levels, strict=True):
+                logger.setLevel(level)

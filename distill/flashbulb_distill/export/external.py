@@ -1,0 +1,158 @@
+"""Place a graph's weights: each initialiser becomes a reference into the safetensors files of its component.
+
+Nothing is copied, so memory and disk hold the weights once, however large they are, and a graph cannot drift from
+the weights beside it. ONNX calls this external data: a file, an offset and a length.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from safetensors.torch import save_file
+
+from .families import Component
+from .graph import UNPLACED, network_of
+
+DTYPES = {
+    "F64": ir.DataType.DOUBLE,
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "I64": ir.DataType.INT64,
+}
+_MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stored tensor lies."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def read_places(folder: Path) -> dict[str, Place]:
+    """Return the place of every tensor in the safetensors files of a folder, shards included; reads headers only.
+
+    Raises:
+        ValueError: there is no such file, or one is damaged.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: expected *.safetensors files, found none; save the model there first")
+    places = {}
+    for file in files:
+        with file.open("rb") as handle:
+            head = handle.read(8)
+            header_bytes = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1
+            if header_bytes > min(_MAX_HEADER_BYTES, file.stat().st_size):
+                raise ValueError(f"{file}: expected a safetensors header, found none; the file is damaged")
+            header: dict[str, Any] = json.loads(handle.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            places[name] = Place(
+                file, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + start, end - start
+            )
+    return places
+
+
+def save_weights(network: torch.nn.Module, folder: Path, *, shard_bytes: int = 256 << 20) -> None:
+    """Write a network's tensors as weights-00000.safetensors and on, shared ones once.
+
+    One file at a time is in memory twice, so shards are small beside the weights.
+    """
+    shard: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    count = 0
+    for name, tensor in network.state_dict().items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place in seen and tensor.numel() > 0:
+            continue
+        seen.add(place)
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
+            save_file(shard, folder / f"weights-{count:05d}.safetensors")
+            shard, count = {}, count + 1
+        shard[name] = tensor.contiguous()
+    save_file(shard, folder / f"weights-{count:05d}.safetensors")
+
+
+def place_weights(model: ir.Model, component: Component, weights: Path, root: Path) -> None:
+    """Let the graph's weights be tensors of the safetensors files in `weights`; the graph will lie in `root`.
+
+    A tensor of another dtype is cast in the graph, which a runtime does once, when it loads.
+
+    Args:
+        component: that the graph was traced from, to find names of shared weights.
+
+    Raises:
+        ValueError: a weight is in no file, or has another shape there.
+    """
+    places = read_places(weights)
+    prefix, network = network_of(component)
+    names = _stored_names(network, places)
+    casts = []
+    for value in list(model.graph.initializers.values()):
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.location != UNPLACED:
+            continue
+        assert value.name is not None and value.dtype is not None
+        name = value.name.removeprefix(prefix)
+        place = places.get(names.get(name, name))
+        if place is None or place.shape != tuple(value.shape or ()):
+            found = "none" if place is None else f"shape {place.shape}"
+            raise ValueError(f"{weights}: expected {name} of shape {tuple(value.shape or ())}, found {found}")
+        location = place.file.relative_to(root).as_posix()
+        stored = ir.ExternalTensor(
+            location,
+            place.offset,
+            place.length,
+            DTYPES[place.dtype],
+            shape=ir.Shape(place.shape),
+            name=value.name,
+            base_dir=root,
+        )
+        if stored.dtype == value.dtype:
+            value.const_value = stored
+        else:
+            casts.append(_cast(model.graph, value, stored))
+    if casts:
+        model.graph.insert_before(model.graph[0], casts)
+
+
+def _cast(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> ir.Node:
+    """Replace an initialiser by a cast of what is stored."""
+    assert value.name is not None and value.dtype is not None
+    name = value.name
+    del graph.initializers[name]
+    value.name = f"{name}/placed"
+    value.const_value = None
+    source = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+    graph.register_initializer(source)
+    node = ir.node("Cast", [source], {"to": value.dtype.value}, name=f"{name}/cast")
+    output = node.outputs[0]
+    output.name, output.shape, output.type = f"{name}/cast", value.shape, value.type
+    value.replace_all_uses_with(output)
+    return node
+
+
+def _stored_names(module: Any, places: Mapping[str, Place]) -> dict[str, str]:
+    """Map each name of a shared weight to the one name under which it is stored."""
+    by_memory: dict[tuple[int, tuple[int, ...]], str] = {}
+    state = module.state_dict()
+    for name, tensor in state.items():
+        if name in places:
+            by_memory[tensor.data_ptr(), tuple(tensor.shape)] = name
+    return {
+        name: stored
+        for name, tensor in state.items()
+        if (stored := by_memory.get((tensor.data_ptr(), tuple(tensor.shape)))) is not None
+    }

@@ -1,0 +1,91 @@
+"""`flashbulb export onnx` on diffusers folders."""
+
+import json
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flashbulb_distill.export.external import place_weights
+from flashbulb_distill.export.graph import network_of, trace_graph
+from flashbulb_service.cli import run
+from support.exported import find
+from support.tiny_families import make_tiny_family
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+
+
+def save_folder(root, names):
+    """Save some parts of a tiny SDXL as its pipeline would, in several files each."""
+    entries = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    }
+    parts = make_tiny_family("sdxl")
+    for name in names:
+        parts[name].save_pretrained(root / name, max_shard_size="20KB")
+        entries[name] = [type(parts[name]).__module__.partition(".")[0], type(parts[name]).__name__]
+    (root / "model_index.json").write_text(json.dumps(entries))
+    return root
+
+
+def test_graphs_lie_beside_sharded_weights_and_agree_with_torch(tmp_path, capsys):
+    folder = save_folder(tmp_path, ["text_encoder", "text_encoder_2"])
+    assert len(list((folder / "text_encoder_2").glob("*.safetensors"))) > 1
+    assert run(["export", "onnx", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        str(folder / "text_encoder.onnx"),
+        str(folder / "text_encoder_2.onnx"),
+    ]
+    assert all("differs from torch by" in line for line in lines)
+    files = {
+        entry.value
+        for tensor in onnx.load(folder / "text_encoder_2.onnx", load_external_data=False).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert len(files) > 1
+
+
+def test_graph_of_another_dtype_casts_what_is_stored(tmp_path, capsys):
+    folder = save_folder(tmp_path, ["text_encoder"])
+    assert run(["export", "onnx", str(folder), "--dtype", "float16"]) == 0
+    assert "differs from torch" in capsys.readouterr().out
+    types = {
+        tensor.data_type
+        for tensor in onnx.load(folder / "text_encoder.onnx", load_external_data=False).graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+    assert types == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "found no model_index.json"),
+        ('{"_class_name": "FluxPipeline"}', "expected one of StableDiffusionXLPipeline"),
+    ],
+)
+def test_a_folder_that_is_no_pipeline_of_ours_is_one_line(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "model_index.json").write_text(content)
+    assert run(["export", "onnx", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    component = find("sdxl", "text_encoder")
+    graph = trace_graph(component)
+    with pytest.raises(ValueError, match=r"expected \*\.safetensors files, found none"):
+        place_weights(graph, component, tmp_path, tmp_path)
+    save_file({"other": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"expected .*weight of shape .* found none"):
+        place_weights(graph, component, tmp_path, tmp_path)
+    name = next(iter(network_of(component)[1].state_dict()))
+    save_file({name: torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"expected .*weight of shape .* found"):
+        place_weights(graph, component, tmp_path, tmp_path)
