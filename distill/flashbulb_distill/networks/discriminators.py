@@ -21,16 +21,19 @@ class LatentDiscriminator(nn.Module):
         backbone: the teacher's network; kept out of this module's parameters, since it is the teacher's.
         taps: block numbers; -1 is the input itself.
         channels: channels of the latents.   width: channels of a block's features.
+        axes: of the latents: 2 of pictures [b, c, h, w], 3 of videos [b, c, f, h, w].
     """
 
-    def __init__(self, backbone: Denoiser, taps: Sequence[int], *, channels: int, width: int) -> None:
+    def __init__(
+        self, backbone: Denoiser, taps: Sequence[int], *, channels: int, width: int, axes: int = 2
+    ) -> None:
         super().__init__()
         self._backbone = (backbone,)  # a tuple, so that it is no submodule
         self.taps = tuple(taps)
-        self.heads = Heads([Head(channels if tap == INPUT else width) for tap in taps])
+        self.heads = Heads([Head(channels if tap == INPUT else width, axes=axes) for tap in taps])
 
     def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Return logits [b, places] of latents [b, c, h, w] at times [b]."""
+        """Return logits [b, places] of latents [b, c, (f,) h, w] at times [b]."""
         blocks = [tap for tap in self.taps if tap != INPUT]
         maps = (
             dict(zip(blocks, self._backbone[0].features(xt, t, cond, blocks), strict=True)) if blocks else {}

@@ -29,30 +29,35 @@ def timed_layers(channels: int, width: int, out: int) -> nn.Sequential:
 
 
 class Head(nn.Module):
-    """Read one feature map [b, channels, h, w] at times [b] into logits [b, places].
+    """Read one feature map [b, channels, (f,) h, w] at times [b] into logits [b, places].
 
     Each sample's map is normalised as a whole first, so that taps of any scale learn at one learning rate.
+
+    Args:
+        axes: of a place: 2 of a picture, 3 of a video.
     """
 
-    def __init__(self, channels: int, width: int = 64) -> None:
+    def __init__(self, channels: int, width: int = 64, *, axes: int = 2) -> None:
         super().__init__()
+        convolution = {2: nn.Conv2d, 3: nn.Conv3d}[axes]
         self.scale = nn.GroupNorm(1, channels)
-        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.enter = convolution(channels, width, 3, padding=1)
         self.time = nn.Linear(TIME_FEATURES, width)
         self.body = nn.Sequential(
             nn.GroupNorm(8, width),
             nn.SiLU(),
-            nn.Conv2d(width, width, 4, stride=2, padding=1),
+            convolution(width, width, 4, stride=2, padding=1),
             nn.GroupNorm(8, width),
             nn.SiLU(),
-            nn.Conv2d(width, 1, 1),
+            convolution(width, 1, 1),
         )
 
     def forward(self, features: Tensor, t: Tensor) -> Tensor:
         """Return one logit a place."""
         # GroupNorm's backward pass crashes on channels-last views (torch 2.13, CPU), which networks do return.
         features = features.contiguous()
-        x = self.enter(self.scale(features)) + self.time(time_features(t))[:, :, None, None]
+        time = self.time(time_features(t))
+        x = self.enter(self.scale(features)) + time.reshape(*time.shape, *[1] * (features.ndim - 2))
         logits: Tensor = self.body(x)
         return logits.flatten(1)
 

@@ -138,7 +138,8 @@ class Adm:
             t = send(self.draws.uniform(f"{name}/time", step, rows)).float().clamp(min=1e-3)
             eps = send(self.draws.normal(f"{name}/noise", step, rows, x_0.shape[1:]))
             xt = add_noise(self.fake.schedule, x_0, eps, spread(t, x_0))
-            loss = velocity_loss(self.fake.x0(xt, t, cond), x_0, t)
+            sigma = alpha_sigma(self.fake.schedule, t)[1]
+            loss = velocity_loss(self.fake.x0(xt, t, cond), x_0, sigma)
             update(loss, [self.optimizers["fake"]], self.recipe.clip, self.ranks)
             losses.append(loss.item())
         return {"fake_loss": sum(losses) / len(losses)}

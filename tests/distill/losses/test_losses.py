@@ -36,3 +36,13 @@ def test_velocity_loss_is_the_velocitys_error():
     xt = (1 - at) * x0 + at * eps
     expected = ((xt - guess) / at - (eps - x0)).square().mean()
     torch.testing.assert_close(velocity_loss(guess, x0, t), expected)
+
+
+def test_velocity_loss_is_the_error_of_v_where_the_variance_is_preserved():
+    x0, eps, guess = torch.randn(3, 8, 2, 2, 2, 2).unbind(0)
+    angle = torch.linspace(0.2, 1, 8) * torch.pi / 2
+    alpha, sigma = (f(angle)[:, None, None, None, None] for f in (torch.cos, torch.sin))
+    xt = alpha * x0 + sigma * eps
+    v, said = ((alpha * xt - estimate) / sigma for estimate in (x0, guess))
+    torch.testing.assert_close(v, alpha * eps - sigma * x0, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(velocity_loss(guess, x0, angle.sin()), (said - v).square().mean())

@@ -7,7 +7,7 @@ from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.core.schedule import add_noise, ode_step
 from flashbulb_distill.networks.discriminators import VectorDiscriminator
 from flashbulb_distill.networks.point import PointDenoiser
-from flashbulb_distill.teachers.denoiser import Condition
+from flashbulb_distill.teachers.denoiser import Condition, spread
 from flashbulb_distill.teachers.mixture import MixtureDenoiser, ring
 from flashbulb_distill.train.adm import Adm, keep_position
 from flashbulb_distill.train.recipe import AdmRecipe, Rates
@@ -27,7 +27,7 @@ class Recorder(VectorDiscriminator):
         return super().forward(xt, t, cond)
 
 
-def make(latent, *, fake=None, **overrides):
+def make(latent, *, fake=None, student=None, teacher=None, time_steps=(1.0,), **overrides):
     torch.manual_seed(0)
     options = {
         "steps": 10,
@@ -37,7 +37,7 @@ def make(latent, *, fake=None, **overrides):
     }
     options |= {"guidance": 1.0, "delta_t": 1 / 16, "time_range": (0.1, 0.9)} | overrides
     recipe = AdmRecipe(**options)
-    student, fake = PointDenoiser(2), fake or PointDenoiser(2)
+    student, fake = student or PointDenoiser(2), fake or PointDenoiser(2)
     rate = {"student": student, "fake": fake, "latent": latent}
     optimizers = {
         role: torch.optim.SGD(list(module.parameters()) or [torch.zeros(1, requires_grad=True)], lr=1e-2)
@@ -49,8 +49,8 @@ def make(latent, *, fake=None, **overrides):
         cond=NO_PROMPT,
         uncond=NO_PROMPT,
         latent_shape=(2, 1, 1),
-        time_steps=(1.0,),
-        teacher=MixtureDenoiser(ring(4), 0.2),
+        time_steps=time_steps,
+        teacher=teacher or MixtureDenoiser(ring(4), 0.2),
         student=student,
         fake=fake,
         latent=latent,
@@ -181,3 +181,76 @@ def test_the_fake_score_learns_the_students_distribution():
     for step in range(150):
         method.step(step)
     assert error() < 0.3 * before
+
+
+class VideoStyleMixture(MixtureDenoiser):
+    """The exact mixture in the terms of a video teacher: it predicts v, and keeps the variance."""
+
+    prediction = "v"
+    schedule = "variance-preserving"
+
+    def forward(self, xt, t, cond):
+        alpha, sigma = (spread(f(t * torch.pi / 2), xt) for f in (torch.cos, torch.sin))
+        return (alpha * xt - super().forward(xt, t, cond)) / sigma.clamp(min=1e-6)
+
+
+class WatchedStudent(VideoStyleMixture):
+    """A student of one weight that keeps what it was shown, and whether gradients were on."""
+
+    def __init__(self):
+        super().__init__(ring(4), 0.2)
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.calls = []
+
+    def forward(self, xt, t, cond):
+        self.calls.append((xt.detach().clone(), float(t[0]), torch.is_grad_enabled()))
+        return self.weight * super().forward(xt, t, cond)
+
+
+FOUR_STEPS = (1.0, 0.75, 0.5, 0.25)
+
+
+def multi_step():
+    options = {
+        "teacher": VideoStyleMixture(ring(4), 0.2),
+        "student": WatchedStudent(),
+        "time_steps": FOUR_STEPS,
+    }
+    latent = Recorder()
+    return make(latent, fake=WatchedStudent(), **options), latent
+
+
+def test_a_multi_step_student_is_trained_on_the_states_that_it_will_meet_when_it_is_used():
+    """Backward simulation: the inputs are the student's own, re-noised; only the last, drawn step has a gradient."""
+    method, _ = multi_step()
+    stops = set()
+    for step in range(12):
+        method.student.calls.clear()
+        method.step(step)
+        calls = method.student.calls
+        stops.add(len(calls))
+        assert [t for _, t, _ in calls] == list(FOUR_STEPS[: len(calls)])
+        assert [grad for *_, grad in calls] == [False] * (len(calls) - 1) + [True]
+        noises = [
+            torch.from_numpy(method.draws.normal(f"adm/start/{i}", step, range(16), (2, 1, 1)))
+            for i in range(len(calls))
+        ]
+        torch.testing.assert_close(calls[0][0], noises[0])
+        with torch.no_grad():
+            for (xt, t, _), (met, s, _), noise in zip(calls, calls[1:], noises[1:], strict=False):
+                # The weight moved by one small step since; what it was shown must lead from one state to the next.
+                x0 = VideoStyleMixture.x0(method.teacher, xt, torch.full((16,), t), NO_PROMPT)
+                angle = torch.tensor(s) * torch.pi / 2
+                torch.testing.assert_close(met, angle.cos() * x0 + angle.sin() * noise, atol=0.1, rtol=0.1)
+    assert stops == {1, 2, 3, 4}
+
+
+def test_where_the_variance_is_preserved_both_steps_follow_that_flow():
+    method, latent = multi_step()
+    method.step(0)
+    both, times = latent.seen[0]
+    real, fake = both.chunk(2)
+    assert torch.equal(*times.chunk(2))
+    # Student, teacher and fake score are one and the same here, but for what the fake score just learnt.
+    torch.testing.assert_close(real, fake, atol=0.05, rtol=0.05)
+    assert torch.isfinite(both).all()
