@@ -23,6 +23,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashbulb_distill.bundle import Bundle, Manifest
+from flashbulb_distill.bundle.engines import list_engines
 from flashbulb_service.backends import Backend, ImageRequest, Student, create_backend
 from flashbulb_service.backends.choice import choose_backend, this_machine
 from flashbulb_service.backends.embeddings import EmbeddingCache
@@ -105,7 +106,8 @@ def backend_of(bundle: Bundle, settings: Settings) -> str:
     Raises:
         BackendUnavailable: the one that was asked for cannot, or none can.
     """
-    return choose_backend(settings.backend, bundle.manifest, this_machine())
+    engines = [manifest for _, manifest in list_engines(bundle.path)]
+    return choose_backend(settings.backend, bundle.manifest, this_machine(), engines)
 
 
 def known_times(bundle: Bundle, settings: Settings) -> tuple[Mapping[int, float], str]:

@@ -13,6 +13,7 @@ from .errors import BundleError
 from .manifest import SCHEMA_VERSION, File, Manifest
 
 MANIFEST = "manifest.json"
+ENGINES = "engines"  # each folder in it has a manifest of its own, see engines.py
 _MAX_MANIFEST_BYTES = 4 << 20
 
 
@@ -117,6 +118,8 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
 def _strangers(path: Path, manifest: Manifest) -> Iterator[Path]:
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
+        if name.startswith(f"{ENGINES}/"):
+            continue
         if file.is_file() and name != MANIFEST and name not in manifest.files:
             yield file
 

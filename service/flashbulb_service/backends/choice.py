@@ -5,18 +5,19 @@ One that was asked for by name is used or refused, never replaced. A backend is 
 
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
 from flashbulb_distill.bundle import Manifest
+from flashbulb_distill.bundle.engines import EngineManifest, Flavor
 from flashbulb_service.errors import BackendUnavailable
 
 AUTO = "auto"
 PREFERRED = ("tensorrt", "onnx", "torch")  # what `auto` tries, in this order; synthetic only when asked for
+RUNTIMES: Mapping[Flavor, str] = {"standard": "tensorrt", "rtx": "tensorrt_rtx"}  # engines -> what runs them
 PACKAGES: Mapping[str, tuple[str, str]] = {  # name -> the package that it needs, and how to get it
-    "tensorrt": ("tensorrt", "pip install 'flashbulb[tensorrt]'"),
     "onnx": ("onnxruntime", "pip install flashbulb"),
     "torch": ("torch", "pip install 'flashbulb[distill]'"),
 }
@@ -32,19 +33,23 @@ class Machine:
     gpus: tuple[str, ...] = ()  # compute capabilities, such as "sm_89"
 
 
-def choose_backend(wanted: str, manifest: Manifest, machine: Machine) -> str:
+def choose_backend(
+    wanted: str, manifest: Manifest, machine: Machine, engines: Sequence[EngineManifest] = ()
+) -> str:
     """Return the name of the backend that runs a bundle: pure, so that it can be told before anything is loaded.
 
+    Args:
+        engines: that lie beside the bundle, as `list_engines` finds them.
     Raises:
         BackendUnavailable: the one that was asked for cannot; or with "auto", none can. Says why, in one line.
     """
     if wanted == "synthetic":
         return wanted
     if wanted != AUTO:
-        if (problem := obstacle(wanted, manifest, machine)) is not None:
+        if (problem := obstacle(wanted, manifest, machine, engines)) is not None:
             raise BackendUnavailable(f"backend {wanted!r} was asked for, but {problem}")
         return wanted
-    problems = {name: obstacle(name, manifest, machine) for name in PREFERRED}
+    problems = {name: obstacle(name, manifest, machine, engines) for name in PREFERRED}
     for name, problem in problems.items():
         if problem is None:
             return name
@@ -54,11 +59,15 @@ def choose_backend(wanted: str, manifest: Manifest, machine: Machine) -> str:
     )
 
 
-def obstacle(name: str, manifest: Manifest, machine: Machine) -> str | None:
+def obstacle(
+    name: str, manifest: Manifest, machine: Machine, engines: Sequence[EngineManifest] = ()
+) -> str | None:
     """Say why a backend cannot run a bundle here; None when it can."""
     model = f"{manifest.name}@{manifest.version}"
     if name not in machine.modules:
         return f"this version has {', '.join(sorted(machine.modules))}"
+    if name == "tensorrt":
+        return _engine_obstacle(model, machine, engines)
     package, remedy = PACKAGES[name]
     if package not in machine.packages:
         return f"the package {package} is not installed: {remedy}"
@@ -67,28 +76,30 @@ def obstacle(name: str, manifest: Manifest, machine: Machine) -> str | None:
             file for file in manifest.components.model_dump().values() if not str(file).endswith(".onnx")
         ]
         return f"{model} has no ONNX graph in {missing[0]}" if missing else None
-    if name == "torch":
-        return None if _has(manifest, ".safetensors") else f"{model} holds no weights (*.safetensors)"
-    targets = engine_targets(manifest)
-    if not targets:
-        return f"{model} holds no engine: flashbulb export tensorrt"
+    return None if _has(manifest, ".safetensors") else f"{model} holds no weights (*.safetensors)"
+
+
+def _engine_obstacle(model: str, machine: Machine, engines: Sequence[EngineManifest]) -> str | None:
+    installed = {flavor for flavor, package in RUNTIMES.items() if package in machine.packages}
+    if not installed:
+        return f"neither {' nor '.join(RUNTIMES.values())} is installed: pip install 'flashbulb[tensorrt]'"
+    runnable = [engine for engine in engines if engine.flavor in installed]
+    if not runnable:
+        flavors = ", ".join(sorted(installed))
+        return f"{model} has no engines of the flavor {flavors}: flashbulb export tensorrt"
+    targets = {target for engine in runnable for target in engine.targets}
     if not targets & set(machine.gpus):
         here = ", ".join(machine.gpus) or "no NVIDIA GPU"
-        return f"{model} holds engines for {', '.join(sorted(targets))}, and this machine has {here}"
+        return f"{model} has engines for {', '.join(sorted(targets))}, and this machine has {here}"
     return None
-
-
-def engine_targets(manifest: Manifest) -> frozenset[str]:
-    """Return the GPU kinds that a bundle holds engines for: the folders of engines/."""
-    places = [name.split("/") for name in manifest.files]
-    return frozenset(place[1] for place in places if place[0] == "engines" and len(place) > 2)
 
 
 @cache
 def this_machine() -> Machine:
     """Look at this machine, once; nothing is imported for it."""
     modules = {name for name in PREFERRED if find_spec(f"flashbulb_service.backends.{name}")}
-    packages = {package for package, _ in PACKAGES.values() if find_spec(package)}
+    wanted = {*RUNTIMES.values(), *(package for package, _ in PACKAGES.values())}
+    packages = {package for package in wanted if find_spec(package)}
     return Machine(frozenset(modules), frozenset(packages), _gpus())
 
 

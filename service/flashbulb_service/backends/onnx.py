@@ -5,6 +5,7 @@ Three graphs come from the bundle (text encoder, denoiser, decoder); the loop ov
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -31,7 +32,7 @@ class OnnxBackend:
         self._threads = threads or usable_cores()
         self._bundle: Bundle | None = None
         self._sessions: dict[str, ort.InferenceSession] = {}
-        self._takes: dict[str, dict[str, type]] = {}  # part -> its inputs and their types
+        self._takes: dict[str, Mapping[str, Any]] = {}  # part -> its inputs and their types
         self._tokenizers: tuple[Tokenizer, ...] = ()
         self.cache = EmbeddingCache() if cache is None else cache
 
@@ -45,7 +46,7 @@ class OnnxBackend:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
             self._takes[part] = {node.name: _DTYPES[node.type] for node in self._sessions[part].get_inputs()}
-        self._tokenizers = tuple(_plain_tokenizer(bundle, text) for text in bundle.manifest.text)
+        self._tokenizers = plain_tokenizers(bundle)
         self._bundle = bundle
 
     def encode_prompts(self, prompts: Sequence[str], pad_to: int | None = None) -> Embeddings:
@@ -173,8 +174,12 @@ def _session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
+def plain_tokenizers(bundle: Bundle) -> tuple[Tokenizer, ...]:
+    """Open the bundle's tokenizers with their own padding and truncation off: the manifest says both."""
+    return tuple(_plain_tokenizer(bundle, text) for text in bundle.manifest.text)
+
+
 def _plain_tokenizer(bundle: Bundle, text: Text) -> Tokenizer:
-    """Open one of the bundle's tokenizers with its own padding and truncation off: the manifest says both."""
     tokenizer = Tokenizer.from_file(str(bundle.file(text.tokenizer)))
     tokenizer.no_padding()
     tokenizer.enable_truncation(text.max_length)

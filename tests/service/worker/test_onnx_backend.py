@@ -195,7 +195,7 @@ def test_backend_without_a_bundle_says_so() -> None:
 
 
 def test_unknown_backend_is_never_replaced_by_another() -> None:
-    with pytest.raises(ValueError, match="'synthetic', got 'cuda'"):
+    with pytest.raises(ValueError, match="name of a backend, got 'cuda'"):
         create_backend("cuda", threads=1)
 
 
