@@ -57,7 +57,7 @@ class QueueMachine(RuleBasedStateMachine):
     async def subscribe(self) -> None:
         self.subscription = self.queue._client.pubsub()
         await self.subscription.subscribe(self.queue.keys.done(self.queue.instance))
-        await self.subscription.get_message(timeout=5)
+        await self.subscription.get_message(timeout=60)
 
     def teardown(self) -> None:
         async def close() -> None:
@@ -263,7 +263,7 @@ class QueueMachine(RuleBasedStateMachine):
         async def heard() -> list[str]:
             await self.queue._client.publish(self.queue.keys.done(self.queue.instance), "marker")
             got = []
-            while (message := await self.subscription.get_message(timeout=5))["data"] != b"marker":
+            while (message := await self.subscription.get_message(timeout=60))["data"] != b"marker":
                 got.append(read_news(message["data"]).id)
             return got
 
