@@ -113,6 +113,20 @@ def _soak(result: Result) -> list[str]:
     return [f"{result['seconds'] / 60:.0f} minutes; growth of memory: {growth}.", "", *_verdict(result)]
 
 
+def _peers(result: Result) -> list[str]:
+    summaries = {name: peer["summary"] for name, peer in result["peers"].items()}
+    offered = [point["offered_rps"] for point in next(iter(summaries.values()))]
+    rows = [[name, *(_goodput(point) for point in points)] for name, points in summaries.items()]
+    bare = f"{result['bare_pictures_per_s']:.0f}/s at its best batch size"
+    told = f"Goodput per second in {result['slo_ms']:g} ms, p99 of the answers; bare student: {bare}."
+    return [told, "", *_table(["server", *(f"{rate:.0f}/s offered" for rate in offered)], rows)]
+
+
+def _goodput(point: Mapping[str, Any]) -> str:
+    p99 = f", p99 {point['p99_ms']['mean']:.0f}" if point["p99_ms"] else ""
+    return f"{point['goodput_rps']['mean']:.1f}{p99}{' (void)' if point['invalid'] else ''}"
+
+
 SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "student_vs_teacher": ("Student and teacher", _student),
     "saturate": ("Saturated throughput", _saturate),
@@ -134,4 +148,5 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "fuzz": ("Requests drawn from the OpenAPI document", _verdict),
     "soak": ("Soak", _soak),
     "rolling": ("Rolling restart", _verdict),
+    "peers": ("Beside other servers", _peers),
 }
