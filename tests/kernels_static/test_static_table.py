@@ -1,0 +1,52 @@
+"""The committed table: green, and of the kernels as they are."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flashbulb_kernels.aot import ARCHS, FORMS, compile_variants, shipped_variants
+from flashbulb_kernels.inspect import Row, faults, inspect
+from flashbulb_kernels.static_table import read_csv, stale
+
+TABLE = Path(__file__).parents[2] / "kernels" / "static-table.csv"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return read_csv(TABLE.read_text(encoding="utf-8"))
+
+
+def test_no_row_is_red(rows: list[Row]) -> None:
+    """Judged anew by its numbers, not by what the file says of them."""
+    assert [(row.name, row.faults, faults(row)) for row in rows if row.faults or faults(row)] == []
+
+
+def test_the_table_is_of_the_kernels_as_they_are(rows: list[Row]) -> None:
+    """After a change to a kernel: flashbulb kernels inspect --check --write kernels/static-table.csv"""
+    names = {row.name for row in rows}
+    assert len(names) == len(rows)
+    assert stale(rows, (v for v in shipped_variants() if str(v) in names)) == []
+
+
+def test_a_changed_tile_is_noticed(rows: list[Row]) -> None:
+    variants = [v for v in shipped_variants() if str(v) == rows[0].name]
+    assert stale(rows[:1], variants) == []
+    assert stale([replace(rows[0], key="0" * 12)], variants) == [rows[0].name]
+    assert stale(rows[:1], []) == [rows[0].name]
+
+
+def test_the_table_holds_every_kernel_of_the_shipped_families(rows: list[Row]) -> None:
+    """SDXL, SD3, SD3.5 and CogVideoX have heads of 64, run in fp16 or bf16, and train with gradients."""
+    needed = {str(v) for v in shipped_variants(ARCHS, tuple(FORMS), ("fp16", "bf16"), (64,))}
+    assert needed - {row.name for row in rows} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_kernel_compiled_anew_is_its_row(rows: list[Row], tmp_path: Path) -> None:
+    """One that trains, on the architecture with the least shared memory."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'flashbulb[gpu]'")
+    variants = [v for v in shipped_variants(("sm_86",), ("dkdv",), ("bf16",), (64,)) if v.form == "plain"]
+    (row,) = inspect(compile_variants(variants, tmp_path / "cache"), tmp_path / "scratch")
+    assert row == next(listed for listed in rows if listed.name == row.name)
