@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from flashbulb_service.settings import Settings
 
 COMMAND_GROUP = "flashbulb.commands"
+VERIFIER_GROUP = (
+    "flashbulb.verifiers"  # (bundle's folder) -> what was compared, each with component and error
+)
 
 Models = Annotated[Path | None, typer.Option("--models", metavar="DIR", help="Model repository [./models]")]
 Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Queue and results of this machine")]
@@ -268,21 +271,42 @@ def inspect_model(
     typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
 
 
-@models_app.command("verify")
+@models_app.command(
+    "verify", epilog="Examples:  flashbulb models verify  |  flashbulb models verify emoji@1 --hashes-only"
+)
 def verify_models(
     names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="[all]")] = None,
     models: Models = None,
+    hashes_only: Annotated[
+        bool, typer.Option("--hashes-only", help="Do not compare with torch, where it is installed")
+    ] = False,
 ) -> None:
-    """Check every byte of models against their manifests."""
+    """Check every byte against the manifest and, where torch is installed, graphs and pictures against torch."""
     from flashbulb_service.catalog import Catalog
 
     settings = _settings(models=models)
     wanted = names or [model.id for model in Catalog.load(settings.models, verify=False).models]
     for name in wanted:
         bundle = _open(settings, name, verify=True)
+        told = "hashes only" if hashes_only else _compare(bundle.path)
         typer.echo(
-            f"{bundle.manifest.name}@{bundle.manifest.version}\tok\t{len(bundle.manifest.files)} files"
+            f"{bundle.manifest.name}@{bundle.manifest.version}\tok\t{len(bundle.manifest.files)} files\t{told}"
         )
+
+
+def _compare(bundle: Path) -> str:
+    """Hold a bundle against torch and say in a few words how near it is, or why this cannot be done here."""
+    found = [entry for entry in entry_points(group=VERIFIER_GROUP) if entry.name == "parity"]
+    try:
+        compare = found[0].load() if found else None
+    except ImportError as error:
+        return f"hashes only: {error.name or error} is not installed (extra distill)"
+    if compare is None:
+        return "hashes only: the distiller is not installed (extra distill)"
+    parities = compare(bundle)
+    if not parities:
+        return "hashes only: no weights that torch could load"
+    return "as in torch: " + ", ".join(f"{parity.component} {parity.error:.1e}" for parity in parities)
 
 
 @models_app.command("calibrate")

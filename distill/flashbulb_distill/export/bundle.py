@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bundle import (
     Components,
@@ -121,6 +121,38 @@ def _write(
     teacher.codec.float()
     shutil.copyfile(model_folder() / "tokenizer.json", work / "tokenizer.json")
 
+    modules = component_cases(teacher, student)
+    _, text_in = modules["text_encoder"]
+    denoiser_module, denoiser_in = modules["denoiser"]
+    decoder_module, decoder_in = modules["decoder"]
+
+    text = export_onnx(teacher.text_encoder, text_in, ["prompt_embeds", "pooled_prompt_embeds"])
+    matrices = {n: p.numpy() for n, p in teacher.text_encoder.named_parameters() if p.ndim == 2}
+    quantise_inside(text, matrices)
+    save_model(text, work / "text_encoder.onnx")
+
+    denoiser = export_onnx(denoiser_module, denoiser_in, ["prediction"])
+    use_safetensors(denoiser, work, f"transformer/{WEIGHTS}")
+    save_model(denoiser, work / "denoiser.onnx")
+
+    decoder = export_onnx(decoder_module, decoder_in, ["pixels"])
+    use_safetensors(decoder, work, f"codec/{WEIGHTS}")
+    save_model(decoder, work / "decoder.onnx")
+
+    parity = []
+    parts: dict[str, tuple[Path, dict[str, NDArray[Any]]]] = {}
+    for component, (module, case) in modules.items():
+        path = work / f"{component}.onnx"
+        parity.append(check_component(component, path, module, batches(case), tolerance))
+        rows = np.arange(max_batch) % len(PROBES)
+        parts[component] = path, {name: value.numpy()[rows] for name, value in case.items()}
+    return parity, parts
+
+
+def component_cases(
+    teacher: EmojiTeacher, student: EmojiDenoiser
+) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
+    """Return each component as the module that is exported, and the inputs that it is traced and checked with."""
     ids, mask = tokenise(teacher.tokenizer, PROBES)
     with torch.no_grad():
         tokens, pooled = teacher.text_encoder(ids, mask)
@@ -134,38 +166,13 @@ def _write(
         "prompt_embeds": tokens,
         "pooled_prompt_embeds": pooled,
     }
-    decoder_in = {"latents": latents}
-
-    text = export_onnx(teacher.text_encoder, text_in, ["prompt_embeds", "pooled_prompt_embeds"])
-    matrices = {n: p.numpy() for n, p in teacher.text_encoder.named_parameters() if p.ndim == 2}
-    quantise_inside(text, matrices)
-    save_model(text, work / "text_encoder.onnx")
-
-    denoiser_module = DenoiserComponent(student.transformer)
-    denoiser = export_onnx(denoiser_module, denoiser_in, ["prediction"])
-    use_safetensors(denoiser, work, f"transformer/{WEIGHTS}")
-    save_model(denoiser, work / "denoiser.onnx")
-
-    decoder_module = DecoderComponent(teacher.codec)
-    decoder = export_onnx(decoder_module, decoder_in, ["pixels"])
-    use_safetensors(decoder, work, f"codec/{WEIGHTS}")
-    save_model(decoder, work / "decoder.onnx")
-
-    modules = {
+    return {
         "text_encoder": (teacher.text_encoder, text_in),
-        "denoiser": (denoiser_module, denoiser_in),
-        "decoder": (decoder_module, decoder_in),
+        "denoiser": (DenoiserComponent(student.transformer), denoiser_in),
+        "decoder": (DecoderComponent(teacher.codec), {"latents": latents}),
     }
-    parity = []
-    parts: dict[str, tuple[Path, dict[str, NDArray[Any]]]] = {}
-    for component, (module, case) in modules.items():
-        path = work / f"{component}.onnx"
-        parity.append(check_component(component, path, module, _batches(case), tolerance))
-        rows = np.arange(max_batch) % len(PROBES)
-        parts[component] = path, {name: value.numpy()[rows] for name, value in case.items()}
-    return parity, parts
 
 
-def _batches(case: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+def batches(case: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
     """The case whole, and its first row alone: the batch axis must be dynamic."""
     return [case, cast(Mapping[str, Tensor], {name: value[:1] for name, value in case.items()})]
