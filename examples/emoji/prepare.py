@@ -9,18 +9,13 @@ the training file.
 """
 
 import argparse
-import hashlib
-import io
 import json
-import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import resvg_py
-from PIL import Image
+from art import Art, emoji_codes, fetch, rasterise, read_concepts
 from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
@@ -30,12 +25,6 @@ RENDER_PX = 128
 HELD_OUT_EVERY = 10
 
 
-def read_concepts(path: Path) -> list[str]:
-    """Return the concept names of a list file, without comments and empty lines."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def held_out_style(concept_index: int) -> str | None:
     """Return the style that concept number `concept_index` must never be trained in, if any."""
     if concept_index % HELD_OUT_EVERY != HELD_OUT_EVERY - 1:
@@ -43,58 +32,9 @@ def held_out_style(concept_index: int) -> str | None:
     return STYLES[(concept_index // HELD_OUT_EVERY) % len(STYLES)]
 
 
-def fetch(package: str, version: str, sha256: str, cache: Path) -> Path:
-    """Return the package's tarball, downloaded with npm once and checked against its pinned hash."""
-    name = package.lstrip("@").replace("/", "-") + f"-{version}.tgz"
-    path = cache / name
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "pack", "--silent", f"{package}@{version}"]
-        subprocess.run(command, cwd=cache, check=True, stdout=subprocess.DEVNULL)
-    arrived = hashlib.sha256(path.read_bytes()).hexdigest()
-    if arrived != sha256:
-        raise ValueError(
-            f"{path.name}: expected sha256 {sha256}, got {arrived}; delete the file and try again"
-        )
-    return path
-
-
-def read_json(tarball: Path, member: str) -> dict:
-    """Return one JSON file of an npm tarball."""
-    with tarfile.open(tarball) as archive:
-        handle = archive.extractfile(f"package/{member}")
-        assert handle is not None
-        return json.load(handle)
-
-
-class Art:
-    """The SVG art of one style, looked up by emoji code points."""
-
-    def __init__(self, tarball: Path) -> None:
-        icons = read_json(tarball, "icons.json")
-        self._icons, self._aliases = icons["icons"], icons.get("aliases", {})
-        self._size = (icons.get("width", 16), icons.get("height", 16))
-        chars = read_json(tarball, "chars.json")
-        self._names = {code.replace("-fe0f", ""): name for code, name in chars.items()}
-
-    def svg(self, code: str, *, zoom: float, shift: tuple[float, float]) -> str:
-        """Return a square SVG of one emoji: `zoom` 1 fills the square; `shift` in parts of its side."""
-        name = self._names[code]
-        icon = self._icons.get(name) or self._icons[self._aliases[name]["parent"]]
-        width, height = icon.get("width", self._size[0]), icon.get("height", self._size[1])
-        side = max(width, height) / zoom  # letterboxed: not every icon is square
-        left = (width - side) / 2 - shift[0] * side
-        top = (height - side) / 2 - shift[1] * side
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {side} {side}">{icon["body"]}</svg>'
-        )
-
-
 def draw(svg: str) -> np.ndarray:
     """Rasterise on white: uint8 [64, 64, 3], each pixel the mean of 2 x 2 rendered ones."""
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_PX, height=RENDER_PX)
-    image = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGBA"), dtype=np.float32)
+    image = rasterise(svg, RENDER_PX)
     alpha = image[..., 3:] / 255
     rgb = image[..., :3] * alpha + 255 * (1 - alpha)
     ratio = RENDER_PX // SIZE_PX
@@ -134,9 +74,7 @@ def main() -> None:
     def tarball(entry: dict) -> Path:
         return fetch(entry["package"], entry["version"], entry["sha256"], cache)
 
-    codes = {}
-    for emoji, entry in read_json(tarball(sources["names"]), "data-by-emoji.json").items():
-        codes[entry["name"]] = "-".join(f"{ord(char):x}" for char in emoji if char != "\ufe0f")
+    codes = emoji_codes(tarball(sources["names"]))
     art = {style: Art(tarball(sources["styles"][style])) for style in STYLES}
 
     labels, centred, train_labels, train_images = [], [], [], []

@@ -57,26 +57,37 @@ class PatchCodec(ModelMixin, ConfigMixin):
 def fit_linear(codec: PatchCodec, pixels: Tensor) -> None:
     """Set the linear part to the leading principal components of the patches of `pixels` [n, 3, h, w].
 
-    Component i is divided by its variance to the power 1/4 (half-whitening: the network sees fine detail without
-    its noise drowning the rest), then all by one number so that the latents have standard deviation 1.
+    See `half_whitened` for their scale.
     """
     patch, channels = codec.patch, codec.config["channels"]
     columns = F.pixel_unshuffle(pixels, patch).movedim(1, -1).reshape(-1, 3 * patch * patch).double()
-    # One number a colour channel, so that the transposed convolution's bias can add it back exactly.
+    forward, backward, centre = half_whitened(columns, channels)
+    assert codec.analysis.bias is not None and codec.synthesis.bias is not None
+    codec.analysis.weight.copy_(forward.reshape(channels, 3, patch, patch))
+    codec.analysis.bias.copy_(-forward @ centre.repeat_interleave(patch * patch))
+    codec.synthesis.weight.copy_(backward.reshape(channels, 3, patch, patch))
+    codec.synthesis.bias.copy_(centre)
+
+
+def half_whitened(columns: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading principal components of patches as matrices there and back, and the mean of each colour.
+
+    Component i is divided by its variance to the power 1/4 (half-whitening: the network sees fine detail without
+    its noise drowning the rest), then all by one number so that the latents have standard deviation 1.
+
+    Args:
+        columns: float64 [patches, 3 * values], colour by colour.
+    Returns:
+        forward and backward [channels, 3 * values], and one number a colour channel [3], so that the transposed
+        convolution's bias can add it back exactly.
+    """
     centre = columns.mean(0).reshape(3, -1).mean(1)
-    centre_column = centre.repeat_interleave(patch * patch)
     centred = columns - columns.mean(0)
     variances, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
     variances, vectors = variances.flip(0)[:channels], vectors.flip(1)[:, :channels]
     scale = variances.clamp(min=1e-6 * float(variances[0])).pow(-0.25)
     scale = scale / (variances * scale.square()).mean().sqrt()
-    forward = (vectors * scale).T  # [channels, 3 * patch * patch]
-    backward = (vectors / scale).T
-    assert codec.analysis.bias is not None and codec.synthesis.bias is not None
-    codec.analysis.weight.copy_(forward.reshape(channels, 3, patch, patch))
-    codec.analysis.bias.copy_(-forward @ centre_column)
-    codec.synthesis.weight.copy_(backward.reshape(channels, 3, patch, patch))
-    codec.synthesis.bias.copy_(centre)
+    return (vectors * scale).T, (vectors / scale).T, centre
 
 
 def to_pixels(images: Tensor) -> Tensor:
