@@ -127,12 +127,14 @@ def commands_page(root: click.Command) -> str:
 
 def pages() -> dict[str, str]:
     """Return every page by its file name."""
+    from flashbulb_distill.bundle import Manifest
     from flashbulb_service.cli import app
     from flashbulb_service.settings import Settings
 
     return {
         "settings.md": settings_page(Settings.model_fields),
         "errors.md": errors_page(_errors()),
+        "manifest.md": manifest_page(Manifest),
         "../performance.md": NOTE + "\n" + import_module("performance").performance_page(),
         "commands.md": commands_page(_with_plugins(typer.main.get_command(app))),
     }

@@ -19,46 +19,49 @@ class Strict(BaseModel):
 class Shape(Strict):
     """One size that the student offers: pixels, and frames, of which a picture has one."""
 
-    width: int = Field(ge=8, le=8192)
-    height: int = Field(ge=8, le=8192)
-    frames: int = Field(default=1, ge=1, le=4096)
+    width: int = Field(ge=8, le=8192, description="pixels")
+    height: int = Field(ge=8, le=8192, description="pixels")
+    frames: int = Field(default=1, ge=1, le=4096, description="frames of a video; a picture has one")
 
 
 class Betas(Strict):
     """Discrete variance-preserving noise levels; betas are linear in their square roots (as in Stable Diffusion)."""
 
-    beta_start: float = Field(gt=0, lt=1)
-    beta_end: float = Field(gt=0, lt=1)
-    num_timesteps: int = Field(default=1000, ge=2, le=100_000)
-    snr_shift: float = Field(default=1.0, gt=0)
-    zero_terminal_snr: bool = False
+    beta_start: float = Field(gt=0, lt=1, description="the first step's")
+    beta_end: float = Field(gt=0, lt=1, description="the last step's")
+    num_timesteps: int = Field(default=1000, ge=2, le=100_000, description="levels that there are")
+    snr_shift: float = Field(default=1.0, gt=0, description="divides the signal-to-noise ratio (CogVideoX)")
+    zero_terminal_snr: bool = Field(default=False, description="the last level holds no signal (CogVideoX)")
 
 
 class Guidance(Strict):
     """Whether classifier-free guidance happens at inference, or was baked in at this scale by distillation."""
 
-    mode: Literal["none", "baked"]
-    scale: float = 1.0
+    mode: Literal["none", "baked"] = Field(description="baked: one pass a step, guidance is learnt")
+    scale: float = Field(default=1.0, description="the scale that was learnt")
 
 
 class Latent(Strict):
     """How the denoiser's latents relate to pixels: decoder input = latents / scaling + shift."""
 
-    channels: int = Field(ge=1, le=1024)
-    downscale: int = Field(ge=1, le=64)
+    channels: int = Field(ge=1, le=1024, description="of the latents")
+    downscale: int = Field(ge=1, le=64, description="pixels a latent, in height and in width")
     frame_downscale: int = Field(
-        default=1, ge=1, le=64
-    )  # the first frame stands alone: 1 + 4 k frames -> 1 + k
-    scaling: float = 1.0
-    shift: float = 0.0
+        default=1,
+        ge=1,
+        le=64,
+        description="frames a latent; the first frame stands alone: 1 + 4 k frames are 1 + k latents",
+    )
+    scaling: float = Field(default=1.0, description="latents are divided by it before they are decoded")
+    shift: float = Field(default=0.0, description="and this is added")
 
 
 class Text(Strict):
     """How a prompt becomes the token ids of one text encoder: cut and padded to max_length."""
 
-    tokenizer: str
-    max_length: int = Field(ge=1, le=4096)
-    pad_id: int = 0
+    tokenizer: str = Field(description="file, in the format of Hugging Face tokenizers")
+    max_length: int = Field(ge=1, le=4096, description="token ids a prompt")
+    pad_id: int = Field(default=0, description="token id of padding")
 
 
 class Components(Strict):
@@ -70,48 +73,66 @@ class Components(Strict):
     decoder: latents [b, c, h, w] or, of a video, [b, c, f, h, w] -> pixels in [-1, 1], [b, 3, ...].
     """
 
-    text_encoder: str
-    denoiser: str
-    decoder: str
+    text_encoder: str = Field(description="file: token ids to embeddings")
+    denoiser: str = Field(description="file: one step's network")
+    decoder: str = Field(description="file: latents to pixels")
 
 
 class File(Strict):
     """What a file of the bundle must be."""
 
-    sha256: Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
+    sha256: Sha256 = Field(pattern=r"^[0-9a-f]{64}$", description="of its content, in hexadecimal")
+    bytes: int = Field(ge=0, description="its size")
 
 
 class Manifest(Strict):
     """Everything that is needed to run a student correctly, and to trace it to its teacher."""
 
-    schema_version: Literal[2]
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
-    version: int = Field(ge=1)
-    task: Literal["text-to-image", "text-to-video"]
-    family: str
-    prediction: Literal["x0", "eps", "v", "flow"]
-    schedule: Literal["rectified-flow", "variance-preserving"] | Betas
-    time_steps: tuple[float, ...] = Field(min_length=1, max_length=1000)
-    step_schedules: dict[int, tuple[float, ...]] = {}  # other numbers of steps -> their times
-    timestep_scale: float = Field(gt=0)
-    timestep_offset: float = 0.0  # the network is told time t as t * timestep_scale + timestep_offset
-    guidance: Guidance
-    shapes: tuple[Shape, ...] = Field(min_length=1)
-    fps: float | None = Field(default=None, gt=0, le=1000)
-    max_batch: int = Field(ge=1, le=1024)
-    latent: Latent
-    text: tuple[Text, ...] = Field(min_length=1, max_length=8)
-    dtype: Literal["float32", "float16", "bfloat16"]
-    components: Components
-    files: dict[str, File]
-    parents: dict[str, Sha256] = {}
-    licence: str
-    attribution: str = ""
-    metrics: dict[str, float] = {}
-    parity: dict[str, float | bool] = {}
-    calibration: dict[str, dict[int, float]] = {}
-    batch_invariant: dict[str, bool] = {}
+    schema_version: Literal[2] = Field(description="of this format; 1 is read as well")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$", description="what requests call the student")
+    version: int = Field(ge=1, description="a published version never changes")
+    task: Literal["text-to-image", "text-to-video"] = Field(description="what it makes")
+    family: str = Field(
+        description="of its teacher: emoji, sdxl, sd3, cogvideox; for people, nothing depends on it"
+    )
+    prediction: Literal["x0", "eps", "v", "flow"] = Field(description="what the denoiser's output means")
+    schedule: Literal["rectified-flow", "variance-preserving"] | Betas = Field(
+        description="how data and noise are mixed at a time"
+    )
+    time_steps: tuple[float, ...] = Field(
+        min_length=1,
+        max_length=1000,
+        description="the student's own steps: times from 1 (noise) down to above 0",
+    )
+    step_schedules: dict[int, tuple[float, ...]] = Field(
+        default={}, description="other numbers of steps that it was trained for, and their times"
+    )
+    timestep_scale: float = Field(gt=0, description="the network is told time t as t times this")
+    timestep_offset: float = Field(default=0.0, description="plus this")
+    guidance: Guidance = Field(description="classifier-free guidance")
+    shapes: tuple[Shape, ...] = Field(
+        min_length=1, description="sizes that are offered; the first is the default"
+    )
+    fps: float | None = Field(default=None, gt=0, le=1000, description="frames a second; of videos only")
+    max_batch: int = Field(ge=1, le=1024, description="rows that the graphs take at once")
+    latent: Latent = Field(description="how latents relate to pixels")
+    text: tuple[Text, ...] = Field(min_length=1, max_length=8, description="one for each text encoder")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(description="of the graphs' arithmetic")
+    components: Components = Field(description="the graphs")
+    files: dict[str, File] = Field(description="every file of the bundle but the manifest, by its path")
+    parents: dict[str, Sha256] = Field(
+        default={}, description="hashes of what it was made from: teacher, recipe, pairs"
+    )
+    licence: str = Field(description="of the weights")
+    attribution: str = Field(default="", description="what the licence asks to be named")
+    metrics: dict[str, float] = Field(default={}, description="of the evaluation, as shares of the teacher's")
+    parity: dict[str, float | bool] = Field(default={}, description="what the parity gate measured at export")
+    calibration: dict[str, dict[int, float]] = Field(
+        default={}, description="backend -> batch size -> milliseconds, on its exporter's machine"
+    )
+    batch_invariant: dict[str, bool] = Field(
+        default={}, description="backend -> equal bytes in any batch, on its exporter's machine"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
