@@ -23,6 +23,9 @@ from flashbulb_service.bench.workload import COLOURS, SUBJECTS, Picture
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+COMMIT = subprocess.run(  # when the run starts: the checkout may move on before it ends
+    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+).stdout.strip()
 
 
 class Server:
@@ -156,10 +159,7 @@ def say(line: str) -> None:
 
 def finish(name: str, result: dict[str, Any], *, write: bool) -> None:
     """Print a result with the machine and commit that gave it, and write it when asked to."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    text = json.dumps({**result, "machine": machine(), "commit": commit.stdout.strip()}, indent=2)
+    text = json.dumps({**result, "machine": machine(), "commit": COMMIT}, indent=2)
     print(text)
     if write:
         (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
