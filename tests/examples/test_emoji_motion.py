@@ -144,4 +144,5 @@ def test_an_interrupted_training_ends_bitwise_where_the_unbroken_one_does_and_ca
     figures = json.loads((tmp_path / "out" / "teacher.json").read_text())
     assert figures["real"]["motion_correct"] == 0, "noise does not grow"
     assert figures["train"]["clips"] == figures["held-out"]["clips"] == 2
-    assert Image.open(tmp_path / "out" / "sheet.png").size == (8 * 64, 2 * 64)
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.size == (8 * 64, 2 * 64)
