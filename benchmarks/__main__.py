@@ -12,6 +12,7 @@ chaos       2,000 jobs while workers, APIs and Valkey are killed: lost, doubled,
 fuzz        thousands of requests drawn from the OpenAPI document
 soak        random cancels and disconnects: memory, queue and keys at the end
 rolling     a restart of every part under load, from one version to another
+memory      peak memory of exporting a large network, beside the bytes of its weights
 peers       Flashbulb beside FastAPI, LitServe and Ray Serve around the same student
 """
 
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fuzz": ("fuzz.py", ("tests/service/api/test_errors.py", "tests/service/api/test_fuzz.py")),
     "soak": ("soak.py", SERVICE_TESTS),
     "rolling": ("rolling.py", SERVICE_TESTS),
+    "memory": ("export_memory.py", ("tests/distill/export/test_pipeline.py",)),
     "peers": ("peers.py", SERVICE_TESTS),
 }
 
