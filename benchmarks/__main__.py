@@ -12,6 +12,7 @@ chaos       2,000 jobs while workers, APIs and Valkey are killed: lost, doubled,
 fuzz        thousands of requests drawn from the OpenAPI document
 soak        random cancels and disconnects: memory, queue and keys at the end
 rolling     a restart of every part under load, from one version to another
+runtimes    the student on its bundle beside bare onnxruntime, eager torch and torch.compile
 memory      peak memory of exporting a large network, beside the bytes of its weights
 peers       Flashbulb beside FastAPI, LitServe and Ray Serve around the same student
 """
@@ -40,6 +41,10 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fuzz": ("fuzz.py", ("tests/service/api/test_errors.py", "tests/service/api/test_fuzz.py")),
     "soak": ("soak.py", SERVICE_TESTS),
     "rolling": ("rolling.py", SERVICE_TESTS),
+    "runtimes": (
+        "runtimes.py",
+        ("tests/distill/export/test_verify.py", "tests/service/worker/test_onnx_backend.py"),
+    ),
     "memory": ("export_memory.py", ("tests/distill/export/test_pipeline.py",)),
     "peers": ("peers.py", SERVICE_TESTS),
 }
