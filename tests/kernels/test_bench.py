@@ -31,7 +31,7 @@ def with_a_gpu(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "LAYERS", TINY)
     monkeypatch.setattr(bench, "gpu_timer", wall_clock)
-    monkeypatch.setattr(verify, "cases", lambda dtypes: FEW)
+    monkeypatch.setattr(verify, "cases", lambda *_: FEW)
     monkeypatch.setattr("flashbulb_kernels.cli.GPU", device)
 
 
@@ -110,6 +110,6 @@ def test_work_is_counted_by_the_matrix_products():
 
 
 def test_verify_lists_every_case(monkeypatch, device, capsys):
-    monkeypatch.setattr(verify, "cases", lambda dtypes: FEW)
+    monkeypatch.setattr(verify, "cases", lambda *_: FEW)
     assert flashbulb(["kernels", "verify"]) == 0
     assert capsys.readouterr().out.startswith("ok    7x9 d32 bfloat16: ")

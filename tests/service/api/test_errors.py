@@ -158,6 +158,7 @@ def test_every_error_of_the_service_has_a_status_of_its_kind() -> None:
         service_errors.ConcurrencyExceeded("x", retry_after_s=1),
         service_errors.RateLimited("x", retry_after_s=1),
         service_errors.BudgetExceeded("x", retry_after_s=9000),
+        service_errors.ModelUnavailable("x", "unloaded"),
     ]
     taken = {type(error) for error in made}
     for module in (service_errors, api_errors):

@@ -53,7 +53,8 @@ async def test_killed_worker_in_the_middle_of_200_jobs(
     try:
         await wait_until(caught_in_the_middle, 40.0)  # a busy machine takes long to start a worker
         stats = await queue.stats()
-        assert 1 <= stats.running <= 4 and sum(stats.queued.values()) > 10
+        # Four batches of four at most: two being drawn, two being delivered.
+        assert 1 <= stats.running <= 16 and sum(stats.queued.values()) > 10
     finally:
         first.kill()
         first.wait()
