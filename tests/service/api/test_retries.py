@@ -137,8 +137,15 @@ async def test_error_inside_a_stream_is_raised_by_the_client(make_app: MakeApp) 
 
 
 async def test_client_timeout_is_typed(server_url: str) -> None:
-    async with AsyncOpenAI(
-        base_url=f"{server_url}/v1", api_key="none", timeout=1e-3, max_retries=0
-    ) as client:
-        with pytest.raises(openai.APITimeoutError):
-            await client.images.generate(prompt="dog")
+    """The model is paused, so that no server is fast enough."""
+    paused = f"{server_url}/v1/admin/queue/models/tiny"
+    async with (
+        httpx2.AsyncClient() as operator,
+        AsyncOpenAI(base_url=f"{server_url}/v1", api_key="none", timeout=0.2, max_retries=0) as client,
+    ):
+        assert (await operator.post(f"{paused}/pause")).status_code == 200
+        try:
+            with pytest.raises(openai.APITimeoutError):
+                await client.images.generate(prompt="dog")
+        finally:
+            assert (await operator.post(f"{paused}/resume")).status_code == 200
