@@ -47,14 +47,14 @@ class CogVideoXDenoiser(Denoiser):
         self.prediction = prediction
         self.bf16 = bf16
 
-    def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def predict(self, xt: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
         """Return the network's output, float32 like xt [b, c, f, h, w]."""
         dtype = self.transformer.dtype
         with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.transformer(
                 hidden_states=xt.to(dtype).transpose(1, 2),
                 encoder_hidden_states=cond.tokens.to(dtype),
-                timestep=self.timestep(t),
+                timestep=timestep,
                 image_rotary_emb=rotary(self.transformer, xt),
                 return_dict=False,
             )[0]

@@ -39,7 +39,7 @@ class Denoiser(nn.Module):
     """A diffusion network: latents xt, times t [b] in [0, 1] and a condition in, an output like xt out.
 
     Latents are [b, c, h, w] of pictures, [b, c, f, h, w] of videos. Subclasses say what the output means
-    (`prediction`, `schedule`), how the network is told the time, and implement `forward`, `blocks`, `feature_map`.
+    (`prediction`, `schedule`), how the network is told the time, and implement `predict`, `blocks`, `feature_map`.
     """
 
     prediction: Prediction
@@ -67,6 +67,14 @@ class Denoiser(nn.Module):
         with watched([self.blocks[index] for index in taps]) as outputs:
             self(xt, t, cond)
         return [self.feature_map(outputs[place], xt).float() for place in range(len(taps))]
+
+    def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Return the network's output at times t [b], float32 like xt."""
+        return self.predict(xt, self.timestep(t), cond)
+
+    def predict(self, xt: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
+        """Return the network's output at timesteps [b] in its own units, float32 like xt."""
+        raise NotImplementedError
 
     def timestep(self, t: Tensor) -> Tensor:
         """Return the times [b] as the network is told them, float32."""

@@ -31,13 +31,13 @@ class Sd3Denoiser(Denoiser):
         self.shift = shift
         self.bf16 = bf16
 
-    def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def predict(self, xt: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
         """Return the network's output, float32 like xt [b, c, h, w]."""
         dtype = self.transformer.dtype
         with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.transformer(
                 hidden_states=xt.to(dtype),
-                timestep=self.timestep(t),
+                timestep=timestep,
                 encoder_hidden_states=cond.tokens.to(dtype),
                 pooled_projections=cond.pooled.to(dtype),
                 return_dict=False,

@@ -40,14 +40,14 @@ class SdxlDenoiser(Denoiser):
         self.prediction = prediction
         self.bf16 = bf16
 
-    def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def predict(self, xt: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
         """Return the network's output, float32 like xt [b, 4, h, w]."""
         dtype = self.unet.dtype
         added = {"text_embeds": cond.pooled.to(dtype), "time_ids": time_ids(xt).to(dtype)}
         with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bf16):
             out = self.unet(
                 xt.to(dtype),
-                self.timestep(t),
+                timestep,
                 encoder_hidden_states=cond.tokens.to(dtype),
                 added_cond_kwargs=added,
                 return_dict=False,
