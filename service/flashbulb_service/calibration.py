@@ -82,8 +82,9 @@ class Calibrated:
 def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | None = None) -> Calibrated:
     """Load a verified bundle; choose its batch cap and padding by this machine's calibration, else the exporter's."""
     manifest, name = bundle.manifest, backend_of(bundle, settings)
-    found = read_calibration(settings.data.expanduser(), place(bundle, name, settings.threads))
-    times, _ = known_times(bundle, settings)
+    where = place(bundle, name, settings.threads)
+    found = read_calibration(settings.data.expanduser(), where)
+    times = found.times_ms if found else manifest.calibration.get(name, {})
     cap = batch_cap(manifest.max_batch, settings.max_batch, times)
     backend = create_backend(name, threads=settings.threads, cache=cache, synthetic=settings.synthetic)
     backend.load(bundle)
@@ -91,7 +92,6 @@ def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | Non
     if (
         settings.determinism == "strict" and name != "synthetic"
     ):  # which draws each row from its request alone
-        where = place(bundle, name, settings.threads)
         kept = Verdict.of(found, cap) if found else read_verdict(settings.data.expanduser(), where, cap)
         canonical = (kept or _judge(backend, bundle, where, cap, settings)).canonical
     if canonical is None:

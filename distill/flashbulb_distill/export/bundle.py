@@ -25,6 +25,7 @@ from ..core.noise import draw_noise
 from ..teachers.emoji import TIMESTEP_SCALE, EmojiDenoiser, EmojiTeacher
 from ..teachers.text import MAX_LENGTH, model_folder, tokenise
 from .components import DecoderComponent, DenoiserComponent, export_onnx, save_model
+from .draft import draft
 from .measure import Parts, batch_times_ms, is_batch_invariant
 from .parity import Parity, check_component
 from .weights import quantise_inside, use_safetensors
@@ -64,10 +65,7 @@ def export_bundle(
         raise FileExistsError(
             f"{folder}: expected a new version, but it exists; choose another version or remove it"
         )
-    work = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with draft(folder) as work:
         parity, parts = _write(work, teacher, student, tolerance, max_batch)
         sizes = tuple(2**i for i in range(max_batch.bit_length()) if 2**i <= max_batch)
         channels, side, _ = teacher.latent_shape
@@ -103,10 +101,6 @@ def export_bundle(
         )
         write_manifest(work, manifest)
         open_bundle(work)
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return parity
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import onnx_ir as ir
 import torch
 import transformers
 
+from .draft import draft
 from .external import Place, place_weights, read_places, save_weights
 from .families import Component, component_of, variants
 from .graph import network_of, trace_graph
@@ -52,18 +52,11 @@ def export_component(
     if folder.exists():
         raise FileExistsError(f"{folder}: expected a new folder, but it exists; remove it or choose another")
     graph = trace_graph(component, opset=opset, cache=cache)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with draft(folder) as partial:
         save_weights(network_of(component)[1], partial)
         place_weights(graph, component, partial, partial)
         ir.save(graph, partial / GRAPH)
         onnx.checker.check_model(partial / GRAPH)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder / GRAPH
 
 

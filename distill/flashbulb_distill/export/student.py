@@ -4,7 +4,6 @@ The text encoders of a family become one graph that joins their embeddings, and 
 (SDXL's picture size, CogVideoX's rotary tables) becomes part of its graph. So a bundle runs alike whatever its family.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from ..teachers.codec import VaeCodec
 from ..teachers.denoiser import Condition, Denoiser
 from ..teachers.prompts import PromptEncoder
 from .components import export_onnx, save_model
+from .draft import draft
 from .families import Component, VaeDecoder
 from .parity import Parity, check_component
 from .positions import exportable
@@ -120,10 +120,7 @@ def export_student(
         raise FileExistsError(
             f"{folder}: expected a new version, but it exists; choose another version or remove it"
         )
-    work = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with draft(folder) as work:
         parity = []
         for component in student_components(denoiser, codec, prompts, shape):
             _check_size(component)
@@ -169,10 +166,6 @@ def export_student(
         )
         write_manifest(work, manifest)
         open_bundle(work)
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return parity
 
 

@@ -9,7 +9,6 @@ flavour needs changed (`rewrite`) is changed in the copy in memory that its pars
 """
 
 import importlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from ..bundle.engines import (
     read_engine_manifest,
     write_engine_manifest,
 )
+from .draft import draft
 from .profiles import Bucket, make_profile
 
 MODULES: dict[Flavor, tuple[str, str]] = {
@@ -145,10 +145,7 @@ def build_engines(
         for s in manifest.shapes
     ]
     folder.parent.mkdir(exist_ok=True)
-    work = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with draft(folder) as work:
         engines = {}
         cache = folder.parent / f"{flavor}-{trt.__version__}-{TIMING_CACHE}" if flavor == "standard" else None
         for component, name in sorted(manifest.components.model_dump().items()):
@@ -187,10 +184,6 @@ def build_engines(
         )
         write_engine_manifest(work, written)
         read_engine_manifest(work)
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return folder
 
 
