@@ -50,10 +50,25 @@ class Latent(Strict):
         default=1,
         ge=1,
         le=64,
-        description="frames a latent; the first frame stands alone: 1 + 4 k frames are 1 + k latents",
+        description="frames a latent",
+    )
+    first_frame_alone: bool = Field(
+        default=True,
+        description="the first frame has a latent of its own: 1 + 4 k frames are 1 + k latents (CogVideoX)",
     )
     scaling: float = Field(default=1.0, description="latents are divided by it before they are decoded")
     shift: float = Field(default=0.0, description="and this is added")
+
+    def frames(self, frames: int) -> int:
+        """Return how many latents a video's frames are.
+
+        Raises:
+            ValueError: no whole number of latents makes so many frames.
+        """
+        alone, each = int(self.first_frame_alone), self.frame_downscale
+        if frames < 1 or (frames - alone) % each:
+            raise ValueError(f"expected {'1 + ' if alone else ''}{each} k frames, got {frames}")
+        return (frames - alone) // each + alone
 
 
 class Text(Strict):
@@ -165,8 +180,10 @@ class Manifest(Strict):
             )
         if not self.is_video and shape.frames != 1:
             raise ValueError(f"shapes: expected one frame of a picture, got {shape.frames}")
-        if (shape.frames - 1) % latent.frame_downscale:
-            raise ValueError(f"shapes: expected 1 + {latent.frame_downscale} k frames, got {shape.frames}")
+        try:
+            latent.frames(shape.frames)
+        except ValueError as error:
+            raise ValueError(f"shapes: {error}") from None
 
     @property
     def is_video(self) -> bool:
@@ -179,7 +196,7 @@ class Manifest(Strict):
         plane = (height // latent.downscale, width // latent.downscale)
         if not self.is_video:
             return (latent.channels, *plane)
-        return (latent.channels, (frames - 1) // latent.frame_downscale + 1, *plane)
+        return (latent.channels, latent.frames(frames), *plane)
 
     @property
     def offered_steps(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import pytest
 from flashbulb_distill.bundle import (
     Betas,
     BundleError,
+    Latent,
     Manifest,
     find_model,
     hash_file,
@@ -142,6 +143,15 @@ def video(bundle, **changes):
         "latent": {"channels": 16, "downscale": 8, "frame_downscale": 4},
     }
     return Manifest.model_validate(fields | changes)
+
+
+@pytest.mark.parametrize(("alone", "frames", "latents"), [(True, 9, 3), (False, 16, 4), (True, 1, 1)])
+def test_frames_are_latents_with_or_without_a_first_one_alone(alone, frames, latents):
+    latent = Latent(channels=16, downscale=8, frame_downscale=4, first_frame_alone=alone)
+    assert latent.frames(frames) == latents
+    for wrong in (frames + 1, frames + 2, frames + 3, 0):
+        with pytest.raises(ValueError, match=f"k frames, got {wrong}"):
+            latent.frames(wrong)
 
 
 def test_latents_have_an_axis_of_frames_in_videos_only(bundle):
