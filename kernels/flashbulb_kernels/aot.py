@@ -7,6 +7,7 @@ imported there and may be set here. This module imports neither Triton nor torch
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -138,22 +139,23 @@ def jitted_source(text: str) -> str:
 
 def content_key(variant: Variant) -> str:
     """Hash all that decides the machine code: jitted source, signature, tile, architecture, Triton's version."""
-    folder = Path(__file__).parent / "attention"
-    source = [
-        jitted_source((folder / f"{name}.py").read_text(encoding="utf-8"))
-        for name in ("blocks", SOURCES[variant.entry])
-    ]
-    # The signatures are data in the body of a module, so all of its code counts.
-    signatures = ast.dump(ast.parse((folder / "variants.py").read_text(encoding="utf-8")))
     told = [
-        source,
-        signatures,
+        *_written(SOURCES[variant.entry]),
         asdict(variant),
         FORMS[variant.entry][variant.form],
         _options(variant),
         _triton(),
     ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _written(name: str) -> tuple[list[str], str]:
+    """Return the jitted source of a file and of what it shares, and the code of the signatures."""
+    folder = Path(__file__).parent / "attention"
+    source = [jitted_source((folder / f"{file}.py").read_text(encoding="utf-8")) for file in ("blocks", name)]
+    # The signatures are data in the body of a module, so all of its code counts.
+    return source, ast.dump(ast.parse((folder / "variants.py").read_text(encoding="utf-8")))
 
 
 def default_cache() -> Path:

@@ -81,7 +81,13 @@ def inspect(
     jobs: Jobs = 2,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     check: Annotated[bool, typer.Option("--check", help="exit 1 if any kernel fails the gate")] = False,
-    write: Annotated[Path | None, typer.Option("--write", help="write the rows here, as CSV")] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            "--write",
+            help="bring this CSV up to date; its rows of kernels that have not changed are not made again",
+        ),
+    ] = None,
     roofline: Annotated[
         bool,
         typer.Option(
@@ -96,21 +102,30 @@ def inspect(
     from .aot import compile_variants, default_cache
     from .errors import GateFailed
     from .inspect import inspect as describe
-    from .static_table import markdown, roofline_markdown, write_csv
+    from .static_table import current, markdown, read_csv, roofline_markdown, write_csv
 
     if roofline:
         typer.echo(roofline_markdown())
         return
     variants = _variants(arch, entry, dtype, head_dim)
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="flashbulb-inspect-") as scratch:
-        results = compile_variants(variants, cache_dir or default_cache(), jobs)
-        for row in describe(results, Path(scratch), jobs):
-            rows.append(row)
-            typer.echo(f"{len(rows)}/{len(variants)} {row.name}: {'; '.join(row.faults) or 'ok'}", err=True)
+    known = {}
+    if write is not None and write.exists():
+        known = {row.name: row for row in current(read_csv(write.read_text(encoding="utf-8")))}
+    rows = [known[str(variant)] for variant in variants if str(variant) in known]
+    missing = [variant for variant in variants if str(variant) not in known]
+    if rows:
+        typer.echo(f"{len(rows)} of {len(variants)} kernels are in {write} as they are", err=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="flashbulb-inspect-") as scratch:
+            results = compile_variants(missing, cache_dir or default_cache(), jobs)
+            for row in describe(results, Path(scratch), jobs):
+                rows.append(row)
+                said = "; ".join(row.faults) or "ok"
+                typer.echo(f"{len(rows)}/{len(variants)} {row.name}: {said}", err=True)
+    finally:  # an interrupted run goes on where it was
+        if write is not None:
+            write.write_text(write_csv((known | {row.name: row for row in rows}).values()), encoding="utf-8")
     typer.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else markdown(rows))
-    if write is not None:
-        write.write_text(write_csv(rows), encoding="utf-8")
     red = [row for row in rows if row.faults]
     if check and red:
         raise GateFailed(

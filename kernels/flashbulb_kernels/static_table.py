@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from .aot import Variant, content_key
+from .aot import Variant, content_key, shipped_variants
 from .gpus import GPUS, Work, roofline
 from .inspect import COLUMNS, KEY_DIGITS, Row
 
@@ -58,6 +58,14 @@ def stale(rows: Iterable[Row], variants: Iterable[Variant]) -> list[str]:
     keys = {row.name: row.key for row in rows}
     now = {str(variant): content_key(variant)[:KEY_DIGITS] for variant in variants}
     return sorted({name for name in keys.keys() | now.keys() if keys.get(name) != now.get(name)})
+
+
+def current(rows: Iterable[Row]) -> list[Row]:
+    """Return the green rows that describe shipped kernels as they are now."""
+    rows = list(rows)
+    names = {row.name for row in rows}
+    old = set(stale(rows, (variant for variant in shipped_variants() if str(variant) in names)))
+    return [row for row in rows if row.name not in old and not row.faults]
 
 
 def markdown(rows: Sequence[Row]) -> str:

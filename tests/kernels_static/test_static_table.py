@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from flashbulb_kernels.aot import ARCHS, FORMS, compile_variants, shipped_variants
+from flashbulb_kernels.cli import app
 from flashbulb_kernels.inspect import Row, faults, inspect
-from flashbulb_kernels.static_table import read_csv, stale
+from flashbulb_kernels.static_table import current, read_csv, stale
 
 TABLE = Path(__file__).parents[2] / "kernels" / "static-table.csv"
 
@@ -40,6 +42,26 @@ def test_the_table_holds_every_kernel_of_the_shipped_families(rows: list[Row]) -
     """SDXL, SD3, SD3.5 and CogVideoX have heads of 64, run in fp16 or bf16, and train with gradients."""
     needed = {str(v) for v in shipped_variants(ARCHS, tuple(FORMS), ("fp16", "bf16"), (64,))}
     assert needed - {row.name for row in rows} == set()
+
+
+def test_only_green_rows_of_kernels_as_they_are_are_kept(rows: list[Row]) -> None:
+    old, red = replace(rows[1], key="0" * 12), replace(rows[2], faults=("4 bytes of registers spilled",))
+    gone = replace(rows[3], head_dim=48)
+    assert current([rows[0], old, red, gone]) == [rows[0]]
+
+
+def test_a_table_that_is_up_to_date_is_neither_compiled_nor_changed(tmp_path: Path) -> None:
+    """Rows of other kernels than those asked for stay, and no compiler starts: the cache is never made."""
+    table = tmp_path / "table.csv"
+    table.write_bytes(TABLE.read_bytes())
+    asked = ["--check", "--dtype", "fp16", "--head-dim", "64", "--entry", "dkdv", "--arch", "sm_80"]
+    run = CliRunner().invoke(
+        app, ["inspect", *asked, "--write", str(table), "--cache-dir", str(tmp_path / "no")]
+    )
+    assert run.exit_code == 0, run.output
+    assert "2 of 2 kernels are in" in run.output
+    assert table.read_bytes() == TABLE.read_bytes()
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow
