@@ -46,7 +46,7 @@ help:
 
 .venv/.serve: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing Flashbulb into .venv (once, about half a minute) ..."
-	@$(PIP) -e .
+	@$(PIP) -e '.[video]'
 	@touch $@
 
 # torch goes first and alone: a package that asks for torch would otherwise take the newest CUDA build. The text

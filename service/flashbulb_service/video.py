@@ -1,11 +1,12 @@
-"""Frames to files: MP4 (H.264) with PyAV, a thumbnail and a sheet of all frames. Equal frames give equal bytes.
+"""Frames to files: MP4 with PyAV, a thumbnail and a sheet of all frames. Equal frames give equal bytes.
 
 PyAV's wheels carry FFmpeg with libx264, which is under the GPL: the optional extra "video" brings it, and nothing else
-of the product needs it.
+of the product needs it. An FFmpeg without it writes VP9 into the MP4, an open codec that every browser plays.
 """
 
 import io
 import math
+from collections.abc import Collection
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -17,12 +18,20 @@ from flashbulb_service.images import encode_image
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
 MAX_SHEET_SIDE_PX = 16_383  # of a WebP picture
-CONSTANT_RATE_FACTOR = "12"  # of small flat pictures, where the usual 23 shows
+# Constant quality for small flat pictures, where the usual 23 of H.264 shows; one thread, so that bytes repeat.
+ENCODERS = {
+    "libx264": {
+        "crf": "12",
+        "preset": "medium",
+        "x264-params": "threads=1:lookahead-threads=1:cpu-independent=1",
+    },
+    "libvpx-vp9": {"crf": "16", "b": "0", "deadline": "good", "cpu-used": "2", "row-mt": "0"},
+}
 _BT709, _LIMITED_RANGE = 1, 1  # as FFmpeg numbers them
 
 
 def encode_video(frames: np.ndarray, fps: float) -> bytes:
-    """Encode a clip as MP4: H.264 in 4:2:0, BT.709, one thread, so that the bytes depend on the frames alone.
+    """Encode a clip as MP4: H.264 (else VP9) in 4:2:0, BT.709; the bytes depend on the frames and FFmpeg alone.
 
     Args:
         frames: uint8 [f, h, w, 3], RGB; height and width even, as 4:2:0 needs them.
@@ -30,7 +39,7 @@ def encode_video(frames: np.ndarray, fps: float) -> bytes:
 
     Raises:
         ValueError: the array is no such clip, or fps is not positive.
-        ImportError: PyAV is not installed.
+        ImportError: PyAV is not installed, or knows no encoder of ours.
     """
     _check(frames)
     if not (math.isfinite(fps) and fps > 0):
@@ -38,16 +47,13 @@ def encode_video(frames: np.ndarray, fps: float) -> bytes:
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"expected frames of even height and width, got {frames.shape[1]}x{frames.shape[2]}")
     av = _av()
+    encoder = choose_encoder(av.codecs_available)
     out = io.BytesIO()
     with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {
-            "crf": CONSTANT_RATE_FACTOR,
-            "preset": "medium",
-            "x264-params": "threads=1:lookahead-threads=1:cpu-independent=1",
-        }
+        stream.options = ENCODERS[encoder]
         context = stream.codec_context
         context.flags |= av.codec.context.Flags.bitexact
         context.thread_count = 1
@@ -59,6 +65,20 @@ def encode_video(frames: np.ndarray, fps: float) -> bytes:
             container.mux(stream.encode(yuv))
         container.mux(stream.encode(None))
     return out.getvalue()
+
+
+def choose_encoder(available: Collection[str]) -> str:
+    """Return the first of our encoders that an FFmpeg has.
+
+    Raises:
+        ImportError: it has none of them.
+    """
+    for name in ENCODERS:
+        if name in available:
+            return name
+    raise ImportError(
+        f"expected an FFmpeg with {' or '.join(ENCODERS)}, found neither: pip install 'flashbulb[video]'"
+    )
 
 
 def encode_thumbnail(frames: np.ndarray) -> bytes:

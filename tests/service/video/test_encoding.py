@@ -2,13 +2,19 @@
 
 import io
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from flashbulb_service.video import encode_animation, encode_spritesheet, encode_thumbnail, encode_video
-
-av = pytest.importorskip("av")
+from flashbulb_service import video
+from flashbulb_service.video import (
+    choose_encoder,
+    encode_animation,
+    encode_spritesheet,
+    encode_thumbnail,
+    encode_video,
+)
 
 
 @pytest.fixture
@@ -34,9 +40,13 @@ def read(data):
 
 
 @pytest.mark.parametrize("fps", [8, 29.97])
-def test_a_video_has_every_frame_at_its_time_and_looks_the_same(clip, fps):
-    (codec, rate, duration_s), frames = read(encode_video(clip, fps))
-    assert codec == "h264"
+@pytest.mark.parametrize("encoder", ["libx264", "libvpx-vp9"])
+def test_a_video_has_every_frame_at_its_time_and_looks_the_same(clip, fps, encoder, monkeypatch):
+    monkeypatch.setattr(video, "choose_encoder", lambda available: encoder)
+    data = encode_video(clip, fps)
+    assert data == encode_video(clip, fps)
+    (codec, rate, duration_s), frames = read(data)
+    assert codec in ("h264", "vp9", "libvpx-vp9")
     assert float(rate) == pytest.approx(fps, rel=1e-3)
     assert duration_s == pytest.approx(16 / fps, rel=1e-3)
     assert frames.shape == clip.shape
@@ -82,6 +92,13 @@ def test_the_animation_is_without_loss_and_loops(clip):
     for index in range(16):
         picture.seek(index)
         assert np.array_equal(np.asarray(picture.convert("RGB")), clip[index])
+
+
+def test_h264_is_written_where_the_encoder_is_there_and_vp9_elsewhere():
+    assert choose_encoder(av.codecs_available) == "libx264"
+    assert choose_encoder({"h264", "libvpx-vp9"}) == "libvpx-vp9"
+    with pytest.raises(ImportError, match="libx264 or libvpx-vp9"):
+        choose_encoder({"mpeg4"})
 
 
 @pytest.mark.parametrize(
