@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.draws import Draws
-from ..core.sampler import sample_steps
 from ..core.schedule import Schedule, add_noise, alpha_sigma, ode_step
 from ..core.times import adm_times
-from ..losses import discriminator_hinge, generator_hinge, velocity_loss
+from ..losses import discriminator_hinge, generator_hinge
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
+from .fake import update_fake
 from .recipe import AdmRecipe
-from .step import accuracy_by_time, device_of, sender, update
+from .simulate import simulate_student
+from .step import accuracy_by_time, device_of, judge, sender, update
 
 
 def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -67,9 +68,31 @@ class Adm:
         picks = torch.from_numpy(draws.integers("adm/prompt", step, rows, len(self.cond)))
         cond = self.cond.take(picks)
         with torch.set_grad_enabled(moves):
-            x_0 = self._generate(step, rows, cond)
+            x_0 = simulate_student(
+                self.student,
+                cond,
+                draws=draws,
+                purpose="adm",
+                step=step,
+                rows=rows,
+                latent_shape=self.latent_shape,
+                time_steps=self.time_steps,
+            )
 
-        logs = self._update_fake(step, rows, x_0.detach(), cond)
+        fake_loss = update_fake(
+            self.fake,
+            self.optimizers["fake"],
+            x_0.detach(),
+            cond,
+            draws=draws,
+            purpose="adm",
+            step=step,
+            rows=rows,
+            updates=recipe.fake_updates,
+            clip=recipe.clip,
+            ranks=self.ranks,
+        )
+        logs = {"fake_loss": fake_loss}
 
         # One noised student sample, two short steps down the flow: by the teacher and by the fake score.
         low, high = recipe.time_range
@@ -91,8 +114,7 @@ class Adm:
         logs["dmd"] = (fake_x0.detach() - real_x0).square().mean().item()
 
         # Discriminator: both sides in one batch, so that the arithmetic's own noise is common to them.
-        twice = Condition(cond.tokens.repeat(2, 1, 1), cond.pooled.repeat(2, 1))
-        real, guess = self.latent(torch.cat([x_real, x_fake.detach()]), torch.cat([s, s]), twice).chunk(2)
+        real, guess = judge(self.latent, x_real, x_fake.detach(), s, cond)
         loss = discriminator_hinge(real, guess)
         update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
         logs |= {"latent_hinge": loss.item(), "margin": (real - guess).mean().item()}
@@ -107,39 +129,3 @@ class Adm:
     def _advance(self, x0_hat: Tensor, xt: Tensor, t: Tensor, s: Tensor) -> Tensor:
         xs: Tensor = ode_step(self.teacher.schedule, x0_hat, xt, spread(t, xt), spread(s, xt))
         return xs
-
-    def _generate(self, step: int, rows: range, cond: Condition) -> Tensor:
-        """Sample the student as it is used, up to a drawn step; only that step carries a gradient."""
-        send = sender(device_of(self.student))
-        last = int(self.draws.integers("adm/stop", step, [0], len(self.time_steps))[0])
-        shape = self.latent_shape
-        noises = [send(self.draws.normal(f"adm/start/{i}", step, rows, shape)) for i in range(last + 1)]
-
-        def denoise(xt: Tensor, t: float) -> Tensor:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and t == self.time_steps[last]):
-                out: Tensor = self.student(xt, torch.full((len(xt),), t, device=xt.device), cond)
-                return out
-
-        *_, x_0 = sample_steps(
-            denoise,
-            noises[0],
-            self.time_steps[: last + 1],
-            prediction=self.student.prediction,
-            schedule=self.student.schedule,
-            renoise=noises.__getitem__,
-        )
-        return x_0  # type: ignore[no-any-return]
-
-    def _update_fake(self, step: int, rows: range, x_0: Tensor, cond: Condition) -> dict[str, float]:
-        """Train the fake score on the student's samples, by the teacher's own denoising loss."""
-        losses, send = [], sender(x_0.device)
-        for index in range(self.recipe.fake_updates):
-            name = f"adm/fake/{index}"
-            t = send(self.draws.uniform(f"{name}/time", step, rows)).float().clamp(min=1e-3)
-            eps = send(self.draws.normal(f"{name}/noise", step, rows, x_0.shape[1:]))
-            xt = add_noise(self.fake.schedule, x_0, eps, spread(t, x_0))
-            sigma = alpha_sigma(self.fake.schedule, t)[1]
-            loss = velocity_loss(self.fake.x0(xt, t, cond), x_0, sigma)
-            update(loss, [self.optimizers["fake"]], self.recipe.clip, self.ranks)
-            losses.append(loss.item())
-        return {"fake_loss": sum(losses) / len(losses)}

@@ -18,7 +18,7 @@ from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import AdpRecipe
-from .step import accuracy_by_time, device_of, sender, update
+from .step import accuracy_by_time, device_of, judge, sender, update
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,7 @@ class Adp:
         noised_fake = add_noise(schedule, fake, eps, spread(s, x_0))
 
         # Discriminators.
-        both = torch.cat([noised_real, noised_fake.detach()])
-        logits = self.latent(
-            both, torch.cat([s, s]), Condition(cond.tokens.repeat(2, 1, 1), cond.pooled.repeat(2, 1))
-        )
-        real, guess = logits.chunk(2)
+        real, guess = judge(self.latent, noised_real, noised_fake.detach(), s, cond)
         loss = recipe.lambda_latent * discriminator_hinge(real, guess)
         logs = {"latent_hinge": discriminator_hinge(real, guess).item(), **accuracy_by_time(real, guess, s)}
         pixels_fake: Tensor | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..ranks import ALONE, Ranks
+from ..teachers.denoiser import Condition, join
 
 TIME_BINS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.01))
 
@@ -39,6 +40,15 @@ def update(loss: Tensor, optimizers: Sequence[Optimizer], clip: float, ranks: Ra
         optimizer.step()
         optimizer.zero_grad()
     return float(norm)
+
+
+def judge(latent: nn.Module, real: Tensor, fake: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+    """Return the logits [b, n] of real and of fake latents [b, ...] at times [b], computed as one batch.
+
+    So the arithmetic's own noise is common to both sides, and nothing for a discriminator to see.
+    """
+    real_logits, fake_logits = latent(torch.cat([real, fake]), torch.cat([t, t]), join(cond, cond)).chunk(2)
+    return real_logits, fake_logits
 
 
 def accuracy_by_time(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, float]:
