@@ -1,5 +1,7 @@
 """Where on the time axis training looks: pure functions of uniform numbers. t = 0 is data, t = 1 is noise."""
 
+from statistics import NormalDist
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,6 +32,23 @@ def adm_times(u: Times, *, low: float, high: float) -> Times:
     if not 0 < low < high <= 1:
         raise ValueError(f"expected 0 < low < high <= 1, got {low} and {high}")
     return low + (high - low) * u
+
+
+def logit_normal_times(u: Times, *, mean: float, std: float, low: float = 0.0, high: float = 1.0) -> Times:
+    """Return times in (low, high) whose logit is normal, cut off at the ends: more of them near sigmoid(mean).
+
+    Source: Esser et al. 2024 (SD3, arXiv 2403.03206), equation 19.
+    Raises:
+        ValueError: not 0 <= low < high <= 1, or std <= 0.
+    """
+    if not 0 <= low < high <= 1 or std <= 0:
+        raise ValueError(f"expected 0 <= low < high <= 1 and std > 0, got {low}, {high} and {std}")
+    normal = NormalDist(mean, std)
+    first, last = (normal.cdf(np.log(t / (1 - t))) if 0 < t < 1 else t for t in (low, high))
+    # Away from 0 and 1, where the quantile has its poles.
+    shares = np.clip(first + (last - first) * np.asarray(u), 1e-12, 1 - 1e-12)
+    logits = np.array([normal.inv_cdf(share) for share in shares])
+    return np.asarray(1 / (1 + np.exp(-logits)))
 
 
 def ode_times(num_steps: int, *, shift: float = 1.0) -> tuple[float, ...]:

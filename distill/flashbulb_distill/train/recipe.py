@@ -87,6 +87,39 @@ class AdmRecipe(AdversarialRecipe):
     update_ratio: int = Field(default=1, ge=1, description="fake and heads updates per student update")
 
 
+class DmdRecipe(StageRecipe):
+    """Distribution matching by the KL divergence (DMD, arXiv 2311.18828), with DMD2's GAN term on request."""
+
+    rates: Rates
+    warmup_steps: int = Field(default=0, ge=0, description="steps before the student moves")
+    guidance: float = Field(ge=1, description="of the real score; the fake score has none")
+    time_range: tuple[float, float] = (0.02, 0.98)
+    fake_updates: int = Field(default=5, ge=1, description="per step; 5 is DMD2's two time-scales")
+    update_ratio: int = Field(default=1, ge=1, description="fake and heads updates per student update")
+    gan_weight: float = Field(
+        default=0.0, ge=0, description="of DMD2's GAN term; 0 leaves it out, DMD2 has 5e-3"
+    )
+    taps: tuple[int, ...] = Field(default=(), description="blocks of the frozen backbone; -1 is the input")
+
+
+class LaddRecipe(AdversarialRecipe):
+    """Latent adversarial distillation (arXiv 2403.12015)."""
+
+    time_mean: float = Field(default=1.0, description="of the logit of the discriminator's time")
+    time_std: float = Field(default=1.0, gt=0)
+
+
+class LcmRecipe(StageRecipe):
+    """Latent consistency distillation (arXiv 2310.04378)."""
+
+    rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    guidance: float = Field(ge=1, description="of the teacher's step")
+    num_times: int = Field(default=50, ge=2, description="the grid on which the student is consistent")
+    target_ema: float = Field(default=0.95, ge=0, lt=1, description="of the network that sets the target")
+    huber: float = Field(default=1e-3, gt=0, description="where the loss turns from squared to absolute")
+
+
 class EvaluateRecipe(Strict):
     """What the evaluation samples."""
 
