@@ -48,7 +48,7 @@ def run(
     resume: Resume = False,
     device: Device = "auto",
 ) -> None:
-    """Run all stages: pairs, regression (where asked for), adp, adm, evaluate, export with its parity gate."""
+    """Run the recipe's stages: pairs, regression, adp, adm, evaluate, export with its parity gate."""
     with _started(recipe, set_, out, resume=resume, device=device) as started:
         parity = started.export()
     if not started.ranks.is_first:

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..core.noise import draw_noise
 from ..core.sampler import sample
 from ..pairs.generate import sample_teacher
-from ..teachers.denoiser import Condition
-from ..teachers.emoji import EmojiDenoiser, EmojiTeacher
+from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.teacher import Teacher
 
 Images = NDArray[np.uint8]
 Generate = Callable[[list[str], list[int]], Images]
@@ -23,7 +23,7 @@ def to_images(pixels: Tensor) -> Images:
     return levels.movedim(1, -1).contiguous().numpy()
 
 
-def student_images(teacher: EmojiTeacher, student: EmojiDenoiser, time_steps: tuple[float, ...]) -> Generate:
+def student_images(teacher: Teacher, student: Denoiser, time_steps: tuple[float, ...]) -> Generate:
     """Return a function (prompts, seeds) -> pictures by the few-step student, image index 0 of each seed."""
 
     @torch.no_grad()
@@ -50,9 +50,9 @@ def student_images(teacher: EmojiTeacher, student: EmojiDenoiser, time_steps: tu
     return generate
 
 
-def teacher_images(teacher: EmojiTeacher, num_steps: int, guidance: float) -> Generate:
+def teacher_images(teacher: Teacher, num_steps: int, guidance: float) -> Generate:
     """Return a function (prompts, seeds) -> pictures by the teacher's guided ODE, from the student's noise."""
-    uncond = teacher.encode([""])
+    uncond = teacher.encode_uncond()
 
     @torch.no_grad()
     def generate(prompts: list[str], seeds: list[int]) -> Images:
@@ -66,7 +66,7 @@ def teacher_images(teacher: EmojiTeacher, num_steps: int, guidance: float) -> Ge
     return generate
 
 
-def _encode_once(teacher: EmojiTeacher, prompts: list[str]) -> Condition:
+def _encode_once(teacher: Teacher, prompts: list[str]) -> Condition:
     """Encode each distinct prompt once."""
     distinct = list(dict.fromkeys(prompts))
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts])

@@ -20,17 +20,22 @@ class LatentDiscriminator(nn.Module):
     Args:
         backbone: the teacher's network; kept out of this module's parameters, since it is the teacher's.
         taps: block numbers; -1 is the input itself.
-        channels: channels of the latents.   width: channels of a block's features.
+        channels: channels of the latents.
         axes: of the latents: 2 of pictures [b, c, h, w], 3 of videos [b, c, f, h, w].
+    Raises:
+        ValueError: the backbone has no such block.
     """
 
-    def __init__(
-        self, backbone: Denoiser, taps: Sequence[int], *, channels: int, width: int, axes: int = 2
-    ) -> None:
+    def __init__(self, backbone: Denoiser, taps: Sequence[int], *, channels: int, axes: int = 2) -> None:
         super().__init__()
         self._backbone = (backbone,)  # a tuple, so that it is no submodule
         self.taps = tuple(taps)
-        self.heads = Heads([Head(channels if tap == INPUT else width, axes=axes) for tap in taps])
+        widths = {INPUT: channels, **dict(enumerate(backbone.widths))}
+        if unknown := [tap for tap in taps if tap not in widths]:
+            raise ValueError(
+                f"taps: expected -1 (the input) to {max(widths)}, the last block, got {', '.join(map(str, unknown))}"
+            )
+        self.heads = Heads([Head(widths[tap], axes=axes) for tap in taps])
 
     def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Return logits [b, places] of latents [b, c, (f,) h, w] at times [b]."""

@@ -62,7 +62,7 @@ def generate_pairs(
             prompt = torch.from_numpy(draws.integers("pairs/prompt", 0, samples, len(prompts)))
             x_T = torch.from_numpy(draws.normal("pairs/noise", 0, samples, latent_shape)).to(device)
             x_0 = sample_teacher(
-                denoiser, x_T, cond.take(prompt), uncond, num_steps=num_steps, guidance=guidance
+                denoiser, x_T, cond.take(prompt).to(device), uncond, num_steps=num_steps, guidance=guidance
             )
             entry = write_shard(folder, num_shards + ranks.index, x_T, x_0, prompt)
         entries = [made for made in ranks.gather(entry) if made is not None]

@@ -29,6 +29,10 @@ class Condition:
         """Repeat a condition of one row `count` times, without copying."""
         return Condition(self.tokens.expand(count, -1, -1), self.pooled.expand(count, -1))
 
+    def to(self, device: torch.device) -> "Condition":
+        """Return it on a device."""
+        return Condition(self.tokens.to(device), self.pooled.to(device))
+
 
 def join(first: Condition, second: Condition) -> Condition:
     """Stack two conditions along the batch."""

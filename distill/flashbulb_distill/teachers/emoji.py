@@ -1,19 +1,16 @@
 """The demo family: an SD3 transformer on patch latents that predicts x0, and its folder on disk."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from diffusers import SD3Transformer2DModel
-from tokenizers import Tokenizer
 
-from ..bundle import hash_file
-from .denoiser import Condition
+from .codec import freeze
+from .demo import DemoTeacher, check_folder
 from .patch_codec import PatchCodec
 from .sd3 import Sd3Denoiser
-from .text import TextEncoder, encode_prompts, load_text_encoder, load_tokenizer
+from .text import load_text_encoder, load_tokenizer
 
 TIMESTEP_SCALE = 1000.0
 
@@ -23,43 +20,8 @@ class EmojiDenoiser(Sd3Denoiser):
 
     prediction = "x0"
 
-    @property
-    def width(self) -> int:
-        """Return the number of channels of a block's features."""
-        return self.widths[0]
 
-
-@dataclass(frozen=True)
-class EmojiTeacher:
-    """A loaded teacher folder: transformer/ and codec/ as diffusers writes them, text encoder from its package."""
-
-    folder: Path
-    denoiser: EmojiDenoiser
-    codec: PatchCodec
-    text_encoder: TextEncoder
-    tokenizer: Tokenizer
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the latents."""
-        config = self.denoiser.transformer.config
-        return config.in_channels, config.sample_size, config.sample_size
-
-    def new_denoiser(self, *, bf16: bool) -> EmojiDenoiser:
-        """Return a trainable copy of the teacher's network."""
-        copy = EmojiDenoiser(load_transformer(self.folder), bf16=bf16)
-        return copy.to(next(self.denoiser.parameters()).device)
-
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts, any number of them, for the network's device. The text encoder stays on the CPU."""
-        device = next(self.denoiser.parameters()).device
-        tokens, pooled = encode_prompts(self.text_encoder, self.tokenizer, prompts)
-        return Condition(tokens.to(device), pooled.to(device))
-
-    def sha256(self) -> dict[str, str]:
-        """Return the hashes of the teacher's weight files, by path in its folder."""
-        files = sorted(self.folder.rglob("*.safetensors"))
-        return {file.relative_to(self.folder).as_posix(): hash_file(file) for file in files}
+EmojiTeacher = DemoTeacher[EmojiDenoiser, PatchCodec]
 
 
 def load_transformer(folder: Path) -> SD3Transformer2DModel:
@@ -78,16 +40,22 @@ def load_emoji_teacher(
     Raises:
         FileNotFoundError: the folder is not a teacher folder.
     """
-    for part in ("transformer", "codec"):
-        if not (folder / part / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder}: expected an emoji teacher with {part}/config.json, found none; "
-                "give a folder like examples/emoji/teacher"
-            )
-    denoiser = EmojiDenoiser(load_transformer(folder), bf16=bf16)
+    check_folder(folder, "an emoji teacher", "examples/emoji/teacher")
     codec = PatchCodec.from_pretrained(
         folder, subfolder="codec", torch_dtype=torch.float32, local_files_only=True
     )
-    denoiser.requires_grad_(False).eval().to(device)
-    codec.requires_grad_(False).eval().to(device)
-    return EmojiTeacher(folder, denoiser, cast(PatchCodec, codec), load_text_encoder(), load_tokenizer())
+
+    def load(bf16: bool) -> EmojiDenoiser:
+        return EmojiDenoiser(load_transformer(folder), bf16=bf16)
+
+    denoiser = cast(EmojiDenoiser, freeze(load(bf16).to(device)))
+    config = denoiser.transformer.config
+    return DemoTeacher(
+        folder,
+        denoiser,
+        cast(PatchCodec, freeze(codec.to(device))),
+        load_text_encoder(),
+        load_tokenizer(),
+        (config.in_channels, config.sample_size, config.sample_size),
+        load,
+    )

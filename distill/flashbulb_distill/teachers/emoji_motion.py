@@ -6,7 +6,11 @@ from typing import cast
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from .clip_codec import ClipCodec
+from .codec import freeze
 from .cogvideox import CogVideoXDenoiser
+from .demo import DemoTeacher, check_folder
+from .text import load_text_encoder, load_tokenizer
 
 
 class MotionDenoiser(CogVideoXDenoiser):
@@ -16,6 +20,9 @@ class MotionDenoiser(CogVideoXDenoiser):
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, *, bf16: bool = False) -> None:
         super().__init__(transformer, "variance-preserving", bf16=bf16)
+
+
+MotionTeacher = DemoTeacher[MotionDenoiser, ClipCodec]
 
 
 def build_transformer(
@@ -46,17 +53,37 @@ def build_transformer(
 
 
 def load_transformer(folder: Path) -> CogVideoXTransformer3DModel:
-    """Load a teacher folder's transformer in float32.
-
-    Raises:
-        FileNotFoundError: the folder is not a teacher folder.
-    """
-    if not (folder / "transformer" / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: expected a teacher of emoji in motion with transformer/config.json, found none; "
-            "give the folder that examples/emoji_motion/train_teacher.py --export wrote"
-        )
+    """Load a teacher folder's transformer in float32."""
     model = CogVideoXTransformer3DModel.from_pretrained(
         folder, subfolder="transformer", torch_dtype=torch.float32, local_files_only=True
     )
     return cast(CogVideoXTransformer3DModel, model)
+
+
+def load_motion_teacher(
+    folder: Path, *, bf16: bool = False, device: torch.device | None = None
+) -> MotionTeacher:
+    """Load a teacher of emoji in motion, frozen, onto a device.
+
+    Raises:
+        FileNotFoundError: the folder is not a teacher folder.
+    """
+    check_folder(folder, "a teacher of emoji in motion", "examples/emoji_motion/teacher")
+    codec = ClipCodec.from_pretrained(
+        folder, subfolder="codec", torch_dtype=torch.float32, local_files_only=True
+    )
+
+    def load(bf16: bool) -> MotionDenoiser:
+        return MotionDenoiser(load_transformer(folder), bf16=bf16)
+
+    denoiser = cast(MotionDenoiser, freeze(load(bf16).to(device)))
+    config, span = denoiser.transformer.config, codec.config["span"]
+    return DemoTeacher(
+        folder,
+        denoiser,
+        cast(ClipCodec, freeze(codec.to(device))),
+        load_text_encoder(),
+        load_tokenizer(),
+        (config.in_channels, config.sample_frames // span, config.sample_height, config.sample_width),
+        load,
+    )

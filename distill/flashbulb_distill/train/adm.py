@@ -66,7 +66,7 @@ class Adm:
         moves = step >= recipe.warmup_steps and step % recipe.update_ratio == 0
 
         picks = torch.from_numpy(draws.integers("adm/prompt", step, rows, len(self.cond)))
-        cond = self.cond.take(picks)
+        cond = self.cond.take(picks).to(device_of(self.student))
         with torch.set_grad_enabled(moves):
             x_0 = simulate_student(
                 self.student,

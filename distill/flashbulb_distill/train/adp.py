@@ -55,7 +55,7 @@ class Adp:
         # The student's estimate of the clean latents from a point on the pair's straight line.
         picks = torch.from_numpy(draws.integers("adp/pair", step, rows, len(self.pairs)))
         x_0, x_T = self.pairs.x_0[picks].to(device), self.pairs.x_T[picks].to(device)
-        cond = self.cond.take(self.pairs.prompt[picks])
+        cond = self.cond.take(self.pairs.prompt[picks]).to(device)
         t = send(biased_times(draws.uniform("adp/time", step, rows), recipe.time_power)).float()
         xt = add_noise("rectified-flow", x_0, x_T, spread(t, x_0))
         with torch.set_grad_enabled(moves):

@@ -1,6 +1,7 @@
-"""Put a method together for the demo family: its networks, their starting weights and optimisers."""
+"""Put a stage's method together: its networks, their starting weights and optimisers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,44 +12,79 @@ from ..networks.discriminators import LatentDiscriminator, PixelDiscriminator
 from ..networks.lite0 import BLOCK_CHANNELS, load_lite0
 from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
-from ..teachers.denoiser import Condition
-from ..teachers.emoji import EmojiDenoiser, EmojiTeacher
+from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.teacher import Teacher
 from .adm import Adm
 from .adp import Adp
-from .recipe import Rates, Recipe, RegressionRecipe
+from .recipe import Rates, Recipe
 from .regression import Regression
 from .step import device_of
+from .trainer import Method
 
 
-def build_regression(
-    recipe: Recipe,
-    stage: RegressionRecipe,
-    teacher: EmojiTeacher,
-    pairs: Pairs,
-    cond: Condition,
-    ranks: Ranks = ALONE,
-) -> Regression:
-    """Build the regression on the pairs: the student starts as the teacher."""
-    student = teacher.new_denoiser(bf16=recipe.precision == "bfloat16")
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage's method is made from."""
+
+    recipe: Recipe
+    teacher: Teacher
+    cond: Condition  # one row for each training prompt, or for each of the pairs' prompts
+    uncond: Condition  # the row for no prompt, on the teacher's device
+    pairs: Pairs | None = None
+    start: Mapping[str, Tensor] | None = None  # the student of the stage before; None: the teacher
+    ranks: Ranks = ALONE
+
+    def required_pairs(self) -> Pairs:
+        """Return the pairs.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.pairs is None:
+            raise ValueError("expected ODE pairs, got none; the recipe needs a section pairs")
+        return self.pairs
+
+    def student(self) -> Denoiser:
+        """Return a network to train that starts where the stage before ended, else as the teacher."""
+        student = self.new_denoiser()
+        if self.start is not None:
+            load_parameters(student, self.start)
+        return student
+
+    def new_denoiser(self) -> Denoiser:
+        """Return a network to train that starts as the teacher."""
+        return self.teacher.new_denoiser(bf16=self.recipe.precision == "bfloat16")
+
+
+def build(stage: str, inputs: Inputs) -> Method:
+    """Build the method of a recipe's stage."""
+    return _BUILDERS[stage](inputs)
+
+
+def build_regression(inputs: Inputs) -> Regression:
+    """Build the regression on the pairs."""
+    stage = inputs.recipe.regression
+    assert stage is not None
+    student = inputs.student()
     optimizer = AdamW(student.parameters(), lr=stage.rate, betas=stage.betas, weight_decay=0.0)
-    return Regression(stage, Draws(recipe.seed), pairs, cond, student, {"student": optimizer}, ranks)
+    return Regression(
+        stage,
+        Draws(inputs.recipe.seed),
+        inputs.required_pairs(),
+        inputs.cond,
+        student,
+        {"student": optimizer},
+        inputs.ranks,
+    )
 
 
-def build_adp(
-    recipe: Recipe,
-    teacher: EmojiTeacher,
-    pairs: Pairs,
-    cond: Condition,
-    start: Mapping[str, Tensor] | None = None,
-    ranks: Ranks = ALONE,
-) -> Adp:
-    """Build ADP: the student starts from `start` (the regression's average), else as the teacher; heads at random."""
-    stage = recipe.adp
+def build_adp(inputs: Inputs) -> Adp:
+    """Build ADP: heads start at random."""
+    recipe, stage = inputs.recipe, inputs.recipe.adp
+    assert stage is not None
     torch.manual_seed(recipe.seed)
-    student = teacher.new_denoiser(bf16=recipe.precision == "bfloat16")
-    if start is not None:
-        load_parameters(student, start)
-    latent = _latent_discriminator(teacher, stage.taps)
+    student = inputs.student()
+    latent = _latent_discriminator(inputs.teacher, stage.taps)
     pixel = None
     if stage.lambda_pixel > 0:
         channels = [BLOCK_CHANNELS[tap] for tap in stage.pixel_taps]
@@ -60,38 +96,29 @@ def build_adp(
     return Adp(
         recipe=stage,
         draws=Draws(recipe.seed),
-        pairs=pairs,
-        cond=cond,
+        pairs=inputs.required_pairs(),
+        cond=inputs.cond,
         student=student,
         latent=latent,
         pixel=pixel,
-        decode=teacher.codec.decode,
+        decode=inputs.teacher.codec.decode,
         optimizers=_optimizers(trained, stage.rates),
-        ranks=ranks,
+        ranks=inputs.ranks,
     )
 
 
-def build_adm(
-    recipe: Recipe,
-    teacher: EmojiTeacher,
-    cond: Condition,
-    uncond: Condition,
-    start: Mapping[str, Tensor],
-    ranks: Ranks = ALONE,
-) -> Adm:
-    """Build ADM: the student starts from `start` (ADP's average), the fake score as the teacher, heads at random."""
-    stage = recipe.adm
+def build_adm(inputs: Inputs) -> Adm:
+    """Build ADM: the fake score starts as the teacher, heads at random."""
+    recipe, stage, teacher = inputs.recipe, inputs.recipe.adm, inputs.teacher
+    assert stage is not None
     torch.manual_seed(recipe.seed + 1)
-    bf16 = recipe.precision == "bfloat16"
-    student = teacher.new_denoiser(bf16=bf16)
-    load_parameters(student, start)
-    fake = teacher.new_denoiser(bf16=bf16)
+    student, fake = inputs.student(), inputs.new_denoiser()
     latent = _latent_discriminator(teacher, stage.taps)
     return Adm(
         recipe=stage,
         draws=Draws(recipe.seed),
-        cond=cond,
-        uncond=uncond,
+        cond=inputs.cond,
+        uncond=inputs.uncond,
         latent_shape=teacher.latent_shape,
         time_steps=recipe.time_steps,
         teacher=teacher.denoiser,
@@ -99,8 +126,15 @@ def build_adm(
         fake=fake,
         latent=latent,
         optimizers=_optimizers({"student": student, "fake": fake, "latent": latent}, stage.rates),
-        ranks=ranks,
+        ranks=inputs.ranks,
     )
+
+
+_BUILDERS: dict[str, Callable[[Inputs], Method]] = {
+    "regression": build_regression,
+    "adp": build_adp,
+    "adm": build_adm,
+}
 
 
 def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -115,17 +149,17 @@ def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def student_of(teacher: EmojiTeacher, values: Mapping[str, Tensor]) -> EmojiDenoiser:
+def student_of(teacher: Teacher, values: Mapping[str, Tensor]) -> Denoiser:
     """Return a frozen float32 student with the given parameters."""
     student = teacher.new_denoiser(bf16=False)
     load_parameters(student, values)
     return student.requires_grad_(False).eval()
 
 
-def _latent_discriminator(teacher: EmojiTeacher, taps: tuple[int, ...]) -> LatentDiscriminator:
-    channels, denoiser = teacher.latent_shape[0], teacher.denoiser
-    heads = LatentDiscriminator(denoiser, taps, channels=channels, width=denoiser.width)
-    return heads.to(device_of(denoiser))
+def _latent_discriminator(teacher: Teacher, taps: tuple[int, ...]) -> LatentDiscriminator:
+    channels, *axes = teacher.latent_shape
+    heads = LatentDiscriminator(teacher.denoiser, taps, channels=channels, axes=len(axes))
+    return heads.to(device_of(teacher.denoiser))
 
 
 def _optimizers(modules: Mapping[str, nn.Module], rates: Rates) -> dict[str, Optimizer]:

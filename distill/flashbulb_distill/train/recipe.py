@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..bundle import Shape
+
+STAGES = ("regression", "adp", "adm")  # in their order
 
 
 class Strict(BaseModel):
@@ -42,6 +46,11 @@ class StageRecipe(Strict):
     ema: float = Field(default=0.995, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0)
 
+    @property
+    def average_from(self) -> int:
+        """The step from which the student moves, and its average with it."""
+        return 0
+
 
 class RegressionRecipe(StageRecipe):
     """Regression on the pairs, before ADP; the paper's ablation A1 when it stands alone."""
@@ -59,6 +68,11 @@ class AdversarialRecipe(StageRecipe):
     rates: Rates
     warmup_steps: int = Field(default=0, ge=0, description="steps before the student moves")
     taps: tuple[int, ...] = Field(min_length=1, description="blocks of the frozen backbone; -1 is the input")
+
+    @property
+    def average_from(self) -> int:
+        """The step from which the student moves, and its average with it."""
+        return self.warmup_steps
 
 
 class AdpRecipe(AdversarialRecipe):
@@ -138,6 +152,7 @@ class ExportRecipe(Strict):
     attribution: str = ""
     max_batch: int = Field(default=16, ge=1)
     tolerance: float = Field(default=1e-3, gt=0)
+    fps: float | None = Field(default=None, gt=0, description="frames a second; of videos only")
 
 
 class Recipe(Strict):
@@ -145,18 +160,58 @@ class Recipe(Strict):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
     version: int = Field(ge=1)
-    family: Literal["emoji"]
-    teacher: Path
+    family: Literal["emoji", "emoji-motion", "sdxl", "sd3", "cogvideox"]
+    teacher: str = Field(description="a folder, or the hub id of a pipeline")
+    variant: str | None = Field(default=None, description="which of a pipeline's files, like fp16")
+    revision: str | None = Field(default=None, description="of the hub id")
+    shape: Shape | None = Field(
+        default=None, description="what is drawn; the demo families have one size each"
+    )
     prompts: Path
     seed: int = Field(ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     time_steps: tuple[float, ...] = (1.0,)
-    pairs: PairsRecipe
+    pairs: PairsRecipe | None = None
     regression: RegressionRecipe | None = None
-    adp: AdpRecipe
-    adm: AdmRecipe
-    evaluate: EvaluateRecipe | None
+    adp: AdpRecipe | None = None
+    adm: AdmRecipe | None = None
+    evaluate: EvaluateRecipe | None = None
     export: ExportRecipe
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Recipe":
+        if not self.stages:
+            raise ValueError(f"expected at least one training stage among {', '.join(STAGES)}, found none")
+        for stage in ("regression", "adp"):
+            if stage in self.stages and self.pairs is None:
+                raise ValueError(f"{stage} learns from ODE pairs: expected a section pairs, found none")
+        if self.shape is None and not self.is_demo:
+            raise ValueError(f"expected a shape (width, height) to distil {self.family} at, found none")
+        if (self.family in ("emoji-motion", "cogvideox")) != (self.export.fps is not None):
+            raise ValueError(f"export.fps: expected of a video and only there, got {self.export.fps}")
+        return self
+
+    @property
+    def stages(self) -> dict[str, StageRecipe]:
+        """The training stages by name, in their order."""
+        return {name: section for name in STAGES if (section := getattr(self, name)) is not None}
+
+    @property
+    def last_stage(self) -> str:
+        """The stage whose student is exported."""
+        return list(self.stages)[-1]
+
+    @property
+    def is_demo(self) -> bool:
+        """Tell whether the teacher is one of the demo families' own folders."""
+        return self.family in ("emoji", "emoji-motion")
+
+    @property
+    def guidance(self) -> float:
+        """The classifier-free guidance that the student learns."""
+        if self.adm is not None:
+            return self.adm.guidance
+        return self.pairs.guidance if self.pairs is not None else 1.0
 
     def sha256(self) -> str:
         """Return the hash of the resolved recipe; a part that is left out has no say in it."""

@@ -45,7 +45,7 @@ class Regression:
         device = device_of(self.student)
         picks = torch.from_numpy(draws.integers("regression/pair", step, rows, len(self.pairs)))
         x_0, x_T = self.pairs.x_0[picks].to(device), self.pairs.x_T[picks].to(device)
-        cond = self.cond.take(self.pairs.prompt[picks])
+        cond = self.cond.take(self.pairs.prompt[picks]).to(device)
         uniform = draws.uniform("regression/time", step, rows)
         t = sender(device)(biased_times(uniform, self.recipe.time_power)).float()
         xt = add_noise("rectified-flow", x_0, x_T, spread(t, x_0))

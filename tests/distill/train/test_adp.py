@@ -8,7 +8,7 @@ import torch
 from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.pairs.store import Pairs
 from flashbulb_distill.teachers.emoji import load_emoji_teacher
-from flashbulb_distill.train.build import build_adp
+from flashbulb_distill.train.build import Inputs, build_adp
 from flashbulb_distill.train.recipe import load_recipe
 from support.tiny_teacher import make_tiny_teacher
 
@@ -30,7 +30,7 @@ def make(teacher, *overrides):
         torch.tensor([0, 1, 0, 1, 0, 1]),
         ("red apple", "a rocket"),
     )
-    return build_adp(recipe, teacher, pairs, teacher.encode(pairs.prompts))
+    return build_adp(Inputs(recipe, teacher, teacher.encode(pairs.prompts), teacher.encode_uncond(), pairs))
 
 
 def weights(modules):

@@ -45,3 +45,31 @@ def test_a_missing_file_and_a_file_that_is_no_yaml_are_refused(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(RecipeError, match="expected YAML"):
         load_recipe(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_says_where_each_value_of_its_stages_comes_from(path):
+    recipe = load_recipe(path)
+    assert recipe.name.replace("-", "") == path.stem.replace("_", "")
+    if recipe.adm is not None and not recipe.is_demo:
+        assert recipe.adm.delta_t == 1 / 64, "the paper's"
+        assert recipe.adm.update_ratio == 1, "the paper's"
+        lines = path.read_text().partition("\nadm:\n")[2].partition("\n\n")[0].splitlines()
+        bare = [
+            line for line in lines if not any(tag in line for tag in ("[paper]", "[fallback]", "[guess]"))
+        ]
+        assert not bare
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["regression=null", "adp=null", "adm=null"], "expected at least one training stage"),
+        (["pairs=null"], "learns from ODE pairs: expected a section pairs"),
+        (["family=sd3"], "expected a shape"),
+        (["export.fps=8"], "export.fps: expected of a video and only there"),
+    ],
+)
+def test_sections_that_do_not_fit_together_are_refused(overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(RECIPE, overrides)

@@ -9,7 +9,7 @@ from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.core.times import biased_times
 from flashbulb_distill.pairs.store import Pairs
 from flashbulb_distill.teachers.emoji import load_emoji_teacher
-from flashbulb_distill.train.build import build_adp, build_regression
+from flashbulb_distill.train.build import Inputs, build_adp, build_regression
 from flashbulb_distill.train.recipe import RegressionRecipe, load_recipe
 from support.tiny_teacher import make_tiny_teacher
 
@@ -34,8 +34,12 @@ def pairs():
 
 def make(teacher, pairs, **settings):
     stage = RegressionRecipe(**{"steps": 60, "batch_size": 8, "rate": 1e-3} | settings)
-    recipe = load_recipe(RECIPE, ["precision=float32"])
-    return build_regression(recipe, stage, teacher, pairs, teacher.encode(pairs.prompts))
+    recipe = load_recipe(RECIPE, ["precision=float32"]).model_copy(update={"regression": stage})
+    return build_regression(inputs(recipe, teacher, pairs))
+
+
+def inputs(recipe, teacher, pairs, start=None):
+    return Inputs(recipe, teacher, teacher.encode(pairs.prompts), teacher.encode_uncond(), pairs, start)
 
 
 def test_the_logged_loss_is_the_velocity_error_of_the_drawn_pairs_computed_by_hand(teacher, pairs):
@@ -70,5 +74,5 @@ def test_adp_starts_from_the_given_weights(teacher, pairs):
     method.step(0)
     start = {name: p.detach() for name, p in method.student.named_parameters()}
     recipe = load_recipe(RECIPE, ["precision=float32", "adp.taps=[-1,0,1]"])
-    adp = build_adp(recipe, teacher, pairs, teacher.encode(pairs.prompts), start)
+    adp = build_adp(inputs(recipe, teacher, pairs, start))
     assert all(torch.equal(p, start[name]) for name, p in adp.student.named_parameters())

@@ -1,0 +1,50 @@
+"""Open the teacher that a recipe names."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..bundle import Shape
+from .emoji import load_emoji_teacher
+from .emoji_motion import load_motion_teacher
+from .load import open_source
+from .pretrained import PretrainedTeacher
+from .teacher import Teacher
+
+_DEMOS: dict[str, Callable[..., Teacher]] = {"emoji": load_emoji_teacher, "emoji-motion": load_motion_teacher}
+
+
+def open_teacher(
+    family: str,
+    place: str,
+    *,
+    shape: Shape | None = None,
+    bf16: bool = False,
+    variant: str | None = None,
+    revision: str | None = None,
+    device: torch.device | None = None,
+    embeddings: Path | None = None,
+) -> Teacher:
+    """Open a teacher, frozen, on a device: a folder, or the hub id of a pipeline.
+
+    Args:
+        shape: what is drawn; the demo families have one size each.
+        bf16: compute in bfloat16.
+        variant, revision: of a pipeline's files.
+        embeddings: where embeddings of prompts are kept.
+    Raises:
+        FileNotFoundError: there is no such teacher.
+        ValueError: it is of another family.
+    """
+    if family in _DEMOS:
+        return _DEMOS[family](Path(place), bf16=bf16, device=device)
+    source = open_source(place, bf16=bf16, variant=variant, revision=revision)
+    if source.family != family:
+        raise ValueError(f"family: expected {source.family}, which {place} holds, got {family}")
+    if shape is None:
+        raise ValueError(f"shape: expected the size to distil {family} at, got none")
+    if bf16:
+        source = replace(source, dtype=torch.bfloat16, bf16=False)
+    return PretrainedTeacher(source, shape, device or torch.device("cpu"), embeddings)

@@ -1,0 +1,77 @@
+"""A teacher from a diffusers folder at one size: what a run of SDXL, SD3, SD3.5 or CogVideoX distils."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..bundle import Shape
+from .codec import VaeCodec
+from .denoiser import Condition, Denoiser
+from .load import Source
+
+
+@dataclass(frozen=True)
+class PretrainedTeacher:
+    """A teacher of one size on one device; its parts are loaded when they are first needed.
+
+    Text encoders are loaded on the CPU for `encode` and dropped after it: T5 alone is larger than the network.
+
+    Args:
+        embeddings: a folder that keeps what was encoded, by the hash of prompts and text encoders; None keeps nothing.
+    """
+
+    source: Source
+    shape: Shape
+    device: torch.device
+    embeddings: Path | None = None
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """The frozen network."""
+        return self.source.denoiser().to(self.device)
+
+    @cached_property
+    def codec(self) -> VaeCodec:
+        """The frozen VAE."""
+        return self.source.codec().to(self.device)
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The latents' shape without the batch."""
+        return self.codec.latent_shape(self.shape.width, self.shape.height, self.shape.frames)
+
+    def new_denoiser(self, *, bf16: bool) -> Denoiser:
+        """Return a trainable copy of the network, in float32."""
+        trainable = replace(self.source, dtype=torch.float32, bf16=bf16)
+        return trainable.denoiser().requires_grad_(True).to(self.device)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts on the CPU, where the rows stay: mapped from the disk where they were encoded before."""
+        if self.embeddings is None:
+            return self.source.prompts().encode(prompts)
+        path = self.embeddings / f"{self._key(prompts)}.safetensors"
+        if not path.is_file():
+            cond = self.source.prompts().encode(prompts)
+            self.embeddings.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            save_file({"tokens": cond.tokens.contiguous(), "pooled": cond.pooled.contiguous()}, temporary)
+            temporary.replace(path)
+        return Condition(**load_file(path))
+
+    def _key(self, prompts: Sequence[str]) -> str:
+        made_of = [list(prompts), self.source.sha256(*self.source.text_parts), str(self.source.dtype)]
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+    def encode_uncond(self) -> Condition:
+        """Return the row that stands for no prompt."""
+        return self.source.prompts().encode_uncond()
+
+    def sha256(self) -> dict[str, str]:
+        """Return the hashes of weights, tokenizers and configurations, by path in the folder."""
+        return self.source.sha256()

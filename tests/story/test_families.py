@@ -1,0 +1,71 @@
+"""Teachers of the families that people own go the whole way: `distill run` with the shipped recipe, and the backend."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashbulb_distill.bundle import open_bundle
+from flashbulb_distill.export.generate import student_images
+from flashbulb_distill.run import start_run
+from flashbulb_distill.train.recipe import load_recipe
+from flashbulb_service.backends import ImageRequest
+from flashbulb_service.backends.onnx import OnnxBackend
+from support.tiny_pipelines import make_tiny_pipeline
+
+RECIPES = Path(__file__).parents[2] / "distill" / "recipes"
+PROMPTS = ["a red dog", "red"]
+SIZE = ["precision=float32", "variant=null", "adm.steps=2", "adm.batch_size=2", "adm.warmup_steps=1"]
+IMAGE = ["shape.width=64", "shape.height=64", "adm.taps=[-1,0,1]"]
+VIDEO = ["shape.width=64", "shape.height=64", "shape.frames=9", "adm.taps=[-1,1]"]
+ADP = [
+    "pairs.count=4", "pairs.num_steps=2", "pairs.batch_size=2",
+    "adp.steps=2", "adp.batch_size=2", "adp.warmup_steps=1", "adp.taps=[-1,0,1]",
+    "adp.pixel_batch=2", "adp.pixel_size=64",
+]  # fmt: skip
+CASES = {
+    "sdxl": ("sdxl_1step", [*IMAGE, *ADP]),
+    "sd3": ("sd3_medium_4step", IMAGE),
+    "sd35-large": ("sd35_large_4step", IMAGE),
+    "cogvideox-2b": ("cogvideox_2b_8step", VIDEO),
+    "cogvideox-5b": ("cogvideox_5b_8step", VIDEO),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("family", CASES)
+def test_a_teacher_that_people_own_becomes_a_bundle_that_the_service_draws_with(family, tmp_path):
+    name, overrides = CASES[family]
+    teacher = make_tiny_pipeline(tmp_path / "teacher", family)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    inputs = [f"teacher={teacher}", f"prompts={tmp_path / 'prompts.txt'}"]
+    recipe = load_recipe(RECIPES / f"{name}.yaml", [*inputs, *SIZE, *overrides])
+    run = start_run(recipe, tmp_path / "run", resume=False)
+    parity = run.export()
+    assert {entry.component for entry in parity} >= {"text_encoder", "denoiser", "decoder"}
+
+    # Every stage trained, and the student moved away from its teacher.
+    for stage in recipe.stages:
+        lines = (run.out / stage / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["student_norm"] > 0, stage
+    taught = dict(run.teacher.denoiser.named_parameters())
+    assert any(not value.equal(taught[key]) for key, value in run.student.named_parameters())
+
+    # The bundle says what it was made from, and draws by the service's backend what the student draws in torch.
+    bundle = open_bundle(run.bundle_folder)
+    manifest, shape = bundle.manifest, bundle.manifest.shapes[0]
+    assert manifest.parents.keys() >= {"teacher", "recipe", *recipe.stages}
+    assert manifest.time_steps == recipe.time_steps
+    backend = OnnxBackend(threads=1)
+    backend.load(bundle)
+    requests = [
+        ImageRequest(prompt, seed, 0, shape.width, shape.height, frames=shape.frames)
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    drawn = backend.decode(backend.denoise(requests, backend.encode_prompts(PROMPTS)))
+    wanted = student_images(run.teacher, run.student, recipe.time_steps)(PROMPTS, [0, 1])
+    assert drawn.shape == wanted.shape
+    assert wanted.std() > 1, "a picture of one colour would prove nothing"
+    assert np.abs(drawn.astype(int) - wanted.astype(int)).max() <= 1
