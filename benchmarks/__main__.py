@@ -40,7 +40,10 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "chaos": ("chaos.py", ("tests/service/chaos", "tests/service/queue")),
     "fuzz": ("fuzz.py", ("tests/service/api/test_errors.py", "tests/service/api/test_fuzz.py")),
     "soak": ("soak.py", SERVICE_TESTS),
-    "rolling": ("rolling.py", SERVICE_TESTS),
+    "rolling": (
+        "rolling.py",
+        ("tests/service/test_wire.py", "tests/service/queue", "tests/service/worker/test_kill.py"),
+    ),
     "runtimes": (
         "runtimes.py",
         ("tests/distill/export/test_verify.py", "tests/service/worker/test_onnx_backend.py"),

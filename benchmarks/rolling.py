@@ -1,12 +1,13 @@
 """A rolling restart under load, from one version to another on one Redis: does any request fail, is any job lost?
 
-    python -m benchmarks rolling [--old REVISION] [--rate 10] [--write]
+    python -m benchmarks rolling [--old REVISION] [--first workers apis] [--rate 10] [--write]
 
 Two APIs and two workers of the old version serve pictures through a balancer that asks /readyz; then each of the four
 is replaced in turn by one of the checkout's version, a new one up before an old one goes, while pictures are asked
-for at times drawn beforehand (Poisson) and jobs are left in the queue. The balancer never tries a request twice, so
-one refused connection would be one failed request. The verdict is good when every request was answered with a
-picture, every job completed, and equal seeds gave equal pixels from both versions.
+for at times drawn beforehand (Poisson), some again under the idempotency key of an earlier one, and jobs are left in
+the queue and read by whichever API comes. It is done once with the workers first and once with the APIs first. The
+balancer never tries a request twice, so one refused connection would be one failed request. The verdict is good when
+every request was answered with a picture, every job completed, and equal seeds gave equal pixels from both versions.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,12 @@ from PIL import Image
 from flashbulb_service.embedded import EmbeddedServer
 
 NAME = "rolling"
+BEFORE = "5531879"  # the last revision of wire version 1
 CHECK_S = 0.1  # how often the balancer asks /readyz
 NOTICE_S = 0.5  # a stopping API says so this long before it takes no more connections
 SETTLE_S = 2.0  # load on a stable set, before and after
 SEEDS = 16
+READ_AGAIN_S = 1.0  # after a job was left, its state is read by the API whose turn it is
 READY = re.compile(r"API on (http://\S+)")
 
 
@@ -102,22 +106,36 @@ class Balancer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = rig.arguments(__doc__)
-    parser.add_argument("--old", default="HEAD", help="revision that is running before")
+    parser.add_argument("--old", default=BEFORE, help="revision that is running before")
+    parser.add_argument(
+        "--first",
+        nargs="+",
+        choices=("workers", "apis"),
+        default=["workers", "apis"],
+        help="what is replaced first; several: one run each",
+    )
     parser.add_argument("--rate", type=float, default=10.0, help="pictures per second")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         old = checkout(args.old, folder / "old")
-        with EmbeddedServer(folder / "queue") as server:
-            settings = {
-                "redis": server.tcp_url,
-                "models": str(args.bundle.resolve().parent.parent),
-                "threads": str(args.threads),
-                "drain_notice_s": str(NOTICE_S),
-            }
-            result = rig.run(lambda: roll(folder, old, rig.ROOT, settings, args.rate))
-    rig.finish(NAME, {"old": args.old, "rate": args.rate, **result}, write=args.write)
-    return 0 if result["verdict"]["good"] else 1
+        runs = {}
+        for first in args.first:
+            rig.say(f"rolling: from {args.old} to this checkout, {first} first")
+            place = folder / first
+            place.mkdir()
+            with EmbeddedServer(place / "queue") as server:
+                settings = {
+                    "redis": server.tcp_url,
+                    "models": str(args.bundle.resolve().parent.parent),
+                    "threads": str(args.threads),
+                    "drain_notice_s": str(NOTICE_S),
+                }
+                runs[f"{first}_first"] = rig.run(
+                    partial(roll, place, old, rig.ROOT, settings, args.rate, apis_first=first == "apis")
+                )
+    rig.finish(NAME, {"old": args.old, "rate": args.rate, **runs}, write=args.write)
+    return 0 if all(run["verdict"]["good"] for run in runs.values()) else 1
 
 
 def checkout(revision: str, folder: Path) -> Path:
@@ -161,7 +179,9 @@ def start(kind: str, code: Path, folder: Path, settings: dict[str, str]) -> Part
     return part
 
 
-async def roll(folder: Path, old: Path, new: Path, settings: dict[str, str], rate: float) -> dict[str, Any]:
+async def roll(
+    folder: Path, old: Path, new: Path, settings: dict[str, str], rate: float, *, apis_first: bool = False
+) -> dict[str, Any]:
     """Serve with the old version, replace everything, and count what clients saw."""
     (folder / "results").mkdir()
     parts = [start("worker", old, folder, settings) for _ in range(2)]
@@ -178,7 +198,9 @@ async def roll(folder: Path, old: Path, new: Path, settings: dict[str, str], rat
             running = asyncio.create_task(load.run())
             await asyncio.sleep(SETTLE_S)
             load.phase = "rolling"
-            for index, part in enumerate(list(parts)):
+            for index, part in sorted(
+                enumerate(list(parts)), key=lambda one: (one[1].kind == "api") != apis_first
+            ):
                 parts[index] = await asyncio.to_thread(start, part.kind, new, folder, settings)
                 if part.kind == "worker":
                     await until_workers(http, balancer, 3)
@@ -261,7 +283,7 @@ class Load:
         sent: list[asyncio.Task[None]] = []
         while not self.stop.is_set():
             seed = len(sent) % SEEDS
-            sent.append(asyncio.create_task(self._picture(seed)))
+            sent.append(asyncio.create_task(self._picture(seed, keyed=len(sent) % 3 == 0)))
             if len(sent) % 4 == 0:
                 sent.append(asyncio.create_task(self._job(seed)))
             with suppress(TimeoutError):
@@ -287,8 +309,11 @@ class Load:
             },
         }
 
-    async def _picture(self, seed: int) -> None:
-        body, started, phase = {"prompt": "red apple", "seed": seed}, time.monotonic(), self.phase
+    async def _picture(self, seed: int, *, keyed: bool) -> None:
+        body: dict[str, Any] = {"prompt": "red apple", "seed": seed}
+        if keyed:  # the first of a seed is drawn, the others are its replays by either version
+            body["idempotency_key"] = f"seed {seed}"
+        started, phase = time.monotonic(), self.phase
         try:
             async with self._http.post(self._address + "/v1/images/generations", json=body) as answer:
                 data = await answer.json(content_type=None) if answer.status == 200 else await answer.text()
@@ -311,7 +336,13 @@ class Load:
                 print(f"rolling: {answer.status} {text[:200]}", file=sys.stderr)
                 self._answers[f"job {answer.status}"] += 1
                 return
-            self._jobs.append((await answer.json())["id"])
+            job = (await answer.json())["id"]
+        self._jobs.append(job)
+        await asyncio.sleep(READ_AGAIN_S)
+        async with self._http.get(f"{self._address}/v1/jobs/{job}") as answer:
+            if answer.status != 200:
+                print(f"rolling: {answer.status} {(await answer.text())[:200]}", file=sys.stderr)
+            self._answers[str(answer.status)] += 1
 
     async def _ended(self, job: str) -> str:
         state = ""

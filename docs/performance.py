@@ -103,6 +103,23 @@ def _verdict(result: Result) -> list[str]:
     return _table(["verdict", ""], rows)
 
 
+def _rolling(result: Result) -> list[str]:
+    runs = {name.replace("_", " "): run for name, run in result.items() if name.endswith("_first")}
+    rows = [
+        [
+            what,
+            sum(count for status, count in run["answers"].items() if status != "200"),
+            f"{run['jobs'].get('completed', 0)} of {sum(run['jobs'].values())}",
+            f"{run['latency_ms']['before']['p50']:.0f} / {run['latency_ms']['rolling']['p50']:.0f}",
+            f"{sum(run['answers'].values())}",
+            run["verdict"]["good"],
+        ]
+        for what, run in runs.items()
+    ]
+    head = ["replaced", "failed requests", "jobs completed", "p50 before / while, ms", "requests", "good"]
+    return [f"From `{result['old']}` to this version, two APIs and two workers.", "", *_table(head, rows)]
+
+
 def _chaos(result: Result) -> list[str]:
     kills = ", ".join(f"{count} of {what}" for what, count in result["chaos"]["kills"].items())
     return [f"{result['jobs']} jobs, killed with SIGKILL: {kills}.", "", *_verdict(result)]
@@ -147,6 +164,6 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "chaos": ("Chaos", _chaos),
     "fuzz": ("Requests drawn from the OpenAPI document", _verdict),
     "soak": ("Soak", _soak),
-    "rolling": ("Rolling restart", _verdict),
+    "rolling": ("Rolling upgrade", _rolling),
     "peers": ("Beside other servers", _peers),
 }

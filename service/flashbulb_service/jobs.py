@@ -66,6 +66,7 @@ class NewJob:
     deadline_s: seconds from now after which a result is worth nothing; None = it always is, and the queue's
         default target orders the job.
     max_attempts: how many failed or lost runs it may burn before it is dead.
+    wire: the oldest version of the service whose workers understand the payload; older ones leave it alone.
     """
 
     model: str
@@ -77,6 +78,7 @@ class NewJob:
     priority_ms: int = 0
     deadline_s: float | None = None
     max_attempts: int = 3
+    wire: int = 1
 
     def __post_init__(self) -> None:
         for field, value, pattern in (

@@ -30,6 +30,7 @@ from flashbulb_service.errors import (
     BackendError,
     BundleReplaced,
     ModelUnavailable,
+    NewerMessage,
     OutOfMemory,
     QueueUnavailable,
 )
@@ -284,6 +285,9 @@ class Pipeline:
             except BundleReplaced as error:
                 await claim.is_held()
                 await self._fail(job, BundleReplaced.code, error, retry=False)
+            except NewerMessage as error:  # another worker may understand it
+                await claim.is_held()
+                await self._fail(job, NewerMessage.code, error, retry=True)
             else:
                 rows.append((job, task))
         if not rows:

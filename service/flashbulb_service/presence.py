@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from flashbulb_service.errors import QueueUnavailable
+from flashbulb_service.wire import WIRE
 
 TTL_S = 6.0
 INTERVAL_S = 1.5
@@ -33,6 +34,7 @@ class LiveWorker:
     backend: str  # as it was asked for
     bundles: tuple[str, ...] = ()  # sha256 of each model's manifest, in their order
     backends: tuple[str, ...] = ()  # what runs each model, in their order
+    wire: int = WIRE  # the version of what it reads and writes
 
 
 class Presence:
@@ -157,7 +159,9 @@ def _to_member(worker: LiveWorker) -> str:
 def _from_member(member: bytes) -> LiveWorker:
     fields = json.loads(member)
     bundles, backends = (tuple(fields.get(name, ())) for name in ("bundles", "backends"))
-    return LiveWorker(fields["id"], tuple(fields["models"]), fields["backend"], bundles, backends)
+    return LiveWorker(
+        fields["id"], tuple(fields["models"]), fields["backend"], bundles, backends, fields.get("wire", 1)
+    )
 
 
 def backends_of(workers: Sequence[LiveWorker], model: str) -> list[str]:

@@ -3,25 +3,29 @@
 The API writes tasks and reads outcomes; the worker reads tasks and writes outcomes.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flashbulb_service.errors import NewerMessage
 from flashbulb_service.formats import DEFAULT_QUALITY, ImageFormat
+from flashbulb_service.wire import WIRE
 
 MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
 
 
 class Message(BaseModel):
-    """Base of what travels as JSON bytes."""
+    """Base of what travels as JSON bytes, perhaps to another version of the service: see `wire`."""
 
     # An error of validation goes into the log and to clients: it must not quote somebody's prompt.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    wire: int = Field(default=1, ge=1)  # the oldest version that understands this message
 
     def to_bytes(self) -> bytes:
-        """Write the message as JSON."""
-        return self.model_dump_json().encode()
+        """Write the message as JSON, without what has its default: older versions refuse names they do not know."""
+        return self.model_dump_json(exclude_defaults=True).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -29,8 +33,19 @@ class Message(BaseModel):
 
         Raises:
             ValueError: the bytes are no message of this kind.
+            NewerMessage: a later version wrote it, for its own kind only.
         """
         return cls.model_validate_json(data)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_wire(cls, data: Any) -> Any:
+        wire = data.get("wire", 1) if isinstance(data, dict) else 1
+        if isinstance(wire, int) and wire > WIRE:
+            raise NewerMessage(
+                f"expected a message of wire version {WIRE} or before, got {wire}: upgrade this one"
+            )
+        return data
 
 
 class ImageTask(Message):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from flashbulb_service.errors import InvalidRequest, QueueUnavailable
+from flashbulb_service.errors import InvalidRequest, NewerMessage, QueueUnavailable
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.queue import Queue
 
@@ -258,7 +258,11 @@ async def _attempt(
     queue: Queue, message_of: MessageOf, key: bytes, lead: str, number: int, allow_private: bool
 ) -> str | None:
     """Try once; return how it ended, None when there was nothing to say."""
-    message = await message_of(lead)
+    try:
+        message = await message_of(lead)
+    except NewerMessage:  # an API of that version will say it
+        await queue.hook_done(lead, number, again_in_s=LEASE_S)
+        return None
     again_in_s: float | None = None
     result: str | None = None
     if message is not None:

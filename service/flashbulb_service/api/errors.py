@@ -26,6 +26,7 @@ from flashbulb_service.errors import (
     MissingScope,
     ModelDraining,
     ModelUnloaded,
+    NewerMessage,
     QueueFull,
     QueueUnavailable,
     RateLimited,
@@ -182,7 +183,7 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(400, error.error_code, error.message, "prompt", NO_RETRY)
         case JobFailed():
             return ErrorAnswer(500, error.error_code, error.message)
-        case QueueUnavailable() | NotReady():
+        case QueueUnavailable() | NotReady() | NewerMessage():
             return ErrorAnswer(503, error.code, error.message, headers=_retry_after(1.0))
         case RequestTimeout():
             return ErrorAnswer(504, error.code, error.message, headers=NO_RETRY)

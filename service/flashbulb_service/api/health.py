@@ -1,6 +1,7 @@
 """/livez, /readyz, /metrics: for those who run the service."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.measures import merge_expositions, write_families
 from flashbulb_service.presence import LiveWorker, backends_of, serves
 from flashbulb_service.queue import QueueStats
+from flashbulb_service.wire import WIRE
 
 router = APIRouter(responses=ERRORS)
 
@@ -93,4 +95,11 @@ async def check_ready(context: Context) -> dict[str, Any]:
             f"found {len(workers)} workers: start one with 'flashbulb worker'"
         )
     backends = {model: backends_of(workers, model) for model in served}
-    return {"status": "ready", "models": served, "workers": len(workers), "backends": backends}
+    wire = Counter(f"{worker.wire}" for worker in workers)
+    return {
+        "status": "ready",
+        "models": served,
+        "workers": len(workers),
+        "backends": backends,
+        "wire": {"api": WIRE, "workers": dict(sorted(wire.items()))},
+    }

@@ -17,7 +17,7 @@ from flashbulb_service.api.media import expect_json
 from flashbulb_service.api.partials import check_room, preview_of
 from flashbulb_service.api.plan import make_plan
 from flashbulb_service.api.schemas import ERRORS, JobRequest
-from flashbulb_service.errors import InvalidRequest, JobNotFound, UnknownModel
+from flashbulb_service.errors import InvalidRequest, JobNotFound, NewerMessage, UnknownModel
 from flashbulb_service.jobs import JobState, JobView
 from flashbulb_service.queue import Event, RequestView
 from flashbulb_service.tasks import RequestRecord
@@ -198,7 +198,7 @@ async def _owned(context: Context, request: Request, job_id: str) -> RequestView
 
 
 async def _described_if_there(context: Context, request: Request, view: RequestView) -> list[dict[str, Any]]:
-    with contextlib.suppress(JobNotFound):
+    with contextlib.suppress(JobNotFound, NewerMessage):
         return [await _describe(context, request, view)]
     return []
 

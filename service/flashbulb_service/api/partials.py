@@ -8,6 +8,7 @@ from typing import Any
 
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import TooManyStreams
+from flashbulb_service.errors import NewerMessage
 from flashbulb_service.queue import Event
 from flashbulb_service.tasks import Preview, RequestRecord
 
@@ -27,7 +28,7 @@ def check_room(context: Context) -> None:
 def preview_of(event: Event) -> Preview | None:
     """Return the preview that an event tells of, None when it tells something else."""
     if event.kind == "progress":
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, NewerMessage):
             return Preview.from_bytes(event.data.get("data", "").encode())
     return None
 

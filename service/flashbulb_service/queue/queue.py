@@ -283,6 +283,7 @@ class Queue:
                 _ms(target_s) - priority,
                 deadline,
                 job.max_attempts,
+                job.wire,
             ]
         expected = self._completions.expect(ids) if awaited else None
         reply = await self._run(

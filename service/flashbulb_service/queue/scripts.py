@@ -5,6 +5,7 @@ from importlib import resources
 
 from flashbulb_service.queue.keys import TEMPLATES
 from flashbulb_service.queue.views import VIEW_FIELDS
+from flashbulb_service.wire import WIRE
 
 NAMES = (
     "enqueue",
@@ -41,4 +42,5 @@ def behind_lib(package: str, name: str) -> str:
     body = (resources.files(package) / "lua" / f"{name}.lua").read_text(encoding="utf-8")
     templates = ", ".join(f"{key} = '{template}'" for key, template in TEMPLATES.items())
     fields = ", ".join(f"'{name}'" for name in VIEW_FIELDS)
-    return f"local TEMPLATES = {{{templates}}}\nlocal VIEW_FIELDS = {{{fields}}}\n{lib}\n{body}"
+    constants = f"local TEMPLATES = {{{templates}}}\nlocal VIEW_FIELDS = {{{fields}}}\nlocal WIRE = {WIRE}"
+    return f"{constants}\n{lib}\n{body}"

@@ -9,6 +9,9 @@ import pytest
 from fastapi import FastAPI, Request
 
 from flashbulb_service.api import partials
+from flashbulb_service.api.jobs import webhook_message
+from flashbulb_service.errors import NewerMessage
+from flashbulb_service.wire import WIRE
 
 MakeApp = Callable[..., FastAPI]
 
@@ -123,6 +126,29 @@ async def test_jobs_are_listed_page_by_page(make_app: MakeApp) -> None:
         newest = (await client.get("/v1/jobs")).json()
         assert newest["first_id"] == ids[-1]
         assert (await client.get("/v1/jobs", params={"limit": 101})).status_code == 400
+
+
+async def test_a_later_versions_job_is_unavailable_here_and_does_not_hide_the_others(
+    make_app: MakeApp,
+) -> None:
+    app = make_app()
+    queue = app.state.context.queue
+    async with client_of(app) as client:
+        mine, later = [(await client.post("/v1/jobs", json={"prompt": word})).json()["id"] for word in "ab"]
+        record = {"task": "text-to-dance", "wire": WIRE + 1}
+        async with queue.commands() as redis:
+            await redis.hset(queue.keys.job(later.removeprefix("job_")), "record", json.dumps(record))
+        answer = await client.get(f"/v1/jobs/{later}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "newer_version")
+        assert int(answer.headers["retry-after-ms"]) > 0
+        assert [job["id"] for job in (await client.get("/v1/jobs")).json()["data"]] == [mine]
+        assert await webhook_message_of(app, mine) is None  # it has no webhook
+        with pytest.raises(NewerMessage):
+            await webhook_message_of(app, later)
+
+
+async def webhook_message_of(app: FastAPI, job_id: str) -> Any:
+    return await webhook_message(app.state.context, job_id.removeprefix("job_"))
 
 
 async def test_another_owners_job_is_not_found(make_app: MakeApp) -> None:

@@ -14,6 +14,8 @@ from openai import OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from flashbulb_service.wire import WIRE
+
 WaitUntil = Callable[..., Awaitable[None]]
 
 
@@ -235,5 +237,6 @@ def test_ready_names_the_models(http: httpx2.Client) -> None:
         "models": ["tiny@1", "tiny@2", "tiny-few@1"],
         "workers": 1,
         "backends": {"tiny@1": ["onnx"], "tiny@2": ["onnx"], "tiny-few@1": ["onnx"]},
+        "wire": {"api": WIRE, "workers": {str(WIRE): 1}},
     }
     assert http.get("/livez").status_code == 200

@@ -2,7 +2,7 @@
 -- ARGV: now, tenant, instance, max_live, max_live_tenant, idempotency digest or '', request hash,
 --       idempotency ttl, mode of the key, window of 'attach', record or '', owner, listed, events, hook (1 or ''),
 --       result ttl,
---       then per job: id, model, bucket, payload, cost, weight, due in, deadline or '', max_attempts
+--       then per job: id, model, bucket, payload, cost, weight, due in, deadline or '', max_attempts, wire
 -- Returns {'created' | 'replayed', ids...}, {'conflict'}, {'draining', model}, {'late', predicted ms, allowed ms}
 -- or {'full', scope, live, places missing, finished, over ms, limit}.
 
@@ -19,11 +19,12 @@ local record, owner, listed, events, hook = ARGV[11], ARGV[12], ARGV[13] ~= '', 
 local result_ttl = tonumber(ARGV[16])
 
 local jobs, ids = {}, {}
-for i = 17, #ARGV, 9 do
+for i = 17, #ARGV, 10 do
   local job = {
     id = ARGV[i], model = ARGV[i + 1], bucket = ARGV[i + 2], payload = ARGV[i + 3],
     cost = ARGV[i + 4], weight = ARGV[i + 5], due = now + tonumber(ARGV[i + 6]),
     deadline = ARGV[i + 7] ~= '' and now + tonumber(ARGV[i + 7]), max_attempts = tonumber(ARGV[i + 8]),
+    wire = tonumber(ARGV[i + 9]),
   }
   jobs[#jobs + 1] = job
   ids[#ids + 1] = job.id
@@ -203,7 +204,7 @@ end
 local MAX_TOKEN_PAYLOAD = 65536
 
 local function lone_token(job, used)
-  if #job.payload > MAX_TOKEN_PAYLOAD then
+  if #job.payload > MAX_TOKEN_PAYLOAD or job.wire > 1 then -- any version may read a token
     return '1'
   end
   local row = { job.id, tenant, job.due, job.deadline or '', job.cost, job.weight, 0 }
@@ -215,7 +216,8 @@ end
 for _, job in ipairs(jobs) do
   call('HSET', key('job', job.id), 'state', 'queued', 'model', job.model, 'bucket', job.bucket,
     'tenant', tenant, 'payload', job.payload, 'enqueued', now, 'due', job.due, 'cost', job.cost,
-    'weight', job.weight, 'attempt', 0, 'burnt', 0, 'max_attempts', job.max_attempts, 'reply', instance)
+    'weight', job.weight, 'attempt', 0, 'burnt', 0, 'max_attempts', job.max_attempts, 'reply', instance,
+    'wire', job.wire)
   if job.deadline then
     call('HSET', key('job', job.id), 'deadline', job.deadline)
   end

@@ -91,9 +91,11 @@ local function look_into(model, bucket, most_rows)
     used[#used + 1] = string.format('%.3f', used_by(model, tenant))
     local heads = call('ZRANGE', key('bucket', model, bucket, tenant), 0, each - 1, 'WITHSCORES')
     for i = 1, #heads, 2 do
-      local job = call('HMGET', key('job', heads[i]), 'deadline', 'cost', 'weight', 'burnt')
-      for _, value in ipairs({ heads[i], tenant, heads[i + 1], job[1] or '', job[2], job[3], job[4] }) do
-        rows[#rows + 1] = value
+      local job = call('HMGET', key('job', heads[i]), 'deadline', 'cost', 'weight', 'burnt', 'wire')
+      if tonumber(job[5] or 1) <= WIRE then -- else a worker of a later version will come for it
+        for _, value in ipairs({ heads[i], tenant, heads[i + 1], job[1] or '', job[2], job[3], job[4] }) do
+          rows[#rows + 1] = value
+        end
       end
     end
   end

@@ -10,7 +10,10 @@ local buckets = {}
 for i = 4, #ARGV do
   local ready = gate_of(ARGV[i]) == 'paused' and {} or call('ZRANGE', key('ready', ARGV[i]), 0, MAX_BUCKETS - 1)
   for _, bucket in ipairs(ready) do
-    buckets[#buckets + 1] = look_into(ARGV[i], bucket, most_rows)
+    local found = look_into(ARGV[i], bucket, most_rows)
+    if #found[5] > 0 then
+      buckets[#buckets + 1] = found
+    end
   end
 end
 local long = 0
