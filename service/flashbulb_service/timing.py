@@ -84,8 +84,13 @@ def _fit_split(points: Mapping[int, float], sizes: list[int], num_flat: int, mar
         sum(w * (b - mean_b) * (points[b] - mean_ms) for w, b in zip(weights, rising, strict=True)) / spread
     )
     slope = max(0.0, slope)
+    base = mean_ms - slope * mean_b
     floor = statistics.fmean(points[size] for size in flat) if flat else 0.0
-    return Tau(floor, mean_ms - slope * mean_b, slope, margin)
+    if (
+        base + slope <= 0
+    ):  # the line of noisy times may fall below nothing at few rows, and no batch takes that
+        floor = max(floor, min(points.values()))
+    return Tau(floor, base, slope, margin)
 
 
 class TimeModel:

@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flashbulb_service.scheduler import (
@@ -47,6 +47,21 @@ def test_one_size_promises_no_speed_that_was_never_seen() -> None:
     for points in ({}, {0: 1.0}, {1: 0.0}, {1: math.nan}):
         with pytest.raises(ValueError, match="positive milliseconds"):
             fit_tau(points)
+
+
+@given(st.dictionaries(st.integers(1, 64), st.floats(1e-3, 1e6), min_size=1, max_size=8))
+@example({2: 10.0, 4: 40.0})
+def test_no_batch_takes_no_time_however_noisy_the_measurements(points) -> None:
+    tau = fit_tau(points)
+    assert all(tau(size) > 0 for size in range(1, 65))
+
+
+@given(st.lists(st.tuples(st.integers(1, 16), st.floats(0.1, 1e5)), max_size=60))
+def test_a_time_model_survives_every_series_of_batches(batches) -> None:
+    model = TimeModel({1: 17.0, 8: 43.74})
+    for size, ms in batches:
+        model.observe(size, ms)
+        assert model.tau(size) > 0
 
 
 def test_measurements_replace_a_wrong_calibration_and_outliers_do_not_matter() -> None:
