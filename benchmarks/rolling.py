@@ -23,7 +23,7 @@ import time
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -188,7 +188,10 @@ async def roll(
     parts += [start("api", old, folder, settings) for _ in range(2)]
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=60)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+    async with (
+        aiohttp.ClientSession(connector=connector, timeout=timeout) as http,
+        AsyncExitStack() as cleanup,
+    ):
         balancer = Balancer(http, [part.url for part in parts if part.url])
         watching = asyncio.create_task(balancer.watch())
         runner, address = await listen(balancer)
@@ -196,6 +199,7 @@ async def roll(
         try:
             await until_workers(http, balancer, 2)
             running = asyncio.create_task(load.run())
+            cleanup.callback(running.cancel)
             await asyncio.sleep(SETTLE_S)
             load.phase = "rolling"
             for index, part in sorted(
@@ -206,7 +210,7 @@ async def roll(
                     await until_workers(http, balancer, 3)
                 else:
                     balancer.apis.append(parts[index].url)
-                    await until(lambda url=parts[index].url: url in balancer.ready)  # type: ignore[misc]
+                    await until("a new API is ready", lambda url=parts[index].url: url in balancer.ready)  # type: ignore[misc]
                 code = await asyncio.to_thread(part.stop)
                 load.exits.append(code)
                 if part.url:
@@ -249,10 +253,10 @@ async def until_workers(http: aiohttp.ClientSession, balancer: Balancer, count: 
                 return bool((await answer.json()).get("workers") == count)
         return False
 
-    await until(counted)
+    await until(f"{count} live workers", counted)
 
 
-async def until(condition: Any, timeout_s: float = 60.0) -> None:
+async def until(what: str, condition: Any, timeout_s: float = 60.0) -> None:
     """Wait for a condition, plain or awaitable."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -260,7 +264,7 @@ async def until(condition: Any, timeout_s: float = 60.0) -> None:
         if await told if asyncio.iscoroutine(told) else told:
             return
         if time.monotonic() > deadline:
-            sys.exit("rolling: a part did not get ready or did not leave in time")
+            sys.exit(f"rolling: {what}: not within {timeout_s:g} s")
         await asyncio.sleep(CHECK_S)
 
 
@@ -281,14 +285,18 @@ class Load:
         """Send until told to stop, then wait for every answer."""
         draws = random.Random(0)
         sent: list[asyncio.Task[None]] = []
-        while not self.stop.is_set():
-            seed = len(sent) % SEEDS
-            sent.append(asyncio.create_task(self._picture(seed, keyed=len(sent) % 3 == 0)))
-            if len(sent) % 4 == 0:
-                sent.append(asyncio.create_task(self._job(seed)))
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.stop.wait(), draws.expovariate(self._rate))
-        await asyncio.gather(*sent)
+        try:
+            while not self.stop.is_set():
+                seed = len(sent) % SEEDS
+                sent.append(asyncio.create_task(self._picture(seed, keyed=len(sent) % 3 == 0)))
+                if len(sent) % 4 == 0:
+                    sent.append(asyncio.create_task(self._job(seed)))
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.stop.wait(), draws.expovariate(self._rate))
+            await asyncio.gather(*sent)
+        finally:
+            for task in sent:
+                task.cancel()
 
     async def result(self) -> dict[str, Any]:
         """Wait for the jobs, and sum up."""
@@ -353,7 +361,7 @@ class Load:
                 state = str((await answer.json(content_type=None)).get("status", answer.status))
             return state not in {"queued", "in_progress"}
 
-        await until(over)
+        await until(f"the end of {job}", over)
         return state
 
 
