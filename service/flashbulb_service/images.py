@@ -35,5 +35,12 @@ def encode_image(pixels: np.ndarray, image_format: ImageFormat, quality: int = D
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
     """Turn float [b, 3, ...] in [-1, 1] into uint8 [b, ..., 3]; values outside are clipped."""
-    scaled = np.rint((np.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
-    return np.ascontiguousarray(np.moveaxis(scaled.astype(np.uint8), 1, -1))
+    scaled = np.minimum(pixels, 1.0)
+    np.maximum(scaled, -1.0, out=scaled)
+    scaled += 1.0
+    scaled *= 127.5
+    levels = np.rint(scaled, out=scaled).astype(np.uint8)
+    images = np.empty((len(levels), *levels.shape[2:], levels.shape[1]), dtype=np.uint8)
+    for channel in range(levels.shape[1]):  # three strided copies take half the time of one transposed
+        images[..., channel] = levels[:, channel]
+    return images

@@ -104,13 +104,17 @@ class Student:
         _check_alike(requests)
         count = len(requests)
         rows = self._rows(count)
+        if len(rows) == count:
+            return self.backend.denoise(requests, embeddings, on_step)
         padded = Embeddings(embeddings.tokens[rows], embeddings.pooled[rows])
         watch = on_step and (lambda step, num_steps, x0: on_step(step, num_steps, x0[:count]))
         return self.backend.denoise([requests[row] for row in rows], padded, watch)[:count]
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Turn latents into pictures, padded to the canonical size: -> uint8 [b, h, w, 3]."""
-        return self.backend.decode(latents[self._rows(len(latents))])[: len(latents)]
+        count = len(latents)
+        rows = self._rows(count)
+        return self.backend.decode(latents if len(rows) == count else latents[rows])[:count]
 
     def generate(self, requests: Sequence[ImageRequest]) -> Generated:
         """Run all stages, one after another; more requests than the canonical size run as several batches."""

@@ -34,12 +34,12 @@ class EmbeddingCache:
             return row
 
     def put(self, bundle_sha256: str, prompt: str, row: Row) -> None:
-        """Keep a row of its own memory; the least recently used ones make room."""
+        """Keep a copy of a row (a view would keep its whole batch alive); the least recently used ones make room."""
         key, size = (bundle_sha256, prompt), _bytes(bundle_sha256, prompt, row)
         with self._lock:
             if size > self._capacity or key in self._rows:
                 return
-            self._rows[key] = row
+            self._rows[key] = (row[0].copy(), row[1].copy())
             self.bytes += size
             while self.bytes > self._capacity:
                 (sha256, text), oldest = self._rows.popitem(last=False)

@@ -62,10 +62,12 @@ class OnnxBackend:
         for start in range(0, len(missing), step):
             batch = missing[start : start + step]
             filled = batch + batch[-1:] * ((pad_to or 0) - len(batch))
-            for prompt, tokens, pooled in zip(batch, *self._encode(bundle, filled), strict=False):
-                own = (tokens.copy(), pooled.copy())  # a view would keep the whole batch alive
-                rows[prompt] = own
-                self.cache.put(bundle.sha256, prompt, own)
+            encoded = self._encode(bundle, filled)
+            for prompt, tokens, pooled in zip(batch, *encoded, strict=False):
+                rows[prompt] = (tokens, pooled)
+                self.cache.put(bundle.sha256, prompt, (tokens, pooled))
+            if len(batch) == len(prompts):  # all were new, and each another
+                return Embeddings(*(values[: len(batch)] for values in encoded))
         found = [row for prompt in prompts if (row := rows[prompt]) is not None]
         return Embeddings(
             np.stack([tokens for tokens, _ in found]), np.stack([pooled for _, pooled in found])
@@ -143,8 +145,9 @@ class OnnxBackend:
             suffix = "" if number == 1 else f"_{number}"
             ids = np.full((len(prompts), text.max_length), text.pad_id, dtype=np.int64)
             mask = np.zeros_like(ids)
-            for row, encoding in enumerate(tokenizer.encode_batch(prompts)):
-                tokens = encoding.ids[: text.max_length]
+            for row, prompt in enumerate(prompts):
+                # encode_batch hands prompts of microseconds to threads of its own, which a busy machine makes wait
+                tokens = tokenizer.encode(prompt).ids[: text.max_length]
                 ids[row, : len(tokens)] = tokens
                 mask[row, : len(tokens)] = 1
             inputs |= {f"input_ids{suffix}": ids, f"attention_mask{suffix}": mask}

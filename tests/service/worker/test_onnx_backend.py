@@ -226,3 +226,14 @@ def test_a_number_of_steps_draws_as_the_student_whose_own_it_is(tmp_path: Path) 
         Student(both).generate([replace(asked, num_steps=3)])
     with pytest.raises(ValueError, match="number of steps"):
         Student(both).generate([asked, request()])
+
+
+def test_pixels_become_the_levels_that_rounding_says() -> None:
+    """Clip, move to 0..255, round half to even; a video keeps its frames' axis."""
+    values = np.random.default_rng(0).uniform(-1.3, 1.3, (2, 3, 4, 5, 6)).astype(np.float32)
+    values[0, 0, 0, 0, :4] = -1, 1, -0.0, 2
+    wanted = np.rint((np.clip(values, -1, 1) + np.float32(1)) * np.float32(127.5)).transpose(0, 2, 3, 4, 1)
+    arrived = to_uint8(values)
+    assert arrived.dtype == np.uint8 and arrived.flags.c_contiguous
+    np.testing.assert_array_equal(arrived, wanted)
+    np.testing.assert_array_equal(to_uint8(values[:, :, 0]), wanted[:, 0])
