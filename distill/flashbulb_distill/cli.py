@@ -47,9 +47,14 @@ def run(
     out: Out = None,
     resume: Resume = False,
     device: Device = "auto",
+    no_doctor: Annotated[
+        bool, typer.Option("--no-doctor", help="begin without examining the teacher first")
+    ] = False,
 ) -> None:
-    """Run the recipe's stages: pairs, regression, adp, adm, evaluate, export with its parity gate."""
+    """Run the recipe's stages: doctor, pairs, regression, adp, adm, evaluate, export with its parity gate."""
     with _started(recipe, set_, out, resume=resume, device=device) as started:
+        if not no_doctor:
+            _examine(started, again=False)
         parity = started.export()
     if not started.ranks.is_first:
         return
@@ -79,6 +84,26 @@ def _started(
     folder = out or Path("runs") / loaded.name
     with joined(where) as ranks:
         yield start_run(loaded, folder, resume=resume, ranks=ranks, device=where)
+
+
+@app.command(
+    epilog="Examples:  flashbulb distill doctor distill/recipes/emoji.yaml  |  "
+    "flashbulb distill doctor my.yaml --set precision=float32 --device cuda"
+)
+def doctor(recipe: RecipePath, set_: Overrides = None, out: Out = None, device: Device = "auto") -> None:
+    """Examine a recipe's teacher as training would use it: a line for each check, exit code 1 on a fault."""
+    with _started(recipe, set_, out, resume=True, device=device) as started:
+        _examine(started, again=True)
+    if started.ranks.is_first:
+        print(f"doctor: fit, see {started.out / 'doctor.json'}")
+
+
+def _examine(started: "Run", *, again: bool) -> None:
+    from .doctor.examine import Unfit
+
+    record = started.doctor(again=again)
+    if not record.is_fit:
+        raise Unfit(record.findings)
 
 
 def _stage(name: str, text: str) -> None:

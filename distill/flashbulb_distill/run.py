@@ -1,6 +1,7 @@
 """From teacher to verified bundle: pairs -> regression -> adp -> adm -> evaluate -> export, hashed and restartable.
 
     <out>/recipe.json           the resolved recipe
+    <out>/doctor.json           what the doctor found before the first step
     <out>/embeddings/           of prompts, where a family's text encoders are large
     <out>/pairs/                index.jsonl, shards
     <out>/regression/, <out>/adp/, <out>/adm/
@@ -16,6 +17,7 @@ evaluation and export on the first rank's CPU.
 
 import json
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +30,8 @@ from torch import Tensor
 
 from .bundle import BundleError, hash_file, open_bundle
 from .core.draws import Draws
+from .doctor.examine import Record, examine
+from .doctor.subject import subject_of
 from .evaluate.compare import Comparison, compare, markdown_table
 from .evaluate.run import EvaluationResult
 from .export.generate import student_images
@@ -129,6 +133,29 @@ class Run:
         if self.recipe.evaluate is None:
             raise RecipeError("evaluate: expected a section that says what to measure, got null")
         return Measurement(self.recipe.evaluate, self.progress)
+
+    def doctor(self, *, again: bool = True) -> Record:
+        """Examine the teacher as the training would use it, and write doctor.json; a line for each check on stderr.
+
+        Args:
+            again: also where the same teacher and recipe were found fit before.
+        """
+        return self.ranks.first(lambda: self._doctor(again=again))
+
+    def _doctor(self, *, again: bool) -> Record:
+        path = self.out / "doctor.json"
+        identity = digest({"teacher": self.teacher_sha256, "recipe": self.recipe.sha256()})
+        if not again and path.exists():
+            record = Record.model_validate_json(path.read_text())
+            if record.identity == identity and record.is_fit:
+                return record
+        findings = []
+        for finding in examine(subject_of(self.recipe, self.trained_teacher, self.prompts)):
+            print(finding.line(), file=sys.stderr, flush=True)
+            findings.append(finding)
+        record = Record(identity=identity, findings=tuple(findings))
+        path.write_text(record.model_dump_json(indent=1) + "\n")
+        return record
 
     # Stages. Each returns its identity: the hash of all that it is made from.
 

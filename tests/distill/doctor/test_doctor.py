@@ -1,0 +1,281 @@
+"""The doctor: healthy teachers pass, and each planted fault is caught by the check that is meant for it."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashbulb_distill.cli import _examine
+from flashbulb_distill.doctor import checks
+from flashbulb_distill.doctor.examine import CHECKS, Record, Unfit, examine
+from flashbulb_distill.doctor.subject import Subject
+from flashbulb_distill.run import start_run
+from flashbulb_distill.teachers.emoji import load_emoji_teacher
+from flashbulb_distill.teachers.load import open_source
+from flashbulb_distill.train.recipe import load_recipe
+from support.tiny_pipelines import make_tiny_pipeline
+
+TEACHER = Path(__file__).parents[3] / "examples/emoji/teacher"
+STRUCTURAL = ("round trips", "wrapper", "convention", "guidance", "zero signal", "finite")
+FAMILIES = ("sdxl", "sd3", "sd35-large", "cogvideox-2b", "cogvideox-5b")
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    """The committed teacher, trained."""
+    teacher = load_emoji_teacher(TEACHER, bf16=True)
+    return Subject(
+        denoiser=teacher.denoiser,
+        codec=teacher.codec,
+        new_denoiser=lambda bf16: teacher.new_denoiser(bf16=bf16),
+        bf16=True,
+        cond=teacher.encode(["a red apple", "cat face", "rocket"]),
+        uncond=teacher.encode([""]),
+        latent_shape=teacher.latent_shape,
+        scheduler=None,
+        guidance=2.0,
+        num_steps=6,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Subjects of tiny random teachers by family: their pictures mean nothing, their conventions are real."""
+    made = {}
+
+    def subject(family):
+        if family not in made:
+            source = open_source(make_tiny_pipeline(tmp_path_factory.mktemp(family), family))
+            prompts, vae = source.prompts(), source.codec()
+            made[family] = Subject(
+                denoiser=source.denoiser(),
+                codec=vae,
+                new_denoiser=lambda bf16: source.denoiser().requires_grad_(True),
+                cond=prompts.encode(["a red dog", "dog"]),
+                uncond=prompts.encode_uncond(),
+                latent_shape=vae.latent_shape(width=64, height=32, frames=9),
+                scheduler=source.scheduler(),
+                guidance=3.0,
+                num_steps=2,
+            )
+        return made[family]
+
+    return subject
+
+
+def verdicts(subject):
+    return {finding.check: finding.verdict for finding in examine(subject)}
+
+
+def test_the_demo_teacher_is_fit(emoji):
+    found = list(examine(emoji))
+    assert [f.check for f in found] == list(CHECKS)
+    assert {f.check for f in found if f.verdict == "skipped"} == {"wrapper", "convention"}, (
+        "it has no pipeline"
+    )
+    assert [f.line() for f in found if f.verdict == "fault"] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_familys_conventions_are_those_of_diffusers(family, tiny):
+    subject = tiny(family)
+    assert {name: CHECKS[name](subject) != "" for name in STRUCTURAL} == dict.fromkeys(STRUCTURAL, True)
+
+
+def changed(denoiser, **attributes):
+    """A copy that shares the weights, with other attributes."""
+    copied = copy.copy(denoiser)
+    for name, value in attributes.items():
+        setattr(copied, name, value)
+    return copied
+
+
+def test_a_shifted_timestep_is_caught_by_convention(tiny):
+    subject = tiny("sdxl")
+    wrong = changed(subject.denoiser, timestep_offset=-200.0)
+    with pytest.raises(checks.Fault, match="away from diffusers' pipeline"):
+        checks.convention(dataclasses.replace(subject, denoiser=wrong))
+
+
+@pytest.mark.parametrize(("family", "prediction"), [("sdxl", "v"), ("cogvideox-2b", "eps"), ("sd3", "eps")])
+def test_a_wrong_prediction_type_is_caught_by_convention(tiny, family, prediction):
+    subject = tiny(family)
+    wrong = changed(subject.denoiser, prediction=prediction)
+    with pytest.raises(checks.Fault, match="prediction type"):
+        checks.convention(dataclasses.replace(subject, denoiser=wrong))
+
+
+def test_guidance_that_is_not_the_schedulers_is_caught_by_convention(tiny, monkeypatch):
+    def exchanged(denoiser, xt, t, cond, uncond, scale):
+        return denoiser.x0(xt, t, uncond.expand(len(xt)))
+
+    monkeypatch.setattr("flashbulb_distill.pairs.generate.guided_x0", exchanged)
+    with pytest.raises(checks.Fault, match="guidance"):
+        checks.convention(tiny("sd3"))
+
+
+def test_wrong_size_conditions_are_caught_by_wrapper(tiny, monkeypatch):
+    module = "flashbulb_distill.teachers.sdxl"
+    monkeypatch.setattr(f"{module}.time_ids", lambda xt: torch.full((len(xt), 6), 1024.0))
+    with pytest.raises(checks.Fault, match="differs from diffusers' by up to"):
+        checks.wrapper(tiny("sdxl"))
+
+
+def test_wrong_rotary_positions_are_caught_by_wrapper(tiny, monkeypatch):
+    monkeypatch.setattr("flashbulb_distill.teachers.cogvideox.rotary", lambda transformer, xt: None)
+    with pytest.raises(checks.Fault, match="rotary"):
+        checks.wrapper(tiny("cogvideox-5b"))
+
+
+def test_a_prediction_that_does_not_fit_the_schedule_is_caught_by_round_trips(emoji):
+    wrong = changed(emoji.denoiser, prediction="v")  # needs alpha^2 + sigma^2 = 1
+    with pytest.raises(checks.Fault, match="v under rectified-flow does not read back"):
+        checks.round_trips(dataclasses.replace(emoji, denoiser=wrong))
+
+
+def test_exchanged_halves_are_caught_by_guidance(emoji, monkeypatch):
+    def exchanged(denoiser, xt, t, cond, uncond, scale):
+        empty = uncond.expand(len(cond))
+        a, b = denoiser.x0(xt, t, cond), denoiser.x0(xt, t, empty)
+        return a + scale * (b - a)
+
+    monkeypatch.setattr(checks, "guided_x0", exchanged)
+    with pytest.raises(checks.Fault, match="exchanged"):
+        checks.guidance(emoji)
+
+
+def test_text_that_does_not_arrive_is_caught_by_guidance(emoji):
+    deaf = dataclasses.replace(emoji, cond=emoji.uncond.expand(3))
+    with pytest.raises(checks.Fault, match="the prompt changes nothing"):
+        checks.guidance(deaf)
+
+
+def test_a_fake_score_that_is_not_the_teacher_is_caught_by_zero_signal(emoji):
+    def rounded(bf16):
+        fake = emoji.new_denoiser(bf16)
+        with torch.no_grad():
+            for parameter in fake.parameters():
+                parameter.copy_(parameter.bfloat16())
+        return fake
+
+    with pytest.raises(checks.Fault, match="precision or loading differs"):
+        checks.zero_signal(dataclasses.replace(emoji, new_denoiser=rounded))
+
+
+@pytest.mark.parametrize(("noise", "caught"), [(0.0, False), (0.2, True)])
+def test_a_fake_score_in_another_precision_is_told_and_refused_when_it_is_far(tiny, noise, caught):
+    subject = tiny("sd3")
+    rough = copy.deepcopy(subject.denoiser).to(torch.bfloat16)
+    with torch.no_grad():
+        rough.transformer.proj_out.bias += noise
+    mixed = dataclasses.replace(subject, denoiser=rough)
+    if caught:
+        with pytest.raises(checks.Fault, match="another precision"):
+            checks.zero_signal(mixed)
+    else:
+        assert "which heads may see" in checks.zero_signal(mixed)
+
+
+def test_an_overflow_is_caught_by_finite(emoji):
+    class Overflowing(torch.nn.Module):
+        def forward(self, x):
+            return x + torch.inf * (x.abs() > 1)
+
+    broken = copy.deepcopy(emoji.denoiser)
+    broken.transformer.proj_out = torch.nn.Sequential(broken.transformer.proj_out, Overflowing())
+    with pytest.raises(checks.Fault, match="is not finite in bfloat16 with float32 weights"):
+        checks.finite(dataclasses.replace(emoji, denoiser=broken))
+
+
+def test_a_coarse_dtype_is_caught_by_finite(emoji, monkeypatch):
+    rough = copy.deepcopy(emoji.denoiser)
+    plain = rough.forward
+
+    def forward(self, xt, t, cond):
+        out = plain(xt, t, cond)
+        return (out * 2).round() / 2 if self.bf16 else out
+
+    monkeypatch.setattr(type(rough), "forward", forward)
+    with pytest.raises(checks.Fault, match="from float32"):
+        checks.finite(dataclasses.replace(emoji, denoiser=rough))
+
+
+class Scaled:
+    """A codec with the wrong scaling factor, consistently in both directions: a plain round trip cannot see it."""
+
+    def __init__(self, codec, factor):
+        self.codec, self.factor = codec, factor
+
+    def encode(self, pixels):
+        return self.codec.encode(pixels) * self.factor
+
+    def decode(self, latents):
+        return self.codec.decode(latents / self.factor)
+
+
+@pytest.mark.parametrize("factor", [1 / 0.13025, 0.13025])
+def test_a_wrong_scaling_factor_is_caught_by_codec(emoji, factor):
+    with pytest.raises(checks.Fault, match=r"scaling_factor|trained on"):
+        checks.codec(dataclasses.replace(emoji, codec=Scaled(emoji.codec, factor)))
+
+
+def test_another_vae_is_caught_by_codec(emoji):
+    other = copy.deepcopy(emoji.codec)
+    with torch.no_grad():
+        other.analysis.weight.copy_(other.analysis.weight.roll(1, dims=0))  # encodes other channels
+    with pytest.raises(checks.Fault, match="the VAE is not the one"):
+        checks.codec(dataclasses.replace(emoji, codec=other))
+
+
+def test_an_untrained_teacher_is_caught_by_denoising(emoji):
+    random = copy.deepcopy(emoji.denoiser)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        random.transformer.proj_out.weight.normal_(std=0.2)
+    with pytest.raises(checks.Fault, match="the teacher is untrained"):
+        checks.denoising(dataclasses.replace(emoji, denoiser=random))
+
+
+def test_blank_pictures_are_caught_by_images(emoji):
+    blank = copy.deepcopy(emoji.denoiser)
+    with torch.no_grad():
+        blank.transformer.proj_out.weight.zero_()
+    with pytest.raises(checks.Fault, match="all seeds and prompts give the same picture"):
+        checks.images(dataclasses.replace(emoji, denoiser=blank))
+
+
+def test_burnt_pictures_are_caught_by_images(emoji):
+    with pytest.raises(checks.Fault, match=r"contrast|out of range"):
+        checks.images(dataclasses.replace(emoji, guidance=60.0))
+
+
+def test_an_error_inside_a_check_is_a_fault_and_the_others_still_run(emoji):
+    class Broken:
+        def encode(self, pixels):
+            raise RuntimeError("expected 4 channels\nat line 3")
+
+        decode = staticmethod(emoji.codec.decode)
+
+    found = list(examine(dataclasses.replace(emoji, codec=Broken())))
+    assert {f.check for f in found if f.verdict == "fault"} == {"codec"}
+    assert "codec: RuntimeError: expected 4 channels" in str(Unfit(found))
+
+
+def test_a_run_is_examined_once_and_refused_when_unfit(tmp_path, monkeypatch, capsys):
+    recipe = load_recipe(TEACHER.parents[2] / "distill/recipes/emoji.yaml", ["pairs.num_steps=4"])
+    run = start_run(recipe, tmp_path / "run", resume=False)
+    record = run.doctor()
+    assert record.is_fit
+    assert Record.model_validate_json((run.out / "doctor.json").read_text()) == record
+    assert len(capsys.readouterr().err.splitlines()) == len(CHECKS)
+    run.doctor(again=False)
+    assert capsys.readouterr().err == "", "found fit before, and nothing has changed"
+
+    def sick(subject):
+        raise checks.Fault("planted")
+
+    monkeypatch.setitem(CHECKS, "images", sick)
+    with pytest.raises(Unfit, match=r"doctor: 1 of 9 checks failed: images: planted"):
+        _examine(run, again=True)
