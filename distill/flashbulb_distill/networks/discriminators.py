@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..teachers.denoiser import Condition, Denoiser
-from .heads import Head, Heads, VectorHead
-from .lite0 import Lite0
+from .heads import Combination, Head, Heads, VectorHead
+from .vision import PixelBackbone
 
 INPUT = -1  # the tap that reads the noised latents themselves, before the backbone
 
@@ -22,11 +22,20 @@ class LatentDiscriminator(nn.Module):
         taps: block numbers; -1 is the input itself.
         channels: channels of the latents.
         axes: of the latents: 2 of pictures [b, c, h, w], 3 of videos [b, c, f, h, w].
+        combine: see `Heads`.
     Raises:
         ValueError: the backbone has no such block.
     """
 
-    def __init__(self, backbone: Denoiser, taps: Sequence[int], *, channels: int, axes: int = 2) -> None:
+    def __init__(
+        self,
+        backbone: Denoiser,
+        taps: Sequence[int],
+        *,
+        channels: int,
+        axes: int = 2,
+        combine: Combination = "places",
+    ) -> None:
         super().__init__()
         self._backbone = (backbone,)  # a tuple, so that it is no submodule
         self.taps = tuple(taps)
@@ -35,7 +44,7 @@ class LatentDiscriminator(nn.Module):
             raise ValueError(
                 f"taps: expected -1 (the input) to {max(widths)}, the last block, got {', '.join(map(str, unknown))}"
             )
-        self.heads = Heads([Head(widths[tap], axes=axes) for tap in taps])
+        self.heads = Heads([Head(widths[tap], axes=axes) for tap in taps], combine)
 
     def forward(self, xt: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Return logits [b, places] of latents [b, c, (f,) h, w] at times [b]."""
@@ -59,17 +68,19 @@ class VectorDiscriminator(nn.Module):
 
 
 class PixelDiscriminator(nn.Module):
-    """Judge pixels [b, 3, h, w] in [-1, 1] on maps of a frozen EfficientNet-Lite0; no noise, no time.
+    """Judge pixels [b, 3, h, w] in [-1, 1] on maps of a frozen image network; no noise, no time.
 
     Args:
-        taps: block numbers of the backbone.   channels: of those blocks' maps.   size: side the backbone sees, px.
+        taps: block numbers of the backbone.   size: side the backbone sees, px.   combine: see `Heads`.
     """
 
-    def __init__(self, backbone: Lite0, taps: Sequence[int], channels: Sequence[int], *, size: int) -> None:
+    def __init__(
+        self, backbone: PixelBackbone, taps: Sequence[int], *, size: int, combine: Combination = "places"
+    ) -> None:
         super().__init__()
         self._backbone = (backbone,)
         self.taps, self.size = tuple(taps), size
-        self.heads = Heads([Head(width) for width in channels])
+        self.heads = Heads([Head(backbone.widths[tap]) for tap in taps], combine)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits [b, places]."""

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 TIME_FEATURES = 16
+
+# What of a sample a loss sees as one logit: each place of each head, each head's mean, the mean of all heads.
+Combination = Literal["places", "heads", "sample"]
 
 
 def time_features(t: Tensor) -> Tensor:
@@ -76,11 +80,20 @@ class VectorHead(nn.Module):
 
 
 class Heads(nn.ModuleList):
-    """One head for each map; their logits side by side."""
+    """One head for each map; their logits side by side, or averaged before a loss sees them.
 
-    def __init__(self, heads: Sequence[nn.Module]) -> None:
+    A loss is the mean over the logits that it is given, so "heads" is the mean of the heads' own losses, "sample" the
+    loss of the mean logit, and "places" lets each head's map be right in one place and wrong in another.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module], combine: Combination = "places") -> None:
         super().__init__(heads)
+        self.combine = combine
 
     def forward(self, maps: Sequence[Tensor], t: Tensor) -> Tensor:
-        """Return logits [b, places of all heads]."""
-        return torch.cat([head(features, t) for head, features in zip(self, maps, strict=True)], dim=1)
+        """Return logits [b, places of all heads], [b, heads] or [b, 1]."""
+        logits = [head(features, t) for head, features in zip(self, maps, strict=True)]
+        if self.combine == "places":
+            return torch.cat(logits, dim=1)
+        means = torch.stack([each.mean(1) for each in logits], dim=1)
+        return means if self.combine == "heads" else means.mean(1, keepdim=True)

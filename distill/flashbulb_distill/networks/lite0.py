@@ -104,6 +104,11 @@ class Lite0(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Return the channels of each block's map."""
+        return BLOCK_CHANNELS
+
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever the parent does: the batch statistics are part of the weights."""
         return super().train(False)
