@@ -49,6 +49,7 @@ from .teachers.open import open_teacher
 from .teachers.pretrained import PretrainedTeacher
 from .teachers.teacher import Teacher
 from .train.build import Inputs, build, student_of
+from .train.checkpoint import read_module
 from .train.recipe import PairsRecipe, Recipe, RecipeError, digest
 from .train.trainer import train
 
@@ -216,6 +217,7 @@ class Run:
                 uncond=self.uncond,
                 pairs=read_pairs(self.out / "pairs") if self.recipe.pairs else None,
                 start=load_file(self.out / parent / STUDENT) if parent else None,
+                heads=self._carried_heads(stage),
                 ranks=self.ranks,
             ),
         )
@@ -241,6 +243,13 @@ class Run:
             return self.pairs()
         return digest({"teacher": self.teacher_sha256, "prompts": digest(self.prompts)})
 
+    def _carried_heads(self, stage: str) -> dict[str, Tensor] | None:
+        """Return ADP's latent heads where this stage starts from them."""
+        adm = self.recipe.adm
+        if stage != "adm" or adm is None or not adm.carry_heads:
+            return None
+        return read_module(self.out / "adp", "latent")
+
     def regression(self) -> str:
         """Train up to the regression on the pairs."""
         return self.train("regression")
@@ -252,6 +261,18 @@ class Run:
     def adm(self) -> str:
         """Train up to ADM."""
         return self.train("adm")
+
+    def dmd(self) -> str:
+        """Train up to DMD, or DMD2."""
+        return self.train("dmd")
+
+    def ladd(self) -> str:
+        """Train up to LADD."""
+        return self.train("ladd")
+
+    def lcm(self) -> str:
+        """Train up to LCM."""
+        return self.train("lcm")
 
     def evaluate(self) -> tuple[str, Comparison | None]:
         """Measure the student beside its teacher, on seeds that training never used."""

@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 
 from ..core.draws import Draws
 from ..core.schedule import Schedule, add_noise, alpha_sigma, ode_step
-from ..core.times import adm_times
+from ..core.times import adm_times, logit_normal_times
 from ..losses import discriminator_hinge, generator_hinge
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
-from .fake import update_fake
+from .fake import pull, update_fake
 from .recipe import AdmRecipe
 from .simulate import simulate_student
-from .step import accuracy_by_time, device_of, judge, sender, update
+from .step import accuracy_by_time, device_of, judge, sender, shaken, update
 
 
 def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -97,7 +97,14 @@ class Adm:
         # One noised student sample, two short steps down the flow: by the teacher and by the fake score.
         low, high = recipe.time_range
         uniform = draws.uniform("adm/time", step, rows)
-        t = send(adm_times(uniform, low=max(low, recipe.delta_t), high=high)).float()
+        low = max(low, recipe.delta_t)
+        if recipe.time_distribution == "uniform":
+            times = adm_times(uniform, low=low, high=high)
+        else:
+            times = logit_normal_times(
+                uniform, mean=recipe.time_mean, std=recipe.time_std, low=low, high=high
+            )
+        t = send(times).float()
         s = (t - recipe.delta_t).clamp(min=0)
         eps = send(draws.normal("adm/noise", step, rows, x_0.shape[1:]))
         xt = add_noise(self.teacher.schedule, x_0, eps, spread(t, x_0))  # float32, as both steps must be
@@ -115,15 +122,20 @@ class Adm:
 
         # Discriminator: both sides in one batch, so that the arithmetic's own noise is common to them.
         real, guess = judge(self.latent, x_real, x_fake.detach(), s, cond)
-        loss = discriminator_hinge(real, guess)
+        loss = hinge = discriminator_hinge(real, guess)
+        if recipe.r1_weight > 0:
+            noise = recipe.r1_std * send(draws.normal("adm/r1", step, rows, x_0.shape[1:]))
+            loss = loss + recipe.r1_weight * shaken(self.latent, x_real, real, s, cond, noise)
         update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
-        logs |= {"latent_hinge": loss.item(), "margin": (real - guess).mean().item()}
+        logs |= {"latent_hinge": hinge.item(), "margin": (real - guess).mean().item()}
         logs |= accuracy_by_time(real, guess, s)
 
         if moves:
             adversarial = generator_hinge(self.latent(x_fake, s, cond))
             logs["student_norm"] = update(adversarial, [self.optimizers["student"]], recipe.clip, self.ranks)
             logs["student_loss"] = adversarial.item()
+            if recipe.ida > 0:
+                pull(self.fake, self.student, recipe.ida)
         return logs
 
     def _advance(self, x0_hat: Tensor, xt: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import AdpRecipe
-from .step import accuracy_by_time, device_of, judge, sender, update
+from .step import accuracy_by_time, device_of, judge, sender, shaken, update
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class Adp:
         # Discriminators.
         real, guess = judge(self.latent, noised_real, noised_fake.detach(), s, cond)
         loss = recipe.lambda_latent * discriminator_hinge(real, guess)
+        if recipe.r1_weight > 0:
+            noise = recipe.r1_std * send(draws.normal("adp/r1", step, rows, x_0.shape[1:]))
+            loss = loss + recipe.r1_weight * shaken(self.latent, noised_real, real, s, cond, noise)
         logs = {"latent_hinge": discriminator_hinge(real, guess).item(), **accuracy_by_time(real, guess, s)}
         pixels_fake: Tensor | None = None
         if self.pixel is not None and self.decode is not None:

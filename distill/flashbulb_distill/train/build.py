@@ -9,14 +9,17 @@ from torch.optim import AdamW, Optimizer
 
 from ..core.draws import Draws
 from ..networks.discriminators import LatentDiscriminator, PixelDiscriminator
-from ..networks.lite0 import BLOCK_CHANNELS, load_lite0
+from ..networks.vision import load_pixel_backbone
 from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser
 from ..teachers.teacher import Teacher
 from .adm import Adm
 from .adp import Adp
-from .recipe import Rates, Recipe
+from .dmd import Dmd
+from .ladd import Ladd
+from .lcm import Lcm
+from .recipe import AdpRecipe, AdversarialRecipe, Rates, Recipe
 from .regression import Regression
 from .step import device_of
 from .trainer import Method
@@ -32,6 +35,7 @@ class Inputs:
     uncond: Condition  # the row for no prompt, on the teacher's device
     pairs: Pairs | None = None
     start: Mapping[str, Tensor] | None = None  # the student of the stage before; None: the teacher
+    heads: Mapping[str, Tensor] | None = None  # ADP's latent heads, where ADM takes them over
     ranks: Ranks = ALONE
 
     def required_pairs(self) -> Pairs:
@@ -84,13 +88,8 @@ def build_adp(inputs: Inputs) -> Adp:
     assert stage is not None
     torch.manual_seed(recipe.seed)
     student = inputs.student()
-    latent = _latent_discriminator(inputs.teacher, stage.taps)
-    pixel = None
-    if stage.lambda_pixel > 0:
-        channels = [BLOCK_CHANNELS[tap] for tap in stage.pixel_taps]
-        backbone = load_lite0().to(device_of(student))
-        pixel = PixelDiscriminator(backbone, stage.pixel_taps, channels, size=stage.pixel_size)
-        pixel.to(device_of(student))
+    latent = _latent_discriminator(inputs.teacher, stage)
+    pixel = _pixel_discriminator(inputs.teacher, stage)
     trained: dict[str, nn.Module] = {"student": student, "latent": latent}
     trained |= {"pixel": pixel} if pixel is not None else {}
     return Adp(
@@ -108,12 +107,14 @@ def build_adp(inputs: Inputs) -> Adp:
 
 
 def build_adm(inputs: Inputs) -> Adm:
-    """Build ADM: the fake score starts as the teacher, heads at random."""
+    """Build ADM: the fake score starts as the teacher, heads at random or where ADP left them."""
     recipe, stage, teacher = inputs.recipe, inputs.recipe.adm, inputs.teacher
     assert stage is not None
     torch.manual_seed(recipe.seed + 1)
     student, fake = inputs.student(), inputs.new_denoiser()
-    latent = _latent_discriminator(teacher, stage.taps)
+    latent = _latent_discriminator(teacher, stage)
+    if inputs.heads is not None:
+        load_parameters(latent, inputs.heads)
     return Adm(
         recipe=stage,
         draws=Draws(recipe.seed),
@@ -130,10 +131,79 @@ def build_adm(inputs: Inputs) -> Adm:
     )
 
 
+def build_dmd(inputs: Inputs) -> Dmd:
+    """Build DMD: the fake score starts as the teacher; heads, at random, only with the GAN term."""
+    recipe, stage, teacher = inputs.recipe, inputs.recipe.dmd, inputs.teacher
+    assert stage is not None
+    torch.manual_seed(recipe.seed + 1)
+    student, fake = inputs.student(), inputs.new_denoiser()
+    latent = _latent_discriminator(teacher, stage) if stage.gan_weight > 0 else None
+    trained: dict[str, nn.Module] = {"student": student, "fake": fake}
+    trained |= {"latent": latent} if latent is not None else {}
+    return Dmd(
+        recipe=stage,
+        draws=Draws(recipe.seed),
+        cond=inputs.cond,
+        uncond=inputs.uncond,
+        latent_shape=teacher.latent_shape,
+        time_steps=recipe.time_steps,
+        teacher=teacher.denoiser,
+        student=student,
+        fake=fake,
+        optimizers=_optimizers(trained, stage.rates),
+        latent=latent,
+        pairs=inputs.required_pairs() if latent is not None else None,
+        ranks=inputs.ranks,
+    )
+
+
+def build_ladd(inputs: Inputs) -> Ladd:
+    """Build LADD: heads start at random."""
+    recipe, stage = inputs.recipe, inputs.recipe.ladd
+    assert stage is not None
+    torch.manual_seed(recipe.seed + 1)
+    student = inputs.student()
+    latent = _latent_discriminator(inputs.teacher, stage)
+    return Ladd(
+        recipe=stage,
+        draws=Draws(recipe.seed),
+        pairs=inputs.required_pairs(),
+        cond=inputs.cond,
+        time_steps=recipe.time_steps,
+        student=student,
+        latent=latent,
+        optimizers=_optimizers({"student": student, "latent": latent}, stage.rates),
+        ranks=inputs.ranks,
+    )
+
+
+def build_lcm(inputs: Inputs) -> Lcm:
+    """Build LCM: the network that sets the target starts as the student."""
+    recipe, stage = inputs.recipe, inputs.recipe.lcm
+    assert stage is not None
+    student, target = inputs.student(), inputs.student()
+    optimizer = AdamW(student.parameters(), lr=stage.rate, betas=stage.betas, weight_decay=0.0)
+    return Lcm(
+        recipe=stage,
+        draws=Draws(recipe.seed),
+        pairs=inputs.required_pairs(),
+        cond=inputs.cond,
+        uncond=inputs.uncond,
+        teacher=inputs.teacher.denoiser,
+        student=student,
+        target=target.requires_grad_(False),
+        optimizers={"student": optimizer},
+        ranks=inputs.ranks,
+    )
+
+
 _BUILDERS: dict[str, Callable[[Inputs], Method]] = {
     "regression": build_regression,
     "adp": build_adp,
     "adm": build_adm,
+    "dmd": build_dmd,
+    "ladd": build_ladd,
+    "lcm": build_lcm,
 }
 
 
@@ -156,10 +226,21 @@ def student_of(teacher: Teacher, values: Mapping[str, Tensor]) -> Denoiser:
     return student.requires_grad_(False).eval()
 
 
-def _latent_discriminator(teacher: Teacher, taps: tuple[int, ...]) -> LatentDiscriminator:
+def _latent_discriminator(teacher: Teacher, stage: AdversarialRecipe) -> LatentDiscriminator:
     channels, *axes = teacher.latent_shape
-    heads = LatentDiscriminator(teacher.denoiser, taps, channels=channels, axes=len(axes))
+    heads = LatentDiscriminator(
+        teacher.denoiser, stage.taps, channels=channels, axes=len(axes), combine=stage.combine
+    )
     return heads.to(device_of(teacher.denoiser))
+
+
+def _pixel_discriminator(teacher: Teacher, stage: AdpRecipe) -> PixelDiscriminator | None:
+    if stage.lambda_pixel == 0 or stage.pixel_backbone == "none":
+        return None
+    size, taps = stage.pixel_size, stage.pixel_taps
+    backbone = load_pixel_backbone(stage.pixel_backbone, stage.pixel_source, size=size, taps=taps)
+    device = device_of(teacher.denoiser)
+    return PixelDiscriminator(backbone.to(device), taps, size=size, combine=stage.combine).to(device)
 
 
 def _optimizers(modules: Mapping[str, nn.Module], rates: Rates) -> dict[str, Optimizer]:

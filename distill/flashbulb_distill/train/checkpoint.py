@@ -37,6 +37,23 @@ class State:
     sums: dict[str, list[float]] = field(default_factory=dict)  # scalars that were not logged yet
 
 
+def read_module(folder: Path, role: str) -> Tensors:
+    """Return the parameters of one role from a stage's newest checkpoint, by name.
+
+    Raises:
+        FileNotFoundError: the stage left no checkpoint with such a role.
+    """
+    prefix = f"module/{role}/"
+    for path in checkpoints(folder)[:1]:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            if names:
+                return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    raise FileNotFoundError(
+        f"{folder}: expected a checkpoint with the role {role}, found none; run the stage anew"
+    )
+
+
 def save_checkpoint(folder: Path, step: int, state: State, identity: str) -> Path:
     """Write a checkpoint that `load_checkpoint` restores bit for bit, and drop all but the one before it.
 

@@ -20,10 +20,10 @@ from ..losses import discriminator_softplus, dmd_gradient, dmd_loss, generator_s
 from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
-from .fake import update_fake
+from .fake import pull, update_fake
 from .recipe import DmdRecipe
 from .simulate import simulate_student
-from .step import accuracy_by_time, device_of, judge, sender, update
+from .step import accuracy_by_time, device_of, judge, sender, shaken, update
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,11 @@ class Dmd:
         if self.latent is not None and real is not None:
             noised_real = add_noise(self.teacher.schedule, real, eps, spread(s, x_0))
             said, guess = judge(self.latent, noised_real, noised.detach(), s, cond)
-            gan = discriminator_softplus(said, guess)
-            update(gan, [self.optimizers["latent"]], recipe.clip, self.ranks)
+            loss = gan = discriminator_softplus(said, guess)
+            if recipe.r1_weight > 0:
+                shake = recipe.r1_std * send(draws.normal("dmd/r1", step, rows, x_0.shape[1:]))
+                loss = loss + recipe.r1_weight * shaken(self.latent, noised_real, said, s, cond, shake)
+            update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
             logs |= {"latent_loss": gan.item(), **accuracy_by_time(said, guess, s)}
 
         # Student.
@@ -112,6 +115,8 @@ class Dmd:
             if self.latent is not None:
                 loss = loss + recipe.gan_weight * generator_softplus(self.latent(noised, s, cond))
             logs["student_norm"] = update(loss, [self.optimizers["student"]], recipe.clip, self.ranks)
+            if recipe.ida > 0:
+                pull(self.fake, self.student, recipe.ida)
         return logs
 
     def _prompts(self, step: int, rows: range) -> tuple[Tensor, Tensor | None]:

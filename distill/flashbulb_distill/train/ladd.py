@@ -21,7 +21,7 @@ from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import LaddRecipe
-from .step import accuracy_by_time, device_of, judge, sender, update
+from .step import accuracy_by_time, device_of, judge, sender, shaken, update
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,12 @@ class Ladd:
             add_noise(self.student.schedule, x, eps, spread(s, x_0)) for x in (x_0, fake)
         )
         real, guess = judge(self.latent, noised_real, noised_fake.detach(), s, cond)
-        loss = discriminator_hinge(real, guess)
+        loss = hinge = discriminator_hinge(real, guess)
+        if recipe.r1_weight > 0:
+            shake = recipe.r1_std * send(draws.normal("ladd/r1", step, rows, x_0.shape[1:]))
+            loss = loss + recipe.r1_weight * shaken(self.latent, noised_real, real, s, cond, shake)
         update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
-        logs = {"latent_hinge": loss.item(), **accuracy_by_time(real, guess, s)}
+        logs = {"latent_hinge": hinge.item(), **accuracy_by_time(real, guess, s)}
 
         if moves:
             adversarial = generator_hinge(self.latent(noised_fake, s, cond))

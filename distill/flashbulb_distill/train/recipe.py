@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..bundle import Shape
 
-STAGES = ("regression", "adp", "adm")  # in their order
+STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm")  # in their order
+
+IDA = "by how much each student update pulls the fake score along; SenseFlow has .03, the paper nothing"
 
 
 class Strict(BaseModel):
@@ -68,6 +70,16 @@ class AdversarialRecipe(StageRecipe):
     rates: Rates
     warmup_steps: int = Field(default=0, ge=0, description="steps before the student moves")
     taps: tuple[int, ...] = Field(min_length=1, description="blocks of the frozen backbone; -1 is the input")
+    combine: Literal["places", "heads", "sample"] = Field(
+        default="places",
+        description="what the loss sees as one logit: each place, each head's mean, or the mean of all heads",
+    )
+    r1_weight: float = Field(
+        default=0.0, ge=0, description="of the heads' approximate R1 penalty; 0 is off, as in the paper"
+    )
+    r1_std: float = Field(
+        default=0.01, gt=0, description="of the noise with which that penalty shakes the reals"
+    )
 
     @property
     def average_from(self) -> int:
@@ -83,6 +95,11 @@ class AdpRecipe(AdversarialRecipe):
     )
     lambda_latent: float = Field(default=0.85, ge=0)
     lambda_pixel: float = Field(default=0.15, ge=0)
+    pixel_backbone: Literal["none", "lite0", "sam", "dinov2"] = Field(
+        default="lite0",
+        description="what the pixel discriminator reads; the paper has SAM, its ablation DINOv2",
+    )
+    pixel_source: str | None = Field(default=None, description="folder or hub id of SAM or DINOv2")
     pixel_taps: tuple[int, ...] = ()
     pixel_size: int = Field(default=64, ge=32)
     pixel_batch: int = Field(
@@ -97,23 +114,35 @@ class AdmRecipe(AdversarialRecipe):
     guidance: float = Field(ge=1, description="of the real score; the fake score has none")
     time_range: tuple[float, float] = (0.02, 0.98)
     jacobian: Literal["detach", "full"] = "detach"
+    time_distribution: Literal["uniform", "logit-normal"] = Field(
+        default="uniform", description="of the time to which the student's samples are noised"
+    )
+    time_mean: float = Field(default=0.0, description="of that time's logit, where it is logit-normal")
+    time_std: float = Field(default=1.0, gt=0)
     fake_updates: int = Field(default=1, ge=1, description="per step")
     update_ratio: int = Field(default=1, ge=1, description="fake and heads updates per student update")
+    ida: float = Field(default=0.0, ge=0, lt=1, description=IDA)
+    carry_heads: bool = Field(default=False, description="start from ADP's latent heads instead of new ones")
 
 
-class DmdRecipe(StageRecipe):
+class DmdRecipe(AdversarialRecipe):
     """Distribution matching by the KL divergence (DMD, arXiv 2311.18828), with DMD2's GAN term on request."""
 
-    rates: Rates
-    warmup_steps: int = Field(default=0, ge=0, description="steps before the student moves")
     guidance: float = Field(ge=1, description="of the real score; the fake score has none")
     time_range: tuple[float, float] = (0.02, 0.98)
     fake_updates: int = Field(default=5, ge=1, description="per step; 5 is DMD2's two time-scales")
     update_ratio: int = Field(default=1, ge=1, description="fake and heads updates per student update")
+    ida: float = Field(default=0.0, ge=0, lt=1, description=IDA)
     gan_weight: float = Field(
         default=0.0, ge=0, description="of DMD2's GAN term; 0 leaves it out, DMD2 has 5e-3"
     )
-    taps: tuple[int, ...] = Field(default=(), description="blocks of the frozen backbone; -1 is the input")
+    taps: tuple[int, ...] = Field(default=(), description="of the GAN term's heads; -1 is the input")
+
+    @model_validator(mode="after")
+    def _has_taps(self) -> "DmdRecipe":
+        if self.gan_weight > 0 and not self.taps:
+            raise ValueError("taps: expected blocks for the heads of the GAN term, got none")
+        return self
 
 
 class LaddRecipe(AdversarialRecipe):
@@ -175,6 +204,9 @@ class Recipe(Strict):
     regression: RegressionRecipe | None = None
     adp: AdpRecipe | None = None
     adm: AdmRecipe | None = None
+    dmd: DmdRecipe | None = None
+    ladd: LaddRecipe | None = None
+    lcm: LcmRecipe | None = None
     evaluate: EvaluateRecipe | None = None
     export: ExportRecipe
 
@@ -182,9 +214,20 @@ class Recipe(Strict):
     def _fits(self) -> "Recipe":
         if not self.stages:
             raise ValueError(f"expected at least one training stage among {', '.join(STAGES)}, found none")
-        for stage in ("regression", "adp"):
+        needs = ["regression", "adp", "ladd", "lcm"] + ["dmd"] * (
+            self.dmd is not None and self.dmd.gan_weight > 0
+        )
+        for stage in needs:
             if stage in self.stages and self.pairs is None:
                 raise ValueError(f"{stage} learns from ODE pairs: expected a section pairs, found none")
+        if (
+            self.adm is not None
+            and self.adm.carry_heads
+            and (self.adp is None or self.adp.taps != self.adm.taps)
+        ):
+            raise ValueError(
+                "adm.carry_heads: expected a section adp with adm's taps, whose heads to carry over"
+            )
         if self.shape is None and not self.is_demo:
             raise ValueError(f"expected a shape (width, height) to distil {self.family} at, found none")
         if (self.family in ("emoji-motion", "cogvideox")) != (self.export.fps is not None):
@@ -209,8 +252,9 @@ class Recipe(Strict):
     @property
     def guidance(self) -> float:
         """The classifier-free guidance that the student learns."""
-        if self.adm is not None:
-            return self.adm.guidance
+        for section in (self.lcm, self.dmd, self.adm):
+            if section is not None:
+                return section.guidance
         return self.pairs.guidance if self.pairs is not None else 1.0
 
     def sha256(self) -> str:

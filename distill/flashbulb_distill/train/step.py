@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..losses import approximate_r1
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, join
 
@@ -49,6 +50,13 @@ def judge(latent: nn.Module, real: Tensor, fake: Tensor, t: Tensor, cond: Condit
     """
     real_logits, fake_logits = latent(torch.cat([real, fake]), torch.cat([t, t]), join(cond, cond)).chunk(2)
     return real_logits, fake_logits
+
+
+def shaken(
+    latent: nn.Module, real: Tensor, logits: Tensor, t: Tensor, cond: Condition, noise: Tensor
+) -> Tensor:
+    """Return the approximate R1 penalty of real latents [b, ...] whose logits are known, under the given noise."""
+    return approximate_r1(logits, latent(real + noise, t, cond))
 
 
 def accuracy_by_time(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, float]:
