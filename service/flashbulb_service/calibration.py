@@ -28,7 +28,7 @@ from flashbulb_service.backends import Backend, ImageRequest, Student, create_ba
 from flashbulb_service.backends.choice import choose_backend, this_machine
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.cores import usable_cores
-from flashbulb_service.scheduler import batch_cap
+from flashbulb_service.scheduler import batch_cap, count_tokens, rows_within
 from flashbulb_service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | Non
     found = read_calibration(settings.data.expanduser(), where)
     times = found.times_ms if found else manifest.calibration.get(name, {})
     cap = batch_cap(manifest.max_batch, settings.max_batch, times)
+    cap = rows_within(settings.max_batch_tokens, min(row_tokens(manifest)), cap)
     backend = create_backend(name, threads=settings.threads, cache=cache, synthetic=settings.synthetic)
     backend.load(bundle)
     canonical = None
@@ -96,8 +97,18 @@ def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | Non
         canonical = (kept or _judge(backend, bundle, where, cap, settings)).canonical
     if canonical is None:
         return Calibrated(Student(backend), cap, times)
+    canonical = rows_within(settings.max_batch_tokens, max(row_tokens(manifest)), canonical)
     padded = {size: ms for size, ms in times.items() if size == canonical}
     return Calibrated(Student(backend, canonical), min(cap, canonical), padded)
+
+
+def row_tokens(manifest: Manifest) -> list[int]:
+    """Return the tokens of a row of every shape and number of steps that the student offers."""
+    return [
+        count_tokens(shape.width, shape.height, shape.frames, num_steps)
+        for shape in manifest.shapes
+        for num_steps in manifest.offered_steps
+    ]
 
 
 def backend_of(bundle: Bundle, settings: Settings) -> str:
@@ -251,7 +262,14 @@ def is_invariant(
     draw = random.Random(seed)
     shape = manifest.shapes[0]
     pool = [
-        ImageRequest(draw.choice(_PROMPTS), draw.randrange(2**63), index, shape.width, shape.height)
+        ImageRequest(
+            draw.choice(_PROMPTS),
+            draw.randrange(2**63),
+            index,
+            shape.width,
+            shape.height,
+            frames=shape.frames,
+        )
         for index in range(2 * largest)
     ]
     alone: dict[ImageRequest, bytes] = {}
@@ -273,7 +291,9 @@ def _times_ms(backend: Backend, manifest: Manifest, sizes: Sequence[int], rounds
     for turn in range(rounds + 1):
         for size in sizes:  # prompts that no cache has seen
             batch = [
-                ImageRequest(f"a dog {turn} {size} {row}", row, 0, shape.width, shape.height)
+                ImageRequest(
+                    f"a dog {turn} {size} {row}", row, 0, shape.width, shape.height, frames=shape.frames
+                )
                 for row in range(size)
             ]
             started = time.perf_counter()

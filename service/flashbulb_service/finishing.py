@@ -1,17 +1,20 @@
-"""From drawn pixels to a file in the result store: check, encode, mark, write. Runs on threads of the pipeline."""
+"""From drawn pixels to files in the result store: check, encode, mark, write. Runs on threads of the pipeline."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from flashbulb_service.catalog import Model
+from flashbulb_service.formats import FileFormat
 from flashbulb_service.images import encode_image
 from flashbulb_service.provenance import Marker, Origin
-from flashbulb_service.results import ResultStore, result_id
+from flashbulb_service.results import ResultStore, result_id, video_file
 from flashbulb_service.safety import CODE as CONTENT_POLICY
 from flashbulb_service.safety import ImageChecker, PictureHeldBack, check_picture
 from flashbulb_service.tasks import ImageTask
+from flashbulb_service.video import encode_spritesheet, encode_thumbnail, encode_video
 
 
 class Undeliverable(Exception):
@@ -27,12 +30,13 @@ class Undeliverable(Exception):
 
 @dataclass(frozen=True)
 class Finished:
-    """A picture as a file; stored already where the store is local."""
+    """A picture or video as a file; stored already where the store is local."""
 
     file: str  # result id
     data: bytes
     encode_s: float
     store_s: float
+    beside: Mapping[str, bytes] = field(default_factory=dict)  # result id -> other views of a video
 
 
 class Finisher:
@@ -45,7 +49,10 @@ class Finisher:
         self._checker = checker
 
     def finish(self, model: Model, job_id: str, task: ImageTask, pixels: np.ndarray) -> Finished:
-        """Check and encode a picture, and write it where that takes no network: pixels uint8 [h, w, 3].
+        """Check and encode a picture or video, and write it where that takes no network.
+
+        Args:
+            pixels: uint8 [h, w, 3], of a video [f, h, w, 3].
 
         Raises:
             Undeliverable: it is not allowed, or cannot be checked, encoded or written.
@@ -53,20 +60,26 @@ class Finisher:
         self._check(pixels)
         start = time.perf_counter()
         try:
-            file = result_id(job_id, task.image_format)
             origin = Origin(model.id, model.bundle.sha256, task.seed, task.index, task.prompt)
-            data = encode_image(pixels, task.image_format, task.quality)
-            data = self._marker.apply(data, task.image_format, origin)
+            files = {
+                name: self._marker.apply(data, kind, origin)
+                for name, kind, data in _encode(job_id, task, pixels)
+            }
             encoded = time.perf_counter()
             if self._results.is_local:
-                self._results.write(file, data)
+                for name, data in reversed(files.items()):  # the one that is announced last
+                    self._results.write(name, data)
+        except ImportError as error:
+            raise Undeliverable("encoder_unavailable", error, retry=False) from error
         except Exception as error:
             raise Undeliverable("store_failed", error, retry=True) from error
-        return Finished(file, data, encoded - start, time.perf_counter() - encoded)
+        (file, data), *others = files.items()
+        return Finished(file, data, encoded - start, time.perf_counter() - encoded, dict(others))
 
     def _check(self, pixels: np.ndarray) -> None:
         try:
-            check_picture(self._checker, pixels)
+            for picture in pixels if pixels.ndim == 4 else [pixels]:
+                check_picture(self._checker, picture)
         except PictureHeldBack as error:
             raise Undeliverable(CONTENT_POLICY, error, retry=False) from error
         except Exception as error:  # a checker may raise anything, and then it has not allowed it
@@ -82,7 +95,23 @@ class Finisher:
             return finished
         start = time.perf_counter()
         try:
-            await self._results.put(finished.file, finished.data)
+            for name, data in [*finished.beside.items(), (finished.file, finished.data)]:
+                await self._results.put(name, data)
         except Exception as error:
             raise Undeliverable("store_failed", error, retry=True) from error
-        return Finished(finished.file, finished.data, finished.encode_s, time.perf_counter() - start)
+        return replace(finished, store_s=time.perf_counter() - start)
+
+
+def _encode(job_id: str, task: ImageTask, pixels: np.ndarray) -> Iterator[tuple[str, FileFormat, bytes]]:
+    """Yield (result id, format, content): the picture, or the video and then its other views."""
+    if task.image_format != "mp4":
+        yield (
+            result_id(job_id, task.image_format),
+            task.image_format,
+            encode_image(pixels, task.image_format, task.quality),
+        )
+        return
+    assert task.fps is not None
+    yield video_file(job_id, "video"), "mp4", encode_video(pixels, task.fps)
+    yield video_file(job_id, "thumbnail"), "webp", encode_thumbnail(pixels)
+    yield video_file(job_id, "spritesheet"), "webp", encode_spritesheet(pixels)

@@ -6,6 +6,9 @@
 
 A batch keeps its thread from stage to stage: a change of threads costs more than a stage of a small model. At most
 one claim waits behind the one that is being drawn, and at most `MAX_DELIVERING` are behind it in delivery.
+
+Long work (videos) has one claim in hand besides. Between two of its steps it tells how far it is, hears whether anybody
+still wants it, and gives the device to short work (`turns.py`).
 """
 
 import asyncio
@@ -19,7 +22,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +39,7 @@ from flashbulb_service.errors import (
 )
 from flashbulb_service.finishing import Finished, Finisher, Undeliverable
 from flashbulb_service.jobs import Job, JobError
+from flashbulb_service.long_work import Key, LongRun
 from flashbulb_service.model_pool import LoadedModel
 from flashbulb_service.observability import job_context
 from flashbulb_service.outages import OutageLog
@@ -44,9 +48,10 @@ from flashbulb_service.provenance import Marker
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
 from flashbulb_service.safety import ImageChecker
-from flashbulb_service.scheduler import Scheduler, halves
-from flashbulb_service.tasks import ImageOutcome, ImageTask, Preview
+from flashbulb_service.scheduler import LONG, SHORT, Scheduler, halves, lane_of
+from flashbulb_service.tasks import ImageOutcome, ImageTask, Preview, StepDone
 from flashbulb_service.tracing import OFF, Tracing
+from flashbulb_service.turns import Turn, Turns
 from flashbulb_service.worker_metrics import WorkerMetrics
 
 log = logging.getLogger(__name__)
@@ -82,11 +87,16 @@ class Claim:
     lost: set[str] = field(default_factory=set)  # cancelled, or another attempt owns them
     held: "asyncio.Future[bool] | None" = None  # whether the jobs are ours after all; None: they are
     drawn: bool = False
-    previews: list["asyncio.Task[None]"] = field(default_factory=list)  # on their way to those who watch
+    previews: list["asyncio.Task[Any]"] = field(default_factory=list)  # on their way to those who watch
 
     async def is_held(self) -> bool:
         """Wait for the answer of the queue, before which it must not be told of any outcome."""
         return self.held is None or await asyncio.shield(self.held)
+
+    @property
+    def lane(self) -> str:
+        """Return the lane that the claim belongs to."""
+        return lane_of(self.jobs[0].bucket)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -128,10 +138,12 @@ class Pipeline:
         cache: EmbeddingCache | None,
         server_time: Callable[[], float],
         tracing: Tracing = OFF,
+        short_models: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         """Keep the parts; threads start with the first batch.
 
         Args:
+            short_models: whose work may go between the steps of long work.
             cache: of the students' embeddings, to count its hits.
             server_time: seconds since the epoch by the queue's clock.
         """
@@ -144,42 +156,50 @@ class Pipeline:
         self._cache = cache
         self._server_time = server_time
         self._tracing = tracing
-        self._drawers = ThreadPoolExecutor(MAX_DRAWING + MAX_DELIVERING, "draw")
-        self._stages = {stage: threading.Lock() for stage in ("text", "denoise", "decode")}
+        self._short_models = short_models
+        self._drawers = ThreadPoolExecutor(2 * (MAX_DRAWING + MAX_DELIVERING), "draw")
+        self._stages = {stage: threading.Lock() for stage in ("text", "decode")}
+        self._device = Turns()
+        self._step_end = 0.0  # of the step of long work that is being drawn, as far as we know; 0: none is
+        self._known_step_s: dict[Key, float] = {}  # seconds of a step of long work, newest
         self._encoders = ThreadPoolExecutor(min(MAX_ENCODERS, os.cpu_count() or 1), "encode")
         self._claims: dict[asyncio.Task[None], Claim] = {}
         self._changed = asyncio.Event()
         self._known_s: dict[tuple[str, int], float] = {}  # (model, rows) -> text and denoise, newest
         self._free_at = 0.0  # when the device will have drawn everything, as far as we know
-        self._deliveries_ms: deque[float] = deque(maxlen=KNOWN_DELIVERIES)  # newest, of whole batches
+        self._deliveries_ms: dict[str, deque[float]] = {  # lane -> the newest, of whole batches
+            lane: deque(maxlen=KNOWN_DELIVERIES) for lane in (SHORT, LONG)
+        }
         self._failure: BaseException | None = None
 
-    async def room(self) -> None:
-        """Return when the next claim is due: the device is idle, or will be in the time that a claim takes.
+    async def room(self, lane: str = SHORT) -> None:
+        """Return when the next claim of a lane is due.
+
+        Of short work: the device is idle, or will be in the time that a claim takes. Of long work: none is being drawn.
 
         Raises:
             Exception: what ended an earlier claim, where it was nobody's row that was wrong.
         """
         while True:
-            self._changed.clear()
+            changed = self._changed
             if self._failure is not None:
                 raise self._failure
-            due_s = self._due_s()
+            due_s = self._due_s(lane)
             if due_s is not None and due_s <= 0:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(due_s):
-                    await self._changed.wait()
+                    await changed.wait()
 
-    @property
-    def lead_ms(self) -> float:
+    def lead_ms(self, lane: str = SHORT) -> float:
         """Return what a batch claimed now takes besides its own time, as far as is known.
 
         That is what the device still has to draw, and the 95 % point of the time from a drawn batch to its last commit.
         """
-        ordered = sorted(self._deliveries_ms)
+        ordered = sorted(self._deliveries_ms[lane])
         delivery_ms = ordered[math.ceil(0.95 * len(ordered)) - 1] if ordered else 0.0
-        return max(0.0, self._free_at - time.monotonic()) * 1000 + delivery_ms
+        free_at = max(self._free_at, self._step_end) if lane == SHORT else 0.0
+        return max(0.0, free_at - time.monotonic()) * 1000 + delivery_ms
 
     def submit(
         self, model: Model, jobs: list[Job], lend: Lend, *, held: "asyncio.Future[bool] | None" = None
@@ -197,8 +217,9 @@ class Pipeline:
         if held is not None:
             held.add_done_callback(stop_unless_held)
         self._metrics.claimed(jobs)
-        now = time.monotonic()
-        self._free_at = max(now, self._free_at) + self._known_s.get((model.id, len(jobs)), 0.0)
+        if claim.lane == SHORT:
+            free_at = max(time.monotonic(), self._free_at, self._step_end)
+            self._free_at = free_at + self._known_s.get((model.id, len(jobs)), 0.0)
         task = asyncio.create_task(self._run(claim, lend))
         self._claims[task] = claim
         task.add_done_callback(self._ended)
@@ -223,26 +244,32 @@ class Pipeline:
         for pool in (self._drawers, self._encoders):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _due_s(self) -> float | None:
-        """Return in how many seconds the next claim is due; None: not before something ends."""
-        claims = list(self._claims.values())
+    def _due_s(self, lane: str) -> float | None:
+        """Return in how many seconds a lane's next claim is due; None: not before something ends."""
+        claims = [claim for claim in self._claims.values() if claim.lane == lane]
         drawing = sum(not claim.drawn for claim in claims)
-        if drawing >= MAX_DRAWING or len(claims) - drawing >= MAX_DELIVERING:
+        most = MAX_DRAWING if lane == SHORT else 1
+        if drawing >= most or len(claims) - drawing >= MAX_DELIVERING:
             return None
-        if any(claim.suspect for claim in claims):
+        if any(claim.suspect for claim in self._claims.values()):
             return None  # nobody may lose an attempt beside it
-        if not drawing:
-            return 0.0
-        return max(0.0, self._free_at - time.monotonic() - CLAIM_LEAD_S)
+        free_at = max(self._free_at if drawing else 0.0, self._step_end)
+        return max(0.0, free_at - time.monotonic() - CLAIM_LEAD_S) if lane == SHORT else 0.0
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        del self._claims[task]
+        if self._claims.pop(task).lane == LONG:
+            self._step_end = 0.0  # it may have failed in the middle of a step
         if not task.cancelled() and (error := task.exception()) is not None:
             if isinstance(error, QueueUnavailable):  # the leases run out, and somebody runs the jobs again
                 log.warning("a batch was lost to the queue's outage: %s", error.message)
             else:
                 self._failure = self._failure or error
+        self._tell_change()
+
+    def _tell_change(self) -> None:
+        """Let all who wait for room look again."""
         self._changed.set()
+        self._changed = asyncio.Event()
 
     async def _run(self, claim: Claim, lend: Lend) -> None:
         try:
@@ -308,7 +335,7 @@ class Pipeline:
                 await asyncio.gather(*claim.previews, return_exceptions=True)
             try:
                 await self._deliver(claim, drawn)
-                self._deliveries_ms.append((time.monotonic() - drawn.drawn_at) * 1000)
+                self._deliveries_ms[claim.lane].append((time.monotonic() - drawn.drawn_at) * 1000)
             finally:  # behind the delivery, which somebody waits for
                 self._note_batch(claim.loaded, [job for job, _ in rows], drawn.stages_ms, started_at)
 
@@ -322,7 +349,9 @@ class Pipeline:
         def show(estimates: list[Estimate]) -> None:
             loop.call_soon_threadsafe(self._show, claim, estimates)
 
-        return await loop.run_in_executor(self._drawers, self._run_stages, claim, rows, note_denoised, show)
+        return await loop.run_in_executor(
+            self._drawers, self._run_stages, claim, rows, note_denoised, show, loop
+        )
 
     def _run_stages(
         self,
@@ -330,11 +359,14 @@ class Pipeline:
         rows: list[tuple[Job, ImageTask]],
         note_denoised: Callable[[dict[str, float]], None],
         show: Callable[[list[Estimate]], None],
+        loop: asyncio.AbstractEventLoop,
     ) -> Drawn:
         """Draw a batch on the calling thread; each stage waits until no other batch is in it."""
         student, clock = claim.loaded.student, dict[str, float]()
         started_at = self._server_time()
-        requests = [ImageRequest(t.prompt, t.seed, t.index, t.width, t.height, t.steps) for _, t in rows]
+        requests = [
+            ImageRequest(t.prompt, t.seed, t.index, t.width, t.height, t.steps, t.frames) for _, t in rows
+        ]
 
         def stage(name: str, work: Callable[[], Result]) -> Result:
             with self._stages[name]:
@@ -344,10 +376,15 @@ class Pipeline:
                 clock[name] = (time.perf_counter() - start) * 1000
                 return result
 
-        embeddings = stage("text", lambda: self._encode_prompts(claim.loaded, requests))
-        watch = self._watch(claim, rows, clock, show)
-        latents = stage("denoise", lambda: student.denoise(requests, embeddings, watch))
-        clock["denoise"] -= clock.get("preview", 0.0)
+        with self._device.enter(claim.lane) as turn:
+            embeddings = stage("text", lambda: self._encode_prompts(claim.loaded, requests))
+            long = self._long_run(claim, rows, turn, loop) if claim.lane == LONG else None
+            with turn:
+                _stop_if_abandoned(claim, rows)
+                if long:
+                    long.begin_step()
+                latents = student.denoise(requests, embeddings, self._watch(claim, rows, clock, show, long))
+        clock["denoise"] = turn.held_ms - clock.get("preview", 0.0)
         note_denoised(dict(clock))
         pictures = stage("decode", lambda: student.decode(latents))
         if len(pictures) != len(rows):
@@ -403,10 +440,13 @@ class Pipeline:
         taken_s = (clock["text"] + clock["denoise"]) / 1000
         self._known_s[claim.model.id, len(claim.jobs)] = taken_s
         waiting = [other for other in self._claims.values() if not other.drawn]
-        self._free_at = time.monotonic() + sum(
-            self._known_s.get((other.model.id, len(other.jobs)), 0.0) for other in waiting
-        )
-        self._changed.set()
+        if claim.lane == SHORT:
+            self._free_at = time.monotonic() + sum(
+                self._known_s.get((other.model.id, len(other.jobs)), 0.0)
+                for other in waiting
+                if other.lane == SHORT
+            )
+        self._tell_change()
 
     def _watch(
         self,
@@ -414,21 +454,58 @@ class Pipeline:
         rows: list[tuple[Job, ImageTask]],
         clock: dict[str, float],
         show: Callable[[list[Estimate]], None],
+        long: LongRun | None,
     ) -> OnStep:
         """Return what stops an abandoned batch between its steps, and decodes estimates that somebody wants to see."""
 
         def on_step(step: int, num_steps: int, x0: np.ndarray) -> None:
+            if long:
+                long.end_step(step, num_steps)
             _stop_if_abandoned(claim, rows)
-            due = due_previews(rows, step + 1, num_steps)
-            if not due:
-                return
-            start = time.perf_counter()
-            with self._stages["decode"]:
-                pictures = claim.loaded.student.decode(x0)
-            clock["preview"] = clock.get("preview", 0.0) + (time.perf_counter() - start) * 1000
-            show([Estimate(*rows[row], index, step + 1, num_steps, pictures[row]) for row, index in due])
+            if due := due_previews(rows, step + 1, num_steps):
+                start = time.perf_counter()
+                with self._stages["decode"]:
+                    pictures = claim.loaded.student.decode(x0)
+                clock["preview"] = clock.get("preview", 0.0) + (time.perf_counter() - start) * 1000
+                show([Estimate(*rows[row], index, step + 1, num_steps, pictures[row]) for row, index in due])
+            if long and step + 1 < num_steps:
+                long.begin_step()
 
         return on_step
+
+    def _long_run(
+        self,
+        claim: Claim,
+        rows: list[tuple[Job, ImageTask]],
+        turn: Turn,
+        loop: asyncio.AbstractEventLoop,
+    ) -> LongRun:
+        key = (claim.model.id, claim.jobs[0].bucket, len(rows))
+
+        async def tell(step: int, num_steps: int) -> bool:
+            return await self._tell_step(claim, rows, StepDone(step=step, steps=num_steps))
+
+        def tell_last(num_steps: int) -> None:
+            claim.previews.append(asyncio.create_task(tell(num_steps, num_steps)))
+
+        return LongRun(self._device, turn, loop, key, self._known_step_s, tell, tell_last, self._note_step)
+
+    def _note_step(self, end: float) -> None:
+        """Note when the step that began will have been drawn; 0: it has been, and whoever waited may go on."""
+        self._step_end = end
+        if not end:
+            self._tell_change()
+
+    async def _tell_step(self, claim: Claim, rows: list[tuple[Job, ImageTask]], told: StepDone) -> bool:
+        """Tell the queue of a step, and learn what is not ours any more; return whether short work waits for us."""
+        data, jobs = told.to_bytes().decode(), [job for job, _ in rows]
+        try:
+            lost, waits = await self._queue.step_done(self._worker_id, jobs, data, self._short_models())
+        except QueueUnavailable as error:
+            log.warning("step %d of %d is not told: %s", told.step, told.steps, error.message)
+            return False
+        claim.lost.update(lost)
+        return waits
 
     def _show(self, claim: Claim, estimates: list[Estimate]) -> None:
         earlier = tuple(claim.previews)
@@ -516,7 +593,8 @@ class Pipeline:
         )
         if stands:
             log.info("job %s done in a batch of %d", job.id, drawn.size)
-            self._metrics.delivered(job.model, task.width * task.height, finished.encode_s, finished.store_s)
+            pixels = task.width * task.height * task.frames
+            self._metrics.delivered(job.model, pixels, finished.encode_s, finished.store_s)
             self._tracing.job(
                 task.traceparent,
                 job,

@@ -1,7 +1,7 @@
 """What a picture says about itself: made by a model, by which one, from which seed.
 
 The mark is an XMP packet with IPTC's digital source type "trained algorithmic media", put into the finished
-file as PNG, JPEG and WebP carry XMP. It is made of what is asked for and of nothing else: no time, no machine,
+file as PNG, JPEG, WebP and MP4 carry XMP. It is made of what is asked for and of nothing else: no time, no machine,
 no person, so equal requests still give equal bytes. The pixels are not touched.
 """
 
@@ -15,7 +15,7 @@ from typing import Protocol
 from xml.sax.saxutils import quoteattr
 
 from flashbulb_service.errors import InvalidRequest
-from flashbulb_service.formats import ImageFormat
+from flashbulb_service.formats import FileFormat
 from flashbulb_service.settings import Settings
 
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -24,6 +24,7 @@ MAX_PROMPT_CHARS = 4000  # a JPEG segment holds 65,533 bytes, and a character ta
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+_MP4_XMP = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
 # What XML 1.0 cannot hold, not even escaped.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -42,7 +43,7 @@ class Origin:
 class Signer(Protocol):
     """Puts a signed manifest into a finished file."""
 
-    def sign(self, data: bytes, image_format: ImageFormat, origin: Origin) -> bytes:
+    def sign(self, data: bytes, file_format: FileFormat, origin: Origin) -> bytes:
         """Return the file with the manifest."""
         ...
 
@@ -69,12 +70,12 @@ class Marker:
             mark=settings.mark_pictures, include_prompt=settings.mark_prompts, signer=_signer_of(settings)
         )
 
-    def apply(self, data: bytes, image_format: ImageFormat, origin: Origin) -> bytes:
+    def apply(self, data: bytes, file_format: FileFormat, origin: Origin) -> bytes:
         """Mark one finished file; the pixels stay as they are."""
         if self._mark:
-            data = embed_xmp(data, image_format, xmp_packet(origin, include_prompt=self._include_prompt))
+            data = embed_xmp(data, file_format, xmp_packet(origin, include_prompt=self._include_prompt))
         if self._signer is not None:
-            data = self._signer.sign(data, image_format, origin)
+            data = self._signer.sign(data, file_format, origin)
         return data
 
 
@@ -128,13 +129,13 @@ def xmp_packet(origin: Origin, *, include_prompt: bool = False) -> bytes:
     ).encode()
 
 
-def embed_xmp(data: bytes, image_format: ImageFormat, packet: bytes) -> bytes:
+def embed_xmp(data: bytes, file_format: FileFormat, packet: bytes) -> bytes:
     """Put an XMP packet into a finished file that has none.
 
     Raises:
         ValueError: the bytes are no such file, or the packet does not fit.
     """
-    embed = {"png": _into_png, "jpeg": _into_jpeg, "webp": _into_webp}[image_format]
+    embed = {"png": _into_png, "jpeg": _into_jpeg, "webp": _into_webp, "mp4": _into_mp4}[file_format]
     return embed(data, packet)
 
 
@@ -182,6 +183,13 @@ def _into_webp(data: bytes, packet: bytes) -> bytes:
         kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2) for kind, body in chunks
     )
     return b"RIFF" + struct.pack("<I", 4 + len(written)) + b"WEBP" + written
+
+
+def _into_mp4(data: bytes, packet: bytes) -> bytes:
+    """Add a uuid box at the end (XMP part 3 §1.2.4.2): nothing before it moves, so all offsets stay right."""
+    if data[4:8] != b"ftyp":
+        raise ValueError("expected an MP4 file, got other bytes")
+    return data + struct.pack(">I", 8 + len(_MP4_XMP) + len(packet)) + b"uuid" + _MP4_XMP + packet
 
 
 def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -8,7 +8,7 @@ import contextlib
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -18,24 +18,29 @@ from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from flashbulb_service.errors import InvalidRequest, ServerStartError
-from flashbulb_service.formats import MEDIA_TYPES, ImageFormat
+from flashbulb_service.formats import MEDIA_TYPES, FileFormat, VideoVariant
 
 PART = ".part"  # ends the names of files that are being written
 
 # One path segment of safe characters: nothing that a file system or a URL could read as a direction.
-_RESULT_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(png|jpeg|webp)$")
+_RESULT_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(png|jpeg|webp|mp4)$")
 
 
-def result_id(job_id: str, image_format: ImageFormat) -> str:
-    """Name the picture of a job.
+def result_id(job_id: str, file_format: FileFormat) -> str:
+    """Name the picture or video of a job.
 
     Raises:
         ValueError: the job id holds characters that are no part of a safe file name.
     """
-    name = f"{job_id}.{image_format}"
+    name = f"{job_id}.{file_format}"
     if not is_result_id(name):
         raise ValueError(f"expected a job id of letters, digits, '-' and '_', got {job_id!r}")
     return name
+
+
+def video_file(job_id: str, variant: VideoVariant) -> str:
+    """Name a view of the video of a job; raises as `result_id` does."""
+    return result_id(job_id, "mp4") if variant == "video" else result_id(f"{job_id}-{variant}", "webp")
 
 
 def is_result_id(name: str) -> bool:
@@ -101,6 +106,30 @@ class ResultStore:
             return bytes(await answer.bytes_async())
         except (NotFoundError, FileNotFoundError):
             return None
+
+    async def size(self, name: str) -> int | None:
+        """Return the bytes of a file; None when there is none."""
+        if not is_result_id(name):
+            return None
+        try:
+            return int((await obstore.head_async(self._store, name))["size"])
+        except (NotFoundError, FileNotFoundError):
+            return None
+
+    async def get_part(self, name: str, start: int, end: int) -> bytes | None:
+        """Read the bytes from start to before end, which must lie inside the file; None when there is none."""
+        if not is_result_id(name):
+            return None
+        try:
+            return bytes(await obstore.get_range_async(self._store, name, start=start, end=end))
+        except (NotFoundError, FileNotFoundError):
+            return None
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Delete files; those that are not there are none that is left."""
+        for name in map(_checked, names):
+            with contextlib.suppress(NotFoundError, FileNotFoundError):
+                await obstore.delete_async(self._store, name)
 
     def clean(self, now: float | None = None) -> int:
         """Delete what is too old, then the oldest beyond `max_bytes`, in a ``file://`` store; return how many."""

@@ -15,11 +15,12 @@ Row = TypeVar("Row")
 SHORT, LONG = "short", "long"
 LONG_SUFFIX = ":long"
 LONG_MS = 5_000.0  # work of which one row takes longer than this goes into the long lane
-LONG_SHARE = 0.25  # of the device time, while short work waits
+LONG_SHARE = 0.25  # of several workers, and of the device time of each while short work waits (turns.py)
 SHRINK_SHARE = 0.99  # a batch is made smaller for its tightest row while it keeps this share of throughput
 QUANTUM_SHARE = 0.25  # of a full batch: how far ahead of the others a tenant may get by earlier deadlines
 TIE_MS = 1.0  # buckets whose slack differs by less are equally urgent
 UNKNOWN_ROW_MS = 100.0  # charged for one unit of cost while no time is known
+TOKEN_PX = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,6 @@ class Window:
     now_ms: float
     buckets: tuple[BucketWindow, ...]
     used_ms: Mapping[str, float] = field(default_factory=dict)  # tenant -> device time charged, weighted
-    lane_used_ms: Mapping[str, float] = field(default_factory=dict)  # lane -> recent device time
     num_long: int = 0  # other workers that run long work now
     num_workers: int = 1
 
@@ -84,9 +84,17 @@ class BucketFacts:
     swap_ms: float = 0.0  # 0 = the model is warm
 
 
-def bucket_name(model: str, width: int, height: int, num_steps: int, lane: str = SHORT) -> str:
+def bucket_name(
+    model: str, width: int, height: int, num_steps: int, lane: str = SHORT, *, frames: int = 1
+) -> str:
     """Name the bucket whose rows may share a batch: one model version, one shape, one number of steps."""
-    return f"{model}:{width}x{height}:{num_steps}" + (LONG_SUFFIX if lane == LONG else "")
+    shape = f"{width}x{height}" + (f"x{frames}" if frames > 1 else "")
+    return f"{model}:{shape}:{num_steps}" + (LONG_SUFFIX if lane == LONG else "")
+
+
+def count_tokens(width: int, height: int, frames: int, num_steps: int) -> int:
+    """Count what a row is to the device: patches of 16 x 16 pixels, of every frame, in every step."""
+    return -(-width // TOKEN_PX) * -(-height // TOKEN_PX) * frames * num_steps
 
 
 def lane_of(bucket: str) -> str:
@@ -106,21 +114,12 @@ def choose_lane(task: str, calibration: Mapping[int, float] | None = None) -> st
 
 
 def open_lane(window: Window, long_share: float = LONG_SHARE) -> str | None:
-    """Choose the lane to serve now, or None for any.
+    """Return the only lane that a worker may serve now, or None for any.
 
-    Long work holds at most its share of several workers (at least one, never all of two or more), and at
-    most its share of the device time while short work waits; short work goes first when both are owed the
-    same.
+    Long work holds at most its share of several workers: at least one, never all of two or more.
     """
-    lanes = {bucket.lane for bucket in window.buckets if bucket.rows}
     most_long = max(1, int(long_share * window.num_workers))
-    if window.num_workers > 1 and window.num_long >= most_long:
-        return SHORT
-    if len(lanes) < 2:
-        return None
-    long_used = window.lane_used_ms.get(LONG, 0.0) / long_share
-    short_used = window.lane_used_ms.get(SHORT, 0.0) / (1 - long_share)
-    return LONG if long_used < short_used else SHORT
+    return SHORT if window.num_workers > 1 and window.num_long >= most_long else None
 
 
 def fair_fill(
@@ -306,6 +305,11 @@ def _best(candidates: Sequence[_Candidate], now_ms: float) -> _Candidate:
     return max(urgent, key=lambda one: one.throughput)
 
 
+def rows_within(max_tokens: int | None, tokens: int, cap: int) -> int:
+    """Return how many rows of `tokens` each a batch may have: at least one, at most `cap`."""
+    return cap if max_tokens is None else max(1, min(cap, max_tokens // tokens))
+
+
 def batch_cap(max_batch: int, limit: int, calibration: Mapping[int, float] | None = None) -> int:
     """Choose the largest batch worth forming: the calibrated knee, or without one what both limits allow.
 
@@ -329,6 +333,7 @@ class _Known:
     cap: int
     calibration: Mapping[int, float]
     num_steps: int | None
+    limits: Mapping[str, int]
 
     def calibration_of(self, bucket: str) -> Mapping[int, float]:
         return self.calibration if self.num_steps in (None, steps_of(bucket)) else {}
@@ -349,14 +354,21 @@ class Scheduler:
         self._memory: dict[tuple[str, str], LearnedCap] = {}
 
     def add(
-        self, model: str, cap: int, calibration: Mapping[int, float], num_steps: int | None = None
+        self,
+        model: str,
+        cap: int,
+        calibration: Mapping[int, float],
+        num_steps: int | None = None,
+        limits: Mapping[str, int] | None = None,
     ) -> None:
         """Start with a model's batch cap and its calibration: batch size -> ms, or nothing.
 
-        num_steps: of which buckets the calibration tells; None: of all.
+        Args:
+            num_steps: of which buckets the calibration tells; None: of all.
+            limits: bucket -> a lower cap of its own.
         """
         self.forget(model)
-        self._models[model] = _Known(cap, calibration, num_steps)
+        self._models[model] = _Known(cap, calibration, num_steps, limits or {})
 
     def forget(self, model: str) -> None:
         """Drop what was learnt of a model. Batches of it that still run teach nothing more."""
@@ -397,7 +409,9 @@ class Scheduler:
             self._learned(model, bucket).out_of_memory(num_rows)
 
     def _learned(self, model: str, bucket: str) -> LearnedCap:
-        return self._memory.setdefault((model, bucket), LearnedCap(self._models[model].cap))
+        known = self._models[model]
+        cap = min(known.cap, known.limits.get(bucket, known.cap))
+        return self._memory.setdefault((model, bucket), LearnedCap(cap))
 
 
 def halves(rows: Sequence[Row]) -> Iterator[list[Row]]:

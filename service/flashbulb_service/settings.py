@@ -116,6 +116,12 @@ class Settings(BaseSettings):
     )
     threads: int = Field(default=0, ge=0, description="threads of one worker's operators; 0: one per core")
     max_batch: int = Field(default=64, ge=1, description="upper limit on top of what each bundle allows")
+    max_batch_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="of one batch on the device: patches of 16 x 16 pixels, times frames, times steps, of all rows; "
+        "absent: max_batch alone decides",
+    )
     determinism: Literal["strict", "fast"] = Field(
         default="strict", description="strict: equal bytes in any batch; fast: any batch size as it comes"
     )

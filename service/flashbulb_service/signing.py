@@ -7,7 +7,7 @@ most signatures a random part. The pixels, and the XMP mark, are equal still.
 import io
 
 from flashbulb_service.errors import InvalidRequest
-from flashbulb_service.formats import MEDIA_TYPES, ImageFormat
+from flashbulb_service.formats import MEDIA_TYPES, FileFormat
 from flashbulb_service.provenance import SOURCE_TYPE, Origin
 
 try:
@@ -39,12 +39,12 @@ class C2paSigner:
                 param="c2pa_certificate",
             ) from error
 
-    def sign(self, data: bytes, image_format: ImageFormat, origin: Origin) -> bytes:
+    def sign(self, data: bytes, file_format: FileFormat, origin: Origin) -> bytes:
         """Return the file with a signed manifest that says how it was made; no network is used."""
         info = c2pa.C2paSignerInfo(self._algorithm, self._certificate, self._key, None)
         out = io.BytesIO()
         with c2pa.Signer.from_info(info) as signer, c2pa.Builder(_manifest(origin)) as builder:
-            builder.sign(signer, MEDIA_TYPES[image_format], io.BytesIO(data), out)
+            builder.sign(signer, MEDIA_TYPES[file_format], io.BytesIO(data), out)
         return out.getvalue()
 
 

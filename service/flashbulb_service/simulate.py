@@ -10,10 +10,20 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flashbulb_service.scheduler import BucketFacts, BucketWindow, Waiting, Window, lane_of, plan_batch
+from flashbulb_service.scheduler import (
+    LONG,
+    SHORT,
+    BucketFacts,
+    BucketWindow,
+    Plan,
+    Waiting,
+    Window,
+    lane_of,
+    open_lane,
+    plan_batch,
+)
 from flashbulb_service.timing import Tau
-
-HALF_LIFE_MS = 60_000.0
+from flashbulb_service.turns import Shares, next_lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +57,18 @@ class _Queue:
 
     rows: dict[str, dict[str, tuple[Waiting, Arrival]]] = field(default_factory=dict)  # bucket -> id -> row
     used: dict[str, float] = field(default_factory=dict)
-    lanes: dict[str, float] = field(default_factory=dict)
-    lanes_at: float = 0.0
     clock: float = 0.0
 
-    def window(self, now: float, num_rows: int, others_long: int, num_workers: int) -> Window:
-        """Look as window.lua does: some urgent rows of each tenant."""
+    def lanes(self) -> set[str]:
+        """Return the lanes in which something waits."""
+        return {lane_of(name) for name, waiting in self.rows.items() if waiting}
+
+    def window(self, now: float, num_rows: int, others_long: int, num_workers: int, lane: str) -> Window:
+        """Look at a lane as window.lua does: some urgent rows of each tenant."""
         buckets = []
         for name, waiting in self.rows.items():
+            if lane_of(name) != lane:
+                continue
             by_tenant: dict[str, list[Waiting]] = {}
             for row, _ in sorted(waiting.values(), key=lambda pair: (pair[0].due_ms, pair[0].id)):
                 by_tenant.setdefault(row.tenant, []).append(row)
@@ -63,16 +77,24 @@ class _Queue:
             rows = tuple(row for tenant in owed for row in by_tenant[tenant][:each])
             buckets.append(BucketWindow("m", name, rows, len(waiting)))
         used = {row.tenant: self.used_by(row.tenant) for bucket in buckets for row in bucket.rows}
-        return Window(now, tuple(buckets), used, dict(self.lanes), others_long, num_workers)
+        return Window(now, tuple(buckets), used, others_long, num_workers)
 
     def used_by(self, tenant: str) -> float:
         return max(self.clock, self.used.get(tenant, 0.0))
 
-    def charge_lane(self, lane: str, ms: float, now: float) -> None:
-        fade = 0.5 ** ((now - self.lanes_at) / HALF_LIFE_MS)
-        self.lanes = {name: used * fade for name, used in self.lanes.items()}
-        self.lanes[lane] = self.lanes.get(lane, 0.0) + ms
-        self.lanes_at = now
+
+@dataclass(slots=True)
+class _Device:
+    """What a worker has in hand."""
+
+    running: str | None = None  # a lane
+    shares: Shares = field(default_factory=Shares)
+    turn_ms: float = 0.0
+    long_rows: list[tuple[Arrival, int]] = field(default_factory=list)  # with the size of their batch
+    long_steps: int = 0  # of the batch in hand that are still to be run
+    step_ms: float = 0.0
+    believed_end: dict[str, float] = field(default_factory=lambda: {SHORT: 0.0, LONG: 0.0})
+    corrections: list[tuple[str, float]] = field(default_factory=list)  # (tenant, ms), of the running batch
 
 
 def poisson(
@@ -119,6 +141,7 @@ def simulate(
     seed: int = 0,
     admission: bool = True,
     truth: Mapping[str, Tau] | None = None,
+    steps: Mapping[str, int] | None = None,
 ) -> list[Outcome]:
     """Run arrivals (in order of time) to their end.
 
@@ -126,69 +149,107 @@ def simulate(
         taus: what the scheduler believes of each bucket's times; its margin guards deadlines.
         truth: what the device really takes; default: what is believed.
         noise: sigma of log-normal noise on every batch.
+        steps: of a bucket of long work: between them the device may be given to short work; default: one.
     """
     draws = random.Random(seed)
     queue = _Queue()
     real = truth or taus
     facts: Callable[[str, str], BucketFacts] = lambda _model, bucket: BucketFacts(caps[bucket], taus[bucket])  # noqa: E731
-    believed_end = [0.0] * num_workers
-    corrections: list[list[tuple[str, float]]] = [
-        [] for _ in range(num_workers)
-    ]  # (tenant, ms), of running batches
-    busy_lane: list[str | None] = [None] * num_workers
+    devices = [_Device() for _ in range(num_workers)]
     events: list[tuple[float, int, int]] = [(one.at_ms, 1, i) for i, one in enumerate(arrivals)]
     heapq.heapify(events)  # (time, 0 = a worker is free | 1 = an arrival, which)
     idle = set(range(num_workers))
     outcomes: list[Outcome] = []
 
-    def start_batches(now: float) -> Iterator[tuple[float, int]]:
+    def plan_for(worker: int, now: float) -> tuple[str, Plan | None] | None:
+        """Decide whose turn it is on an idle device: the lane, and a new batch unless one in hand goes on."""
+        device = devices[worker]
+        while True:
+            long = sum(bool(other.long_rows) for other in devices if other is not device)
+            waiting = queue.lanes()
+            if device.long_steps:
+                waiting.add(LONG)
+            elif open_lane(Window(now, (), num_long=long, num_workers=num_workers)) == SHORT:
+                waiting.discard(LONG)
+            lane = next_lane(waiting, device.shares)
+            if lane is None:
+                return None
+            if lane == LONG and device.long_steps:
+                return lane, None
+            plan = plan_batch(queue.window(now, 2 * max(caps.values()), long, num_workers, lane), facts)
+            if plan is None:
+                return None
+            for job_id in plan.drop:
+                outcomes.append(Outcome(queue.rows[plan.bucket].pop(job_id)[1], now, "dropped"))
+            if plan.take:
+                return lane, plan
+
+    def take(device: _Device, plan: Plan, lane: str, now: float) -> None:
+        """Do as take.lua does, and begin."""
+        size = len(plan.take)
+        ms = real[plan.bucket](size) * math.exp(draws.gauss(0.0, noise) if noise else 0.0)
+        if lane == LONG:
+            device.shares = device.shares.levelled()
+            device.long_steps = (steps or {}).get(plan.bucket, 1)
+            device.step_ms = ms / device.long_steps
+        for job_id, charge in zip(plan.take, plan.charges_ms, strict=True):
+            row, arrival = queue.rows[plan.bucket].pop(job_id)
+            queue.used[row.tenant] = queue.used_by(row.tenant) + charge
+            device.corrections.append((row.tenant, ms / size / row.weight - charge))
+            if lane == LONG:
+                device.long_rows.append((arrival, size))
+            else:
+                outcomes.append(Outcome(arrival, now + ms, "done", size))
+        queue.clock = max(queue.clock, plan.clock_ms)
+        if not any(queue.rows.values()):
+            queue.used.clear()
+            queue.clock = 0.0
+        device.believed_end[lane] = now + plan.predicted_ms
+        device.turn_ms = ms
+
+    def start_turns(now: float) -> Iterator[tuple[float, int]]:
         for worker in sorted(idle):
-            while True:
-                long = sum(lane == "long" for other, lane in enumerate(busy_lane) if other != worker)
-                plan = plan_batch(queue.window(now, 2 * max(caps.values()), long, num_workers), facts)
-                if plan is None:
-                    break
-                for job_id in plan.drop:
-                    outcomes.append(Outcome(queue.rows[plan.bucket].pop(job_id)[1], now, "dropped"))
-                if not plan.take:
-                    continue
-                ms = real[plan.bucket](len(plan.take)) * math.exp(draws.gauss(0.0, noise) if noise else 0.0)
-                for job_id, charge in zip(plan.take, plan.charges_ms, strict=True):
-                    row, arrival = queue.rows[plan.bucket].pop(job_id)
-                    queue.used[row.tenant] = queue.used_by(row.tenant) + charge
-                    measured = ms / len(plan.take) / row.weight
-                    corrections[worker].append((row.tenant, measured - charge))
-                    outcomes.append(Outcome(arrival, now + ms, "done", len(plan.take)))
-                queue.clock = max(queue.clock, plan.clock_ms)
-                queue.charge_lane(lane_of(plan.bucket), plan.predicted_ms, now)
-                if not any(queue.rows.values()):
-                    queue.used.clear()
-                    queue.lanes.clear()
-                    queue.clock = 0.0
-                believed_end[worker] = now + plan.predicted_ms
-                busy_lane[worker] = lane_of(plan.bucket)
-                idle.discard(worker)
-                yield now + ms, worker
-                break
+            device = devices[worker]
+            decided = plan_for(worker, now)
+            if decided is None:
+                continue
+            lane, plan = decided
+            if plan is not None:
+                take(device, plan, lane, now)
+            if lane == LONG:
+                device.long_steps -= 1
+                device.turn_ms = device.step_ms
+            device.running = lane
+            idle.discard(worker)
+            yield now + device.turn_ms, worker
+
+    def end_turn(device: _Device, now: float) -> None:
+        assert device.running is not None
+        device.shares = device.shares.charged(device.running, device.turn_ms, now)
+        if device.running == LONG and not device.long_steps:
+            outcomes.extend(Outcome(arrival, now, "done", size) for arrival, size in device.long_rows)
+            device.long_rows.clear()
+        device.running = None
+        for tenant, correction in device.corrections:
+            if tenant in queue.used:
+                queue.used[tenant] += correction
+        device.corrections.clear()
 
     while events:
         now, kind, which = heapq.heappop(events)
         if kind == 0:
             idle.add(which)
-            busy_lane[which] = None
-            for tenant, correction in corrections[which]:
-                if tenant in queue.used:
-                    queue.used[tenant] += correction
-            corrections[which].clear()
+            end_turn(devices[which], now)
         else:
             arrival = arrivals[which]
             waiting = queue.rows.setdefault(arrival.bucket, {})
             due = arrival.at_ms + arrival.slo_ms
-            busy = [max(0.0, end - now) for end in believed_end]
+            lane = lane_of(arrival.bucket)
+            busy = [max(0.0, device.believed_end[lane] - now) for device in devices]
             ahead = {
                 name: _rows_ahead(rows, arrival.tenant, due)
                 for name, rows in queue.rows.items()
-                if lane_of(name) == lane_of(arrival.bucket)
+                if lane_of(name) == lane
             }
             others = sum(
                 rows / taus[name].throughput(caps[name])
@@ -207,7 +268,7 @@ def simulate(
                 continue
             job_id = f"{which:09d}"
             waiting[job_id] = (Waiting(job_id, arrival.tenant, due, due), arrival)
-        for end, worker in start_batches(now):
+        for end, worker in start_turns(now):
             heapq.heappush(events, (end, 0, worker))
     return outcomes
 

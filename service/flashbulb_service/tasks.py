@@ -8,9 +8,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flashbulb_service.errors import NewerMessage
-from flashbulb_service.formats import DEFAULT_QUALITY, ImageFormat
+from flashbulb_service.formats import DEFAULT_QUALITY, ImageFormat, VideoFormat
 from flashbulb_service.wire import WIRE
 
+Task = Literal["text-to-image", "text-to-video"]
 MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
 
@@ -49,17 +50,19 @@ class Message(BaseModel):
 
 
 class ImageTask(Message):
-    """One picture to make: one row of a batch."""
+    """One picture or video to make: one row of a batch."""
 
     prompt: str
     seed: int = Field(ge=0, le=MAX_SEED)
     index: int = Field(ge=0)  # which image of its request; the noise is drawn from (seed, index)
     width: int = Field(gt=0)
     height: int = Field(gt=0)
+    frames: int = Field(default=1, ge=1)
+    fps: float | None = Field(default=None, gt=0)  # of a video; None: a picture
     steps: int | None = Field(default=None, ge=1)  # None: the student's own number
     partial_images: int = Field(default=0, ge=0, le=MAX_PARTIAL_IMAGES)
     bundle_sha256: str | None = None  # the student that was asked for; None: whatever has the name
-    image_format: ImageFormat = "png"
+    image_format: ImageFormat | VideoFormat = "png"
     quality: int = Field(default=DEFAULT_QUALITY, ge=0, le=100)
     request_id: str = Field(default="", max_length=64, pattern=r"^[A-Za-z0-9_-]*$")  # for the log only
     traceparent: str = Field(
@@ -76,8 +79,15 @@ class Preview(Message):
     steps: int
 
 
+class StepDone(Message):
+    """How far a video is, as those who watch its request are told."""
+
+    step: int = Field(ge=1)  # steps done
+    steps: int
+
+
 class ImageOutcome(Message):
-    """Where a finished picture lies and what it cost."""
+    """Where a finished picture or video lies and what it cost."""
 
     file: str  # result id in the result store
     batch_size: int = Field(ge=1)
@@ -91,7 +101,7 @@ class ImageOutcome(Message):
 class RequestRecord(Message):
     """What the API keeps of a request, to tell of it and to answer it again in the same words."""
 
-    task: Literal["text-to-image"]
+    task: Task
     model: str  # name@version
     prompt: str
     seed: int
@@ -100,11 +110,19 @@ class RequestRecord(Message):
     height: int
     steps: int
     response_format: Literal["b64_json", "url"]
-    image_format: ImageFormat
+    image_format: ImageFormat | VideoFormat
     quality: str
+    frames: int = 1
+    fps: float | None = None  # of a video
+    remixed_from: str | None = None  # id of a request
     metadata: dict[str, str] = Field(default_factory=dict)
     webhook_url: str | None = None
     webhook_events: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Return how long a video is."""
+        return self.frames / self.fps if self.fps else 0.0
 
     @property
     def size(self) -> str:

@@ -8,14 +8,12 @@ import io
 import math
 from collections.abc import Collection
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from flashbulb_service.images import encode_image
-
-Variant = Literal["video", "thumbnail", "spritesheet"]
 
 MAX_SHEET_SIDE_PX = 16_383  # of a WebP picture
 # Constant quality for small flat pictures, where the usual 23 of H.264 shows; one thread, so that bytes repeat.

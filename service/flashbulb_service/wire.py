@@ -13,7 +13,7 @@ Raise WIRE with the first message that the released version would misread, and w
 
 version  what is new
 1        everything before there was a number
-2        unknown fields are ignored; messages and jobs carry a version
+2        unknown fields are ignored; messages and jobs carry a version; videos
 """
 
 WIRE = 2

@@ -34,7 +34,17 @@ from flashbulb_service.queue import Lone, Queue, Taken
 from flashbulb_service.repository import Repository
 from flashbulb_service.results import ResultStore
 from flashbulb_service.safety import ImageChecker, image_checker_of
-from flashbulb_service.scheduler import Plan, Scheduler, Window, bucket_name, choose_lane
+from flashbulb_service.scheduler import (
+    LONG,
+    SHORT,
+    Plan,
+    Scheduler,
+    Window,
+    bucket_name,
+    choose_lane,
+    count_tokens,
+    rows_within,
+)
 from flashbulb_service.settings import Settings
 from flashbulb_service.timing import Tau
 from flashbulb_service.tracing import OFF, Tracing, traced
@@ -54,7 +64,8 @@ def load_model(model: Model, settings: Settings, cache: EmbeddingCache) -> Loade
     """Load a verified bundle, and warm up every batch size that will be used."""
     known = load_student(model.bundle, settings, cache)
     canonical = known.student.canonical
-    known.student.warm_up(*model.sizes[0], [canonical] if canonical else batch_sizes(known.cap))
+    shape, sizes = model.bundle.manifest.shapes[0], [canonical] if canonical else batch_sizes(known.cap)
+    known.student.warm_up(shape.width, shape.height, sizes, frames=shape.frames)
     return LoadedModel(model, known.student, known.cap, known.times_ms)
 
 
@@ -64,7 +75,7 @@ def new_worker_id() -> str:
 
 
 class Worker:
-    """One process that serves all of its models, one batch at a time."""
+    """One process that serves all of its models, one batch at a time; long work gives way between its steps."""
 
     def __init__(
         self,
@@ -83,8 +94,9 @@ class Worker:
         worker_id: str | None = None,
         repository: Repository | None = None,
         unloaded: Sequence[Model] = (),
+        max_tokens: int | None = None,
     ) -> None:
-        """Keep the parts; nothing runs before `run`."""
+        """Keep the parts; nothing runs before `run`. max_tokens: of one batch, as `count_tokens` counts."""
         self._queue = queue
         self._results = results
         self._presence = presence
@@ -109,8 +121,10 @@ class Worker:
             cache=cache,
             server_time=lambda: time.time() + presence.clock_offset_s,
             tracing=tracing,
+            short_models=lambda: list(self._models_of(SHORT)),
         )
         self._backend_name = backend_name
+        self._max_tokens = max_tokens
         for served in models.served.values():
             self._announce_model(served)
 
@@ -143,32 +157,51 @@ class Worker:
             await self._presence.withdraw(self._me)
 
     async def _serve(self, stop: asyncio.Event) -> None:
+        lanes = [asyncio.create_task(self._serve_lane(stop, lane)) for lane in (SHORT, LONG)]
+        try:
+            await asyncio.wait(lanes, return_when=asyncio.FIRST_EXCEPTION)
+            for ended in lanes:
+                if ended.done():
+                    ended.result()
+        finally:
+            await _cancel(lanes)
+        await self._pipeline.drain()
+
+    async def _serve_lane(self, stop: asyncio.Event, lane: str) -> None:
         outage = OutageLog(log, "queue out of reach, trying again")
         more = True  # as far as we know
         while not stop.is_set():
             try:
-                await _unless(stop, self._pipeline.room())
-                names = list(self._pool.served)
-                if not names:  # all of them were removed
+                await _unless(stop, self._pipeline.room(lane))
+                names = list(self._models_of(lane))
+                if not names:  # all of them were removed, or there never were any
                     await _unless(stop, asyncio.sleep(SCAN_INTERVAL_S))
                     continue
                 wake = None if more else await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
                 if stop.is_set():
                     break
-                more = await self._claim(wake.lone if wake else None)
+                more = await self._claim(lane, wake.lone if wake else None)
                 outage.worked()
             except QueueUnavailable as error:
                 outage.failed(error)
                 await _unless(stop, asyncio.sleep(OUTAGE_BACKOFF_S))
-        await self._pipeline.drain()
 
-    async def _claim(self, lone: Lone | None) -> bool:
-        """Claim a batch and have it drawn; return whether more waits, as far as we know."""
-        models = self._pool.served  # as it is now: the scan may change it while we wait
+    def _models_of(self, lane: str) -> dict[str, Served]:
+        """Return the models whose work belongs to a lane, as they are now: a scan of the repository may change them."""
+        return {name: served for name, served in self._pool.served.items() if self._lane(served) == lane}
+
+    def _lane(self, served: Served) -> str:
+        manifest = served.model.bundle.manifest
+        return choose_lane(manifest.task, exporter_times(manifest, self._backend_name))
+
+    async def _claim(self, lane: str, lone: Lone | None) -> bool:
+        """Claim a batch and have it drawn; return whether more waits in the lane, as far as we know."""
+        models = self._models_of(lane)
         names, most = list(models), max((served.cap for served in models.values()), default=1)
         taken = await self._claim_lone(lone, models) if lone is not None else None
         if taken is None:
-            taken = await self._queue.claim_next(self.id, names, most, self._lease_s, plan=self._plan)
+            plan = partial(self._plan, lane=lane)
+            taken = await self._queue.claim_next(self.id, names, most, self._lease_s, plan=plan)
             if taken.jobs:
                 self._submit(models[taken.jobs[0].model], taken.jobs)
         return taken.more
@@ -178,7 +211,7 @@ class Worker:
 
     async def _claim_lone(self, lone: Lone, models: Mapping[str, Served]) -> Taken | None:
         """Begin to draw a job while its claim is on its way; None when it is to be claimed as any other."""
-        plan, served = self._decide(lone.window), models.get(lone.job.model)
+        plan, served = self._decide(lone.window, SHORT), models.get(lone.job.model)
         if plan is None or served is None or served.loaded is None or plan.take != (lone.job.id,):
             return None
         held = asyncio.get_running_loop().create_future()
@@ -193,11 +226,11 @@ class Worker:
             self._submit(served, taken.jobs)
         return taken if taken.jobs else None
 
-    def _decide(self, window: Window) -> Plan | None:
-        return self._scheduler.plan(replace(window, now_ms=window.now_ms + self._pipeline.lead_ms))
+    def _decide(self, window: Window, lane: str) -> Plan | None:
+        return self._scheduler.plan(replace(window, now_ms=window.now_ms + self._pipeline.lead_ms(lane)))
 
-    def _plan(self, window: Window) -> Plan | None:
-        plan = self._decide(window)
+    def _plan(self, window: Window, *, lane: str) -> Plan | None:
+        plan = self._decide(window, lane)
         if plan is not None and plan.drop:
             self._metrics.deadline_missed(plan.model, len(plan.drop))
         return plan
@@ -219,18 +252,29 @@ class Worker:
         """Return (model, bucket) -> time model and cap, of every bucket whose time is known."""
         known = {}
         for model_id, served in self._pool.served.items():
-            manifest = served.model.bundle.manifest
-            lane = choose_lane(manifest.task, exporter_times(manifest, self._backend_name))
-            for shape, num_steps in product(manifest.shapes, manifest.offered_steps):
-                bucket = bucket_name(model_id, shape.width, shape.height, num_steps, lane)
+            for bucket in self._tokens_by_bucket(served):
                 facts = self._scheduler.facts(model_id, bucket)
                 if facts.tau is not None:
                     known[model_id, bucket] = (facts.tau, facts.cap)
         return known
 
+    def _tokens_by_bucket(self, served: Served) -> dict[str, int]:
+        """Return every bucket of a model, with the tokens of one of its rows."""
+        model_id, manifest, lane = served.model.id, served.model.bundle.manifest, self._lane(served)
+        return {
+            bucket_name(
+                model_id, shape.width, shape.height, num_steps, lane, frames=shape.frames
+            ): count_tokens(shape.width, shape.height, shape.frames, num_steps)
+            for shape, num_steps in product(manifest.shapes, manifest.offered_steps)
+        }
+
     def _announce_model(self, served: Served) -> None:
         num_steps = len(served.model.bundle.manifest.time_steps)
-        self._scheduler.add(served.model.id, served.cap, served.times_ms, num_steps)
+        limits = {
+            bucket: rows_within(self._max_tokens, tokens, served.cap)
+            for bucket, tokens in self._tokens_by_bucket(served).items()
+        }
+        self._scheduler.add(served.model.id, served.cap, served.times_ms, num_steps, limits)
 
     async def _keep_models(self) -> None:
         """Serve what appears in the repository, and nothing that is gone; batches in hand keep their model."""
@@ -352,6 +396,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             tracing=tracing,
             repository=Repository(settings.models, models),
             unloaded=unloaded,
+            max_tokens=settings.max_batch_tokens,
         )
         log.info("worker %s serves", worker.id)
         settle_heap()

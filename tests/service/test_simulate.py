@@ -147,3 +147,34 @@ def test_equal_seeds_give_equal_results() -> None:
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
+
+
+STEP_MS, STEPS = 96.0, 4
+
+
+def image_p99(load: float, *, videos: int, num: int = 8_000) -> float:
+    """The 99 % point of the pictures' latency in ms on one device, beside back-to-back videos of 4 steps or none."""
+    arrivals = [Arrival(0.0, 1e9, "v:long") for _ in range(videos)]
+    images = poisson(load * CAPACITY, num, 1e6, seed=5, bucket="i")
+    taus = {"v:long": Tau(0.0, 0.0, STEPS * STEP_MS), "i": TAU}
+    outcomes = simulate(arrivals + images, taus, {"v:long": 1, "i": CAP}, steps={"v:long": STEPS})
+    end = images[-1].at_ms
+    assert videos == 0 or max(one.end_ms for one in outcomes if one.arrival.bucket == "v:long") > end
+    waits = [one.end_ms - one.arrival.at_ms for one in outcomes if one.arrival.bucket == "i"]
+    return statistics.quantiles(waits, n=1000)[989]
+
+
+@pytest.mark.parametrize("load", [0.2, 0.5])
+def test_videos_back_to_back_raise_the_images_p99_by_at_most_one_step(load: float) -> None:
+    alone, beside = image_p99(load, videos=0), image_p99(load, videos=700)
+    assert alone + 0.5 * STEP_MS < beside <= alone + STEP_MS, (alone, beside)
+
+
+def test_videos_that_gave_the_device_away_only_at_their_ends_would_raise_it_by_more() -> None:
+    """The planted fault: the same work in one step."""
+    arrivals = [Arrival(0.0, 1e9, "v:long") for _ in range(300)]
+    images = poisson(0.5 * CAPACITY, 8_000, 1e6, seed=5, bucket="i")
+    taus = {"v:long": Tau(0.0, 0.0, STEPS * STEP_MS), "i": TAU}
+    outcomes = simulate(arrivals + images, taus, {"v:long": 1, "i": CAP})
+    waits = [one.end_ms - one.arrival.at_ms for one in outcomes if one.arrival.bucket == "i"]
+    assert statistics.quantiles(waits, n=100)[98] > image_p99(0.5, videos=0) + 2 * STEP_MS

@@ -19,20 +19,23 @@ from flashbulb_distill.bundle import (
 )
 
 LENGTH, WIDTH, CHANNELS, SIDE = 14, 384, 64, 8
+FRAMES, FPS = 6, 4.0  # of the video student: one and a half seconds
 WORDS = ("red", "green", "blue", "apple", "heart", "rocket", "dog", "a")
 
 
-def make_tiny_bundle(folder: Path, *, name: str = "tiny", version: int = 1, **fields: object) -> Path:
+def make_tiny_bundle(
+    folder: Path, *, name: str = "tiny", version: int = 1, is_video: bool = False, **fields: object
+) -> Path:
     """Write a bundle to `folder`/name/version and return that path; equal arguments give equal bytes.
 
-    fields: of the manifest, in place of those of a one-step student.
+    is_video: the graphs take latents with frames. fields: of the manifest, in place of those of a one-step student.
     """
     path = folder / name / str(version)
     path.mkdir(parents=True)
     rng = np.random.Generator(np.random.Philox(version))
     _save(_text_encoder(rng), path / "text_encoder.onnx")
-    _save(_denoiser(rng), path / "denoiser.onnx")
-    _save(_decoder(rng), path / "decoder.onnx")
+    _save(_denoiser(rng, is_video), path / "denoiser.onnx")
+    _save(_decoder(rng, is_video), path / "decoder.onnx")
     (path / "tokenizer.json").write_text(json.dumps(_tokenizer()))
     files = describe_files(path)
     given: dict[str, object] = {
@@ -60,6 +63,18 @@ def make_tiny_bundle(folder: Path, *, name: str = "tiny", version: int = 1, **fi
     manifest = Manifest.model_validate(given | fields)
     write_manifest(path, manifest)
     return path
+
+
+def make_tiny_video_bundle(folder: Path, *, name: str = "tiny-video", **fields: object) -> Path:
+    """Write a student of four steps that makes videos of 64x64 pixels and 6 frames; otherwise as above."""
+    given: dict[str, object] = {
+        "task": "text-to-video",
+        "family": "cogvideox",
+        "time_steps": (1.0, 0.75, 0.5, 0.25),
+        "shapes": (Shape(width=64, height=64, frames=FRAMES),),
+        "fps": FPS,
+    }
+    return make_tiny_bundle(folder, name=name, is_video=True, **given | fields)
 
 
 def _tensor(name: str, shape: list[int | str], kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
@@ -98,7 +113,7 @@ def _text_encoder(rng: np.random.Generator) -> onnx.GraphProto:
     return helper.make_graph(nodes, "text_encoder", inputs, outputs, constants)
 
 
-def _denoiser(rng: np.random.Generator) -> onnx.GraphProto:
+def _denoiser(rng: np.random.Generator, is_video: bool) -> onnx.GraphProto:
     """prediction = tanh(latents + W pooled + mean of prompt_embeds + timestep / 1000), so that all inputs matter."""
     weight = rng.standard_normal((WIDTH, CHANNELS), dtype=np.float32) / WIDTH**0.5
     nodes = [
@@ -114,30 +129,41 @@ def _denoiser(rng: np.random.Generator) -> onnx.GraphProto:
     ]
     constants = [
         _constant("weight", weight),
-        _constant("plane", np.array([2, 3], dtype=np.int64)),
-        _constant("channel_plane", np.array([1, 2, 3], dtype=np.int64)),
+        _constant("plane", np.arange(2, 4 + is_video)),
+        _constant("channel_plane", np.arange(1, 4 + is_video)),
         _constant("both", np.array([1, 2], dtype=np.int64)),
         _constant("milli", np.array(0.001, dtype=np.float32)),
     ]
+    shape = _latent_shape(is_video)
     inputs = [
-        _tensor("latents", ["b", CHANNELS, SIDE, SIDE]),
+        _tensor("latents", shape),
         _tensor("timestep", ["b"]),
         _tensor("prompt_embeds", ["b", LENGTH, WIDTH]),
         _tensor("pooled_prompt_embeds", ["b", WIDTH]),
     ]
+    return helper.make_graph(nodes, "denoiser", inputs, [_tensor("prediction", shape)], constants)
+
+
+def _decoder(rng: np.random.Generator, is_video: bool) -> onnx.GraphProto:
+    frame = [1] if is_video else []
+    weight = rng.standard_normal((CHANNELS, 3, *frame, 8, 8), dtype=np.float32) / CHANNELS**0.5
+    nodes = [
+        helper.make_node("ConvTranspose", ["latents", "weight"], ["raw"], strides=[*frame, 8, 8]),
+        helper.make_node("Tanh", ["raw"], ["pixels"]),
+    ]
+    shape = _latent_shape(is_video)
+    pixels: list[int | str] = ["b", 3, *shape[2:-2], 64, 64]
     return helper.make_graph(
-        nodes, "denoiser", inputs, [_tensor("prediction", ["b", CHANNELS, SIDE, SIDE])], constants
+        nodes,
+        "decoder",
+        [_tensor("latents", shape)],
+        [_tensor("pixels", pixels)],
+        [_constant("weight", weight)],
     )
 
 
-def _decoder(rng: np.random.Generator) -> onnx.GraphProto:
-    weight = rng.standard_normal((CHANNELS, 3, 8, 8), dtype=np.float32) / CHANNELS**0.5
-    nodes = [
-        helper.make_node("ConvTranspose", ["latents", "weight"], ["raw"], strides=[8, 8]),
-        helper.make_node("Tanh", ["raw"], ["pixels"]),
-    ]
-    inputs, outputs = [_tensor("latents", ["b", CHANNELS, SIDE, SIDE])], [_tensor("pixels", ["b", 3, 64, 64])]
-    return helper.make_graph(nodes, "decoder", inputs, outputs, [_constant("weight", weight)])
+def _latent_shape(is_video: bool) -> list[int | str]:
+    return ["b", CHANNELS, *(["f"] if is_video else []), SIDE, SIDE]
 
 
 def _tokenizer() -> dict[str, object]:

@@ -171,21 +171,21 @@ async def enqueue(
     caller: Caller,
     key: Key,
     *,
-    listed: bool = False,
+    lists: tuple[str, ...] = (),
     events: bool = False,
     awaited: bool = True,
 ) -> Queued:
     """Queue a planned request, or find the earlier one that it repeats; `awaited` as in `Queue.enqueue`."""
     check_prompt(context.words, body.prompt)
     check_webhook(body, context.settings)
-    kept = key.text is not None or listed or events or body.webhook_url is not None
+    kept = key.text is not None or lists or events or body.webhook_url is not None
     enqueued = await context.queue.enqueue(
         plan.jobs,
         idempotency_key=key.text,
         request_digest=body_digest(body),
         mode=key.mode,
         window_s=RETRY_WINDOW_S,
-        keep=keep(plan.record, caller, listed=listed, events=events) if kept else None,
+        keep=keep(plan.record, caller, lists=lists, events=events) if kept else None,
         awaited=awaited,
     )
     if enqueued.created:

@@ -58,7 +58,9 @@ async def create_job(
     caller = caller_of(request, body)
     plan = make_plan(body, context.catalog, caller, context.settings)
     key: Key = choose_key(body, idempotency_key, retry_count)
-    queued = await enqueue(context, plan, body, caller, key, listed=True, events=True, awaited=False)
+    queued = await enqueue(
+        context, plan, body, caller, key, lists=(caller.owner,), events=True, awaited=False
+    )
     described = await _describe(context, request, await _owned(context, request, f"job_{queued.ids[0]}"))
     return JSONResponse(described, headers=answer_headers(plan, replayed=queued.replayed))
 

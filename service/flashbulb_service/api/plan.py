@@ -87,10 +87,10 @@ def body_digest(body: ImagesRequest) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def keep(record: RequestRecord, caller: Caller, *, listed: bool, events: bool) -> Kept:
+def keep(record: RequestRecord, caller: Caller, *, lists: tuple[str, ...], events: bool) -> Kept:
     """Say what the queue keeps of the request as a whole."""
     return Kept(
-        record.to_bytes(), caller.owner, listed=listed, events=events, hook=record.webhook_url is not None
+        record.to_bytes(), caller.owner, lists=lists, events=events, hook=record.webhook_url is not None
     )
 
 

@@ -24,7 +24,7 @@ OnStep = Callable[[int, int, np.ndarray], None]
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One picture to make: what the model needs to know, and nothing of queues or HTTP."""
+    """One picture or video to make: what the model needs to know, and nothing of queues or HTTP."""
 
     prompt: str
     seed: int
@@ -37,9 +37,9 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class Generated:
-    """The pictures of one batch, in the order of its requests."""
+    """The pictures or videos of one batch, in the order of its requests."""
 
-    images: list[np.ndarray]  # uint8 [h, w, 3] each
+    images: list[np.ndarray]  # uint8 [h, w, 3] each, or [f, h, w, 3]
     stages_ms: dict[str, float] = field(default_factory=dict)  # wall time by stage, for the whole batch
 
 
@@ -70,11 +70,11 @@ class Backend(Protocol):
     def denoise(
         self, requests: Sequence[ImageRequest], embeddings: Embeddings, on_step: OnStep | None = None
     ) -> np.ndarray:
-        """Draw the latents of requests of one size and number of steps: -> [b, c, h, w]."""
+        """Draw the latents of requests of one size and number of steps: -> [b, c, h, w], of videos [b, c, f, h, w]."""
         ...
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Turn latents into pictures: [b, c, h, w] -> uint8 [b, h, w, 3]."""
+        """Turn latents into pictures, uint8 [b, h, w, 3], or videos, [b, f, h, w, 3]."""
         ...
 
     def close(self) -> None:
@@ -132,14 +132,16 @@ class Student:
                 images += list(self.decode(latents))
         return Generated(images, watch.stages_ms)
 
-    def warm_up(self, width: int, height: int, sizes: Sequence[int]) -> None:
-        """Run a picture in every batch size that will be used: no request shall pay for a first time.
+    def warm_up(self, width: int, height: int, sizes: Sequence[int], *, frames: int = 1) -> None:
+        """Run a picture or video in every batch size that will be used: no request shall pay for a first time.
 
         Sizes that do not fit into the memory are left to the scheduler, which learns from such failures.
         """
         for size in sizes:
             try:
-                self.generate([ImageRequest("", 0, index, width, height) for index in range(size)])
+                self.generate(
+                    [ImageRequest("", 0, index, width, height, frames=frames) for index in range(size)]
+                )
             except OutOfMemory:
                 break
 
@@ -151,7 +153,7 @@ class Student:
 
 
 def _check_alike(requests: Sequence[ImageRequest]) -> None:
-    if len({(request.width, request.height, request.num_steps) for request in requests}) != 1:
+    if len({(one.width, one.height, one.frames, one.num_steps) for one in requests}) != 1:
         raise ValueError("expected a batch of one size and number of steps with at least one request")
 
 

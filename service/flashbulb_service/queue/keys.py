@@ -12,7 +12,6 @@ ready:<model>         ZSET   bucket -> earliest due time in it        empty with
 waiting:<model>       ZSET   queued id -> enqueue time                empty with the model's backlog
 models                SET    models that have a backlog               empty with the last backlog
 used                  ZSET   tenant -> device ms charged over weight  deleted with the last backlog
-lanes                 HASH   lane -> recent device ms; "at" its time  deleted with the last backlog
 clock                 HASH   model -> least used of those that wait   field deleted with the model's backlog
 wake:<model>          LIST   at most one token for sleeping workers   deleted with the model's backlog
 leases                ZSET   running id -> lease expiry               empty when nothing runs
@@ -20,8 +19,8 @@ delayed               ZSET   id -> retry time                         empty when
 deadlines             ZSET   queued or delayed id -> deadline         empty with the jobs that have one
 inuse                 HASH   tenant -> live jobs; "" -> all of them   fields deleted at 0
 dead                  ZSET   failed id -> time of death               TTL; bounded in number
-busy                  ZSET   worker -> predicted end of its batch      TTL
-long                  ZSET   worker -> the same, long work only       TTL
+busy                  ZSET   worker -> predicted end of its batch of short work  TTL
+long                  ZSET   worker -> the same of long work, which runs beside it  TTL
 alive                 ZSET   worker -> end of what it last announced  TTL
 speed:<model>:<bucket> HASH  worker -> alive until, floor, base, row, cap  TTL
 idem:<tenant>:<hash>  STR    request hash and ids                     TTL
@@ -36,7 +35,7 @@ spent:<id>:<s>:<n>    STR    device us of a budget's period           TTL
 finished:<window>     STR    jobs ended in a 10 s window              TTL
 ev:<id>               STREAM what became of a watched request         TTL; bounded in length
 evctl:<instance>      STREAM wakes one process's event reader         TTL
-list:<owner>          ZSET   request id -> enqueue time               TTL; bounded in number
+list:<name>           ZSET   request id -> enqueue time               TTL; bounded in number
 hooks                 ZSET   request id -> next delivery of its hook  empty with the last delivery or surrender
 hooks:wake            LIST   at most one token for delivery loops     empty when taken
 done:<instance>       -      pub/sub channel of one waiting process   not a key
@@ -57,7 +56,6 @@ TEMPLATES = MappingProxyType(
         "waiting": "%s:waiting:%s",
         "models": "%s:models",
         "used": "%s:used",
-        "lanes": "%s:lanes",
         "busy": "%s:busy",
         "long": "%s:long",
         "alive": "%s:alive",
@@ -132,9 +130,9 @@ class Keys:
         """Stream that wakes the event reader of one process."""
         return TEMPLATES["events_control"] % (self.tag, instance)
 
-    def listing(self, owner: str) -> str:
-        """Sorted set of an owner's requests."""
-        return TEMPLATES["list"] % (self.tag, owner)
+    def listing(self, name: str) -> str:
+        """Sorted set of the requests of one list."""
+        return TEMPLATES["list"] % (self.tag, name)
 
     def hooks_wake(self) -> str:
         """List that delivery loops block on."""

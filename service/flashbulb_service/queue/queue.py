@@ -48,8 +48,8 @@ from flashbulb_service.queue.completions import Completions, Expected
 from flashbulb_service.queue.events import Event, Events
 from flashbulb_service.queue.keys import Keys, digest
 from flashbulb_service.queue.views import VIEW_FIELDS, make_view
-from flashbulb_service.queue.windows import Lone, bucket_window, claimed_job, pairs, read_token, used_ms
-from flashbulb_service.scheduler import BucketFacts, Plan, Window, lane_of, plan_batch
+from flashbulb_service.queue.windows import Lone, bucket_window, claimed_job, read_token, used_ms
+from flashbulb_service.scheduler import BucketFacts, Plan, Window, plan_batch
 from flashbulb_service.timing import Tau
 
 log = logging.getLogger(__name__)
@@ -113,12 +113,12 @@ class Kept:
     """What is kept of a request as a whole, as long as its first job.
 
     record: opaque bytes for whoever reads the request back.
-    owner: who may read it back. listed: it appears in the owner's list. events: what happens is written down.
+    owner: who may read it back. lists: names of those that it appears in. events: what happens is written down.
     """
 
     record: bytes
     owner: str
-    listed: bool = False
+    lists: tuple[str, ...] = ()
     events: bool = False
     hook: bool = False  # a delivery is due when the last job has ended
 
@@ -300,7 +300,7 @@ class Queue:
             _ms(window_s),
             keep.record if keep else "",
             keep.owner if keep else "",
-            "1" if keep and keep.listed else "",
+            " ".join(keep.lists) if keep else "",
             "1" if keep and keep.events else "",
             "1" if keep and keep.hook else "",
             _ms(self.limits.result_ttl_s),
@@ -338,14 +338,14 @@ class Queue:
         return RequestView(request_id, owner.decode(), record, tuple(rows.decode().split()))
 
     async def requests(
-        self, owner: str, *, after: str | None = None, limit: int = 20, newest_first: bool = True
+        self, name: str, *, after: str | None = None, limit: int = 20, newest_first: bool = True
     ) -> list[RequestView]:
-        """List an owner's requests that can still be read, from behind `after`.
+        """List the requests of a list that can still be read, from behind `after`.
 
         Raises:
             JobNotFound: `after` is not in the list.
         """
-        key = self.keys.listing(owner)
+        key = self.keys.listing(name)
         async with _unavailable():
             start = 0
             if after is not None:
@@ -370,6 +370,12 @@ class Queue:
         async with _unavailable():
             rank = await self._client.zrank(self.keys.due(view.model, view.bucket), view.id)
         return cast(int | None, rank)
+
+    async def last_step(self, job_id: str) -> str | None:
+        """Return what the worker of a job last told of a step; None while there is nothing."""
+        async with _unavailable():
+            told: Any = await self._client.hget(self.keys.job(job_id), "progress")
+        return None if told is None else cast(bytes, told).decode()
 
     def watch(self, request_id: str, *, after: str, quiet_s: float) -> AsyncGenerator[Event | None, None]:
         """Yield a request's events behind `after` ("0": all that are kept); None after quiet_s without one."""
@@ -419,6 +425,11 @@ class Queue:
         if outcome < 0:
             raise JobNotFound(job_id)
         return bool(outcome)
+
+    async def forget(self, view: RequestView, lists: Sequence[str], *, now: float | None = None) -> bool:
+        """Cancel what is live of a kept request, and let nobody read it back; tell whether it was there."""
+        ttl_ms = _ms(self.limits.result_ttl_s)
+        return bool(await self._run("forget", _time(now), view.id, ttl_ms, *lists))
 
     # hooks
 
@@ -496,14 +507,13 @@ class Queue:
 
         Tenants that are owed device time come first, each with an equal number of its most urgent jobs.
         """
-        moment, workers, num_long, lanes, buckets = await self._run(
+        moment, workers, num_long, buckets = await self._run(
             "window", _time(now), worker_id, min(max_rows, MAX_WINDOW_ROWS), *models
         )
         return Window(
             now_ms=float(moment),
             buckets=tuple(bucket_window(bucket) for bucket in buckets),
             used_ms=used_ms(buckets),
-            lane_used_ms={name.decode(): float(ms) for name, ms in pairs(lanes) if name != b"at"},
             num_long=num_long,
             num_workers=max(1, workers),
         )
@@ -532,7 +542,6 @@ class Queue:
             _ms(self.limits.result_ttl_s),
             plan.model,
             plan.bucket,
-            lane_of(plan.bucket),
             round(plan.predicted_ms),
             repr(plan.clock_ms),
             "" if lone is None else round(lone.window.now_ms),
@@ -660,6 +669,24 @@ class Queue:
     async def progress(self, worker_id: str, job: Job, data: str, *, now: float | None = None) -> bool:
         """Tell those who watch how far a running job is, if this worker still holds it."""
         return bool(await self._run("progress", _time(now), worker_id, job.id, job.attempt, data))
+
+    async def step_done(
+        self,
+        worker_id: str,
+        jobs: Sequence[Job],
+        data: str,
+        models: Sequence[str],
+        *,
+        now: float | None = None,
+    ) -> tuple[set[str], bool]:
+        """Tell those who watch running jobs which step is done; `last_step` returns it from then on.
+
+        Returns:
+            ids that are no longer this worker's, and whether jobs of any of the models wait.
+        """
+        held = _held(jobs)
+        waits, *lost = await self._run("step", _time(now), worker_id, data, len(jobs), *held, *models)
+        return {job_id.decode() for job_id in lost}, bool(waits)
 
     async def release(self, worker_id: str, jobs: Sequence[Job]) -> int:
         """Hand running jobs back at once, burning no attempt; for a worker that must stop.

@@ -23,6 +23,8 @@ NAMES = (
     "stats",
     "gate",
     "progress",
+    "step",
+    "forget",
     "hooks",
     "hook_done",
 )

@@ -59,7 +59,6 @@ def read_token(token: bytes) -> Lone | None:
         now_ms=float(moment),
         buckets=(bucket_window(reply),),
         used_ms=used_ms([reply]),
-        lane_used_ms={},
         num_long=0,
         num_workers=1,
     )

@@ -8,7 +8,7 @@ from flashbulb_service.errors import JobNotFound
 from flashbulb_service.jobs import JobError, NewJob
 from flashbulb_service.queue import Event, Kept, Limits, Queue
 
-EVENTS = Kept(record=b"what was asked", owner="me", listed=True, events=True)
+EVENTS = Kept(record=b"what was asked", owner="me", lists=("me",), events=True)
 
 
 def new() -> NewJob:

@@ -1,6 +1,6 @@
 -- Store all jobs of one request, or none.
 -- ARGV: now, tenant, instance, max_live, max_live_tenant, idempotency digest or '', request hash,
---       idempotency ttl, mode of the key, window of 'attach', record or '', owner, listed, events, hook (1 or ''),
+--       idempotency ttl, mode of the key, window of 'attach', record or '', owner, lists, events, hook (1 or ''),
 --       result ttl,
 --       then per job: id, model, bucket, payload, cost, weight, due in, deadline or '', max_attempts, wire
 -- Returns {'created' | 'replayed', ids...}, {'conflict'}, {'draining', model}, {'late', predicted ms, allowed ms}
@@ -15,7 +15,7 @@ local request_hash, idempotency_ttl = ARGV[7], tonumber(ARGV[8])
 -- 'replay': an equal request gets the first one's jobs. 'record': remember this one, whatever came before.
 -- 'attach': like replay, if those jobs are live or ended well within the window, and else like record.
 local mode, window_ms = ARGV[9], tonumber(ARGV[10])
-local record, owner, listed, events, hook = ARGV[11], ARGV[12], ARGV[13] ~= '', ARGV[14] ~= '', ARGV[15] ~= ''
+local record, owner, lists, events, hook = ARGV[11], ARGV[12], ARGV[13], ARGV[14] ~= '', ARGV[15] ~= ''
 local result_ttl = tonumber(ARGV[16])
 
 local jobs, ids = {}, {}
@@ -92,13 +92,13 @@ end
 local MAX_WORKERS, MAX_TENANTS, MAX_OTHERS = 64, 64, 8
 
 local function live_workers(model, bucket)
-  local busy, found = {}, {}
+  local busy, found, ends = {}, {}, key(is_long(bucket) and 'long' or 'busy')
   local entries = call('HGETALL', key('speed', model, bucket))
   for i = 1, math.min(#entries, 2 * MAX_WORKERS), 2 do
     local alive, floor, base, row, cap = string.match(entries[i + 1], '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
     if tonumber(alive) > now then
       found[#found + 1] = { id = entries[i], cap = cap + 0, base = base + 0, row = row + 0, floor = floor + 0 }
-      busy[#busy + 1] = math.max(0, tonumber(call('ZSCORE', key('busy'), entries[i]) or 0) - now)
+      busy[#busy + 1] = math.max(0, tonumber(call('ZSCORE', ends, entries[i]) or 0) - now)
     end
   end
   table.sort(busy)
@@ -138,10 +138,6 @@ local function mean_cap(workers)
     sum = sum + one.cap
   end
   return sum / #workers
-end
-
-local function is_long(bucket)
-  return string.sub(bucket, -5) == ':long'
 end
 
 -- How long each of these workers is kept on average by rows of other buckets of the lane that are served before ours,
@@ -227,7 +223,7 @@ end
 call('HINCRBY', key('inuse'), '', #jobs)
 call('HINCRBY', key('inuse'), tenant, #jobs)
 if record ~= '' then
-  keep_request(ids, now, record, owner, listed, events, hook, result_ttl)
+  keep_request(ids, now, record, owner, lists, events, hook, result_ttl)
 end
 if idempotency then
   call('SET', idempotency, request_hash .. ' ' .. table.concat(ids, ' '), 'PX', idempotency_ttl)

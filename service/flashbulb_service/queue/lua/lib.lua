@@ -42,7 +42,7 @@ end
 -- What is kept of a request as a whole lies in the hash of its first job, its lead.
 local MAX_LISTED = 1000
 
-local function keep_request(ids, now, record, owner, listed, events, hook, ttl)
+local function keep_request(ids, now, record, owner, lists, events, hook, ttl)
   local lead = key('job', ids[1])
   call('HSET', lead, 'record', record, 'owner', owner, 'rows', table.concat(ids, ' '))
   if hook then
@@ -57,8 +57,8 @@ local function keep_request(ids, now, record, owner, listed, events, hook, ttl)
       note(id, 'queued', now)
     end
   end
-  if listed then
-    local list = key('list', owner)
+  for name in string.gmatch(lists, '%S+') do
+    local list = key('list', name)
     call('ZADD', list, now, ids[1])
     call('ZREMRANGEBYRANK', list, 0, -MAX_LISTED - 1)
     call('PEXPIRE', list, ttl)
@@ -129,7 +129,7 @@ local function settle(model, lone_bucket, lone_token)
     call('HDEL', key('clock'), model)
     call('SREM', key('models'), model)
     if call('EXISTS', key('models')) == 0 then
-      call('DEL', key('used'), key('lanes'))
+      call('DEL', key('used'))
     end
   end
 end
@@ -164,11 +164,18 @@ local function leave(id, model, bucket, tenant)
   end
 end
 
+local function is_long(bucket)
+  return string.sub(bucket, -5) == ':long'
+end
+
 -- A job that ran, or was to run again, keeps its place in the order: its due time.
 local function requeue(id)
-  local job = call('HMGET', key('job', id), 'model', 'bucket', 'tenant', 'due', 'enqueued', 'deadline')
+  local job = call('HMGET', key('job', id), 'model', 'bucket', 'tenant', 'due', 'enqueued', 'deadline', 'worker')
+  if is_long(job[2]) and job[7] then
+    call('ZREM', key('long'), job[7])
+  end
   call('HSET', key('job', id), 'state', 'queued')
-  call('HDEL', key('job', id), 'worker', 'started')
+  call('HDEL', key('job', id), 'worker', 'started', 'progress')
   enter(id, job[1], job[2], job[3], job[4], job[5], job[6])
   settle(job[1])
   note(id, 'queued', now_ms(''))
@@ -197,7 +204,10 @@ end
 -- The one way into done, failed and cancelled: counts, expiry and the one event per waiting process.
 local function finish(id, state, now, ttl_ms, attached)
   local job = key('job', id)
-  local fields = call('HMGET', job, 'tenant', 'reply', 'events')
+  local fields = call('HMGET', job, 'tenant', 'reply', 'events', 'bucket', 'worker')
+  if is_long(fields[4]) and fields[5] then
+    call('ZREM', key('long'), fields[5])
+  end
   call('HSET', job, 'state', state, 'finished', now)
   call('PEXPIRE', job, ttl_ms)
   call('ZREM', key('deadlines'), id)
@@ -217,6 +227,27 @@ local function finish(id, state, now, ttl_ms, attached)
   for instance in string.gmatch(fields[2] or '', '%S+') do
     call('PUBLISH', key('done', instance), news(id, attached))
   end
+end
+
+-- Returns 1, 0 when the job had already ended, -1 when it is unknown.
+local function cancel(id, now, result_ttl)
+  local job = call('HMGET', key('job', id), 'state', 'model', 'bucket', 'tenant')
+  local state = job[1]
+  if not state then
+    return -1
+  elseif state == 'queued' then
+    leave(id, job[2], job[3], job[4])
+    settle(job[2])
+  elseif state == 'delayed' then
+    call('ZREM', key('delayed'), id)
+  elseif state == 'running' then
+    call('ZREM', key('leases'), id)
+  else
+    return 0
+  end
+  call('HDEL', key('job', id), 'payload', 'code', 'message')
+  finish(id, 'cancelled', now, result_ttl)
+  return 1
 end
 
 local function fail_for_good(id, now, code, message, ttl_ms)

@@ -1,5 +1,5 @@
 -- Lease planned jobs that are still queued, and fail those planned to be dropped.
--- ARGV: now, worker, lease, result_ttl, model, bucket, lane, predicted ms, clock, when a lone job was seen or '',
+-- ARGV: now, worker, lease, result_ttl, model, bucket, predicted ms, clock, when a lone job was seen or '',
 --       number of models, number to take, then the worker's models, then per job to take: id, charge;
 --       then ids to drop.
 -- Returns {whether more waits for these models, {id, model, bucket, tenant, payload, attempt, burnt, enqueued,
@@ -7,14 +7,14 @@
 
 local now = now_ms(ARGV[1])
 local worker, lease, result_ttl = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local model, bucket, lane, predicted, clock = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8]), tonumber(ARGV[9])
-local seen, num_models, num = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
-local first = 13 + num_models
-local MAX_REFRESHED, KEPT_MS, HALF_LIFE_MS = 16, 3600000, 60000
+local model, bucket, predicted, clock = ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
+local seen, num_models, num = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
+local first = 12 + num_models
+local MAX_REFRESHED, KEPT_MS = 16, 3600000
 local MAX_SEEN_AGO_MS = 100
 
 local function more_waits()
-  for i = 13, first - 1 do
+  for i = 12, first - 1 do
     if call('EXISTS', key('ready', ARGV[i])) == 1 then
       return 1
     end
@@ -25,7 +25,7 @@ end
 -- A plan for one job holds while nothing has come beside it; else the whole window is to be read.
 if seen then
   local others = gate_of(model) == 'paused' or not is_alone(model, bucket)
-  for i = 13, first - 1 do
+  for i = 12, first - 1 do
     others = others or (ARGV[i] ~= model and call('EXISTS', key('ready', ARGV[i])) == 1)
   end
   if others or now - seen > MAX_SEEN_AGO_MS then
@@ -64,20 +64,11 @@ for i = first, first - 1 + 2 * num, 2 do
 end
 
 if #batch > 0 then
-  call('ZADD', key('busy'), now + predicted, worker)
-  call('ZREMRANGEBYSCORE', key('busy'), '-inf', '(' .. string.format('%.0f', now))
-  call('PEXPIRE', key('busy'), KEPT_MS)
-  call('ZREM', key('long'), worker)
-  if lane == 'long' then
-    call('ZADD', key('long'), now + predicted, worker)
-    call('PEXPIRE', key('long'), KEPT_MS)
-  end
-  local lanes, fresh = key('lanes'), now - tonumber(call('HGET', key('lanes'), 'at') or now)
-  for _, name in ipairs({ 'short', 'long' }) do
-    local old = tonumber(call('HGET', lanes, name) or 0) * 0.5 ^ (fresh / HALF_LIFE_MS)
-    call('HSET', lanes, name, old + (name == lane and predicted or 0))
-  end
-  call('HSET', lanes, 'at', now)
+  -- Between the steps of long work a worker goes on with short work: one does not keep it from the other.
+  local ends = key(is_long(bucket) and 'long' or 'busy')
+  call('ZADD', ends, now + predicted, worker)
+  call('ZREMRANGEBYSCORE', ends, '-inf', '(' .. string.format('%.0f', now))
+  call('PEXPIRE', ends, KEPT_MS)
   -- The clock is where newcomers start; accounts behind every model's clock say nothing any more.
   call('HSET', key('clock'), model, math.max(clock, tonumber(call('HGET', key('clock'), model) or 0)))
   local least = clock

@@ -1,6 +1,6 @@
 -- Read what a worker may serve next; changes nothing.
 -- ARGV: now, worker, most rows per bucket, models...
--- Returns {now, live workers, others with long work, {lane, used, ...}, {what look_into tells of each bucket}}.
+-- Returns {now, live workers, others with long work, {what look_into tells of each bucket}}.
 
 local now = now_ms(ARGV[1])
 local worker, most_rows = ARGV[2], tonumber(ARGV[3])
@@ -20,4 +20,4 @@ local long = 0
 for _, other in ipairs(call('ZRANGEBYSCORE', key('long'), now, '+inf')) do
   long = long + (other ~= worker and 1 or 0)
 end
-return { now, call('ZCOUNT', key('alive'), now, '+inf'), long, call('HGETALL', key('lanes')), buckets }
+return { now, call('ZCOUNT', key('alive'), now, '+inf'), long, buckets }

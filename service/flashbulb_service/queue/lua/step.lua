@@ -1,0 +1,21 @@
+-- Tell those who watch which step of running jobs is done, fenced.
+-- ARGV: now, worker, data, number of jobs, then per job: id, attempt; then models.
+-- Returns {whether work waits for one of the models, ids that are not the worker's...}.
+
+local now, worker, data, num = now_ms(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4])
+local first_model = 5 + 2 * num
+local lost, waits = {}, 0
+for i = 5, first_model - 1, 2 do
+  if owns(ARGV[i], worker, ARGV[i + 1]) then
+    call('HSET', key('job', ARGV[i]), 'progress', data)
+    note(ARGV[i], 'progress', now, 'data', data)
+  else
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+for i = first_model, #ARGV do
+  if gate_of(ARGV[i]) ~= 'paused' and call('EXISTS', key('ready', ARGV[i])) == 1 then
+    waits = 1
+  end
+end
+return { waits, unpack(lost) }
