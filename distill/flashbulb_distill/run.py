@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,12 +34,10 @@ from .bundle import BundleError, hash_file, open_bundle
 from .core.draws import Draws
 from .doctor.examine import Record, examine
 from .doctor.subject import subject_of
-from .evaluate.compare import Comparison, compare, markdown_table
-from .evaluate.run import EvaluationResult
-from .export.generate import student_images
+from .export.generate import Generate, student_images, teacher_images
 from .export.parity import Parity
 from .export.run import export_run
-from .measure import Measurement
+from .measure import Measurement, measurement_of
 from .pairs.generate import generate_pairs
 from .pairs.store import read_pairs
 from .progress import Progress
@@ -125,15 +125,14 @@ class Run:
         return self.trained_teacher.encode_uncond().to(self.device)
 
     @cached_property
-    def measurement(self) -> Measurement:
+    def measurement(self) -> Measurement[Any]:
         """The recipe's evaluation.
 
         Raises:
             RecipeError: the recipe has none.
         """
-        if self.recipe.evaluate is None:
-            raise RecipeError("evaluate: expected a section that says what to measure, got null")
-        return Measurement(self.recipe.evaluate, self.progress)
+        recipe = self.recipe
+        return measurement_of(recipe.measures, is_video=recipe.is_video, progress=self.progress)
 
     def doctor(self, *, again: bool = True) -> Record:
         """Examine the teacher as the training would use it, and write doctor.json; a line for each check on stderr.
@@ -274,61 +273,66 @@ class Run:
         """Train up to LCM."""
         return self.train("lcm")
 
-    def evaluate(self) -> tuple[str, Comparison | None]:
-        """Measure the student beside its teacher, on seeds that training never used."""
+    def evaluate(self) -> tuple[str, dict[str, float]]:
+        """Measure the student beside its teacher, on seeds that training never used.
+
+        Returns:
+            the stage's identity, and the student's figures as shares of the teacher's.
+        """
         parent = self.train(self.recipe.last_stage)
         if self.recipe.evaluate is None:
-            return parent, None
+            return parent, {}
         return self.ranks.first(lambda: self._evaluate(parent))
 
-    def _evaluate(self, parent: str) -> tuple[str, Comparison]:
-        measurement, teacher = self.measurement, self.evaluate_teacher()
-        inputs = {"student": parent, "reference": measurement.reference.sha256}
-        identity = digest(inputs | {"recipe": measurement.recipe.model_dump(mode="json")})
-        folder = self._folder("evaluation", identity)
+    def _evaluate(self, parent: str) -> tuple[str, dict[str, float]]:
+        measurement, teacher, recipe = self.measurement, self.evaluate_teacher(), self.recipe
+        folder = self._folder("evaluation", self._evaluation_of({"student": parent}))
         path = folder.path
         if not folder.is_done():
             folder.claim()
-            by_student = student_images(self.teacher, self.student, self.recipe.time_steps)
-            made_by = {"teacher": self.teacher_sha256, "recipe": self.recipe.sha256()}
-            student = measurement.measure("student", by_student, path / "student.json", made_by)
-            (path / "teacher.json").write_text(teacher.model_dump_json(indent=1) + "\n")
-            (path / "table.md").write_text(markdown_table({"student": student, "teacher": teacher}))
-            steps = len(self.recipe.time_steps)
+            by_student = student_images(self.teacher, self.student, recipe.time_steps)
+            made_by = {"teacher": self.teacher_sha256, "recipe": recipe.sha256()}
+            student = measurement.measure("student", by_student, made_by)
+            for name, result in (("student", student), ("teacher", teacher)):
+                (path / f"{name}.json").write_text(result.model_dump_json(indent=1) + "\n")
+            (path / "table.md").write_text(measurement.table(student, teacher))
+            steps = len(recipe.time_steps)
             rows = {
-                "teacher": measurement.by_teacher(self.teacher),
+                "teacher": self._by_teacher(),
                 f"student, {steps} step{'s' if steps > 1 else ''}": by_student,
             }
             measurement.save_grid(path / "grid.png", rows)
             folder.finish()
-        student = EvaluationResult.model_validate_json((path / "student.json").read_text())
-        return identity, compare(student, teacher)
+        return folder.identity, measurement.shares(measurement.read(path / "student.json"), teacher)
 
-    def evaluate_teacher(self) -> EvaluationResult:
+    def evaluate_teacher(self) -> BaseModel:
         """Measure the teacher. It depends on no student, so it may run beside the training."""
         measurement = self.measurement
-        inputs = {"teacher": self.teacher_sha256, "reference": measurement.reference.sha256}
-        identity = digest(inputs | {"recipe": measurement.recipe.model_dump(mode="json")})
-        folder = self._folder("teacher", identity)
+        folder = self._folder("teacher", self._evaluation_of({"teacher": self.teacher_sha256}))
         path = folder.path / "evaluation.json"
         if not folder.is_done():
             folder.claim()
-            made_by = {"teacher": self.teacher_sha256}
-            measurement.measure("teacher", measurement.by_teacher(self.teacher), path, made_by)
+            result = measurement.measure("teacher", self._by_teacher(), {"teacher": self.teacher_sha256})
+            path.write_text(result.model_dump_json(indent=1) + "\n")
             folder.finish()
-        return EvaluationResult.model_validate_json(path.read_text())
+        found: BaseModel = measurement.read(path)
+        return found
+
+    def _evaluation_of(self, made_of: dict[str, str]) -> str:
+        measured = {"reference": self.measurement.reference_sha256}
+        return digest(made_of | measured | {"recipe": self.recipe.measures.model_dump(mode="json")})
+
+    def _by_teacher(self) -> Generate:
+        recipe = self.recipe.measures
+        return teacher_images(self.teacher, recipe.teacher_steps, recipe.teacher_guidance)
 
     def export(self) -> list[Parity]:
         """Export the student as a verified bundle; the parity gate must pass. [] where the bundle is there already."""
-        _, comparison = self.evaluate()
-        return self.ranks.first(lambda: self._export(comparison))
+        _, shares = self.evaluate()
+        return self.ranks.first(lambda: self._export(shares))
 
-    def _export(self, comparison: Comparison | None) -> list[Parity]:
-        metrics = {
-            f"{name}_of_teacher": estimate.value
-            for name, estimate in comparison or ()
-            if estimate is not None
-        }
+    def _export(self, shares: Mapping[str, float]) -> list[Parity]:
+        metrics = {f"{name}_of_teacher": value for name, value in shares.items()}
         parents = {"teacher": self.teacher_sha256, "recipe": self.recipe.sha256()}
         if self.recipe.pairs:
             parents["pairs"] = hash_file(self.out / "pairs" / "index.jsonl")

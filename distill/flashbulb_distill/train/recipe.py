@@ -230,7 +230,7 @@ class Recipe(Strict):
             )
         if self.shape is None and not self.is_demo:
             raise ValueError(f"expected a shape (width, height) to distil {self.family} at, found none")
-        if (self.family in ("emoji-motion", "cogvideox")) != (self.export.fps is not None):
+        if self.is_video != (self.export.fps is not None):
             raise ValueError(f"export.fps: expected of a video and only there, got {self.export.fps}")
         return self
 
@@ -248,6 +248,22 @@ class Recipe(Strict):
     def is_demo(self) -> bool:
         """Tell whether the teacher is one of the demo families' own folders."""
         return self.family in ("emoji", "emoji-motion")
+
+    @property
+    def is_video(self) -> bool:
+        """Tell whether clips are drawn."""
+        return self.family in ("emoji-motion", "cogvideox")
+
+    @property
+    def measures(self) -> EvaluateRecipe:
+        """What the evaluation samples.
+
+        Raises:
+            RecipeError: the recipe has no such section.
+        """
+        if self.evaluate is None:
+            raise RecipeError("evaluate: expected a section that says what to measure, got null")
+        return self.evaluate
 
     @property
     def guidance(self) -> float:
