@@ -106,6 +106,54 @@ def _examine(started: "Run", *, again: bool) -> None:
         raise Unfit(record.findings)
 
 
+@app.command(
+    epilog="Examples:  flashbulb distill compare  |  flashbulb distill compare --methods A1,B4,DMD2 --seeds 5  |  "
+    "flashbulb distill compare --on distill/recipes/emoji.yaml --moves 100 --seeds 1"
+)
+def compare(
+    on: Annotated[
+        Path | None, typer.Option("--on", metavar="RECIPE", help="race on this recipe's teacher instead")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="which, like A1,B4,DMD2; all by default")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="runs of each method")] = 3,
+    moves: Annotated[int, typer.Option("--moves", min=2, help="updates of the student in each run")] = 2000,
+    set_: Overrides = None,
+    out: Out = None,
+    device: Device = "auto",
+) -> None:
+    """Race the methods on one teacher: a mixture of Gaussians whose score is exact, or a recipe's own.
+
+    A1 regression, A5 ADP, B1 ADM, B2 DMD, B3 ADP then DMD, B4 ADP then ADM (DMDX), DMD2, LADD, LCM: the same start,
+    pairs and number of student updates. Writes race.json, table.md and, on the mixture, points.png.
+    """
+    from .provenance import code_version
+    from .race.entries import find_entries
+
+    entries = find_entries(methods)
+    made_by = {"command": " ".join(["flashbulb", *sys.argv[1:]]), "commit": code_version()}
+    if on is not None:
+        from .race.pictures import PictureRace
+
+        with _started(on, set_, out, resume=True, device=device) as started:
+            first = started.recipe.seed
+            PictureRace(started, entries, range(first, first + seeds), moves)(made_by)
+            table = started.out / "race" / "table.md"
+    else:
+        from .progress import Progress
+        from .race.course import Course
+        from .race.mixture import race_on_mixture
+
+        folder = out or Path("runs/race")
+        race_on_mixture(
+            Course(moves=moves), entries, range(seeds), folder, provenance=made_by, report=Progress()
+        )
+        table = folder / "table.md"
+    print(table.read_text())
+    print(f"{table.parent}: table.md, race.json", file=sys.stderr)
+
+
 def _stage(name: str, text: str) -> None:
     def command(recipe: RecipePath, set_: Overrides = None, out: Out = None, device: Device = "auto") -> None:
         with _started(recipe, set_, out, resume=True, device=device) as started:
