@@ -50,6 +50,8 @@ from .teachers.pretrained import PretrainedTeacher
 from .teachers.teacher import Teacher
 from .train.build import Inputs, build, student_of
 from .train.checkpoint import read_module
+from .train.guard import Guard, load_bands
+from .train.probe import Probe
 from .train.recipe import PairsRecipe, Recipe, RecipeError, digest
 from .train.trainer import train
 
@@ -204,6 +206,7 @@ class Run:
         made_of = self.train(parent) if parent else self._source()
         inputs = {"parent": made_of, "time_steps": self.recipe.time_steps, "seed": self.recipe.seed}
         section = stages[stage]
+        inputs |= {"guard": self.recipe.guard.model_dump(mode="json")} if self.recipe.guard else {}
         folder = self._folder(stage, digest(inputs | {"recipe": section.model_dump(mode="json")}))
         if not self._begins(folder):
             return folder.identity
@@ -230,11 +233,32 @@ class Run:
             average_from=section.average_from,
             report=self.progress,
             ranks=self.ranks,
+            guard=self._guard(stage),
         )
         if self.ranks.is_first:
             save_file({name: value.contiguous() for name, value in averages.items()}, folder.path / STUDENT)
         self.ranks.first(folder.finish)
         return folder.identity
+
+    def _guard(self, stage: str) -> Guard | None:
+        """Return what watches over a stage, with a few of the training prompts."""
+        recipe = self.recipe.guard
+        if recipe is None:
+            return None
+        few = list({prompt: row for row, prompt in reversed([*enumerate(self.prompts)])}.values())
+        probe = Probe(
+            teacher=self.trained_teacher.denoiser,
+            cond=self.condition.take(torch.tensor(sorted(few)[: recipe.prompts])).to(self.device),
+            uncond=self.uncond,
+            latent_shape=self.teacher.latent_shape,
+            time_steps=self.recipe.time_steps,
+            guidance=self.recipe.guidance,
+            draws=Draws(self.recipe.seed),
+            seeds=recipe.seeds,
+            # Large VAEs stay off the training's device: latents are compared as they are.
+            decode=self.trained_teacher.codec.decode if self.recipe.is_demo else None,
+        )
+        return Guard(recipe, load_bands(recipe.bands, stage), probe)
 
     def _source(self) -> str:
         """Return the identity of what the first stage begins from."""

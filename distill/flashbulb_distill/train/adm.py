@@ -79,7 +79,7 @@ class Adm:
                 time_steps=self.time_steps,
             )
 
-        fake_loss = update_fake(
+        logs = update_fake(
             self.fake,
             self.optimizers["fake"],
             x_0.detach(),
@@ -92,7 +92,6 @@ class Adm:
             clip=recipe.clip,
             ranks=self.ranks,
         )
-        logs = {"fake_loss": fake_loss}
 
         # One noised student sample, two short steps down the flow: by the teacher and by the fake score.
         low, high = recipe.time_range
@@ -126,8 +125,8 @@ class Adm:
         if recipe.r1_weight > 0:
             noise = recipe.r1_std * send(draws.normal("adm/r1", step, rows, x_0.shape[1:]))
             loss = loss + recipe.r1_weight * shaken(self.latent, x_real, real, s, cond, noise)
-        update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
-        logs |= {"latent_hinge": hinge.item(), "margin": (real - guess).mean().item()}
+        norm = update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
+        logs |= {"heads_norm": norm, "latent_hinge": hinge.item(), "margin": (real - guess).mean().item()}
         logs |= accuracy_by_time(real, guess, s)
 
         if moves:

@@ -84,7 +84,7 @@ class Adp:
             loss = loss + recipe.lambda_pixel * discriminator_hinge(real, guess)
             logs["pixel_hinge"] = discriminator_hinge(real, guess).item()
         heads = [self.optimizers[role] for role in self.modules if role != "student"]
-        update(loss, heads, recipe.clip, self.ranks)
+        logs["heads_norm"] = update(loss, heads, recipe.clip, self.ranks)
         logs["distance"] = (fake.detach() - x_0).square().mean().item()
 
         # Student.

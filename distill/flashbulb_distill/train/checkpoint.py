@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,7 @@ class State:
     optimizers: Mapping[str, Optimizer]
     averages: Tensors
     sums: dict[str, list[float]] = field(default_factory=dict)  # scalars that were not logged yet
+    notes: dict[str, Any] = field(default_factory=dict)  # JSON of others, like the guard's memory
 
 
 def read_module(folder: Path, role: str) -> Tensors:
@@ -54,11 +56,12 @@ def read_module(folder: Path, role: str) -> Tensors:
     )
 
 
-def save_checkpoint(folder: Path, step: int, state: State, identity: str) -> Path:
+def save_checkpoint(folder: Path, step: int, state: State, identity: str, *, keep: int | None = None) -> Path:
     """Write a checkpoint that `load_checkpoint` restores bit for bit, and drop all but the one before it.
 
     Args:
         identity: the hash of what the run is made of; a checkpoint of another identity is refused at load.
+        keep: a step whose checkpoint is kept besides.
     """
     tensors: Tensors = {f"average/{name}": value for name, value in state.averages.items()}
     for role, module in state.modules.items():
@@ -69,23 +72,27 @@ def save_checkpoint(folder: Path, step: int, state: State, identity: str) -> Pat
                 tensors[f"optimizer/{role}/{index}/{key}"] = value
     temporary = folder / ".checkpoint.tmp"
     metadata = {"step": str(step), "identity": identity, "sums": json.dumps(state.sums)}
+    metadata["notes"] = json.dumps(state.notes)
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
     path = folder / f"checkpoint-{step:08d}-{hash_file(temporary)[:16]}.safetensors"
     temporary.replace(path)
     for old in checkpoints(folder)[KEPT:]:
-        old.unlink()
+        if _step(old) != keep:
+            old.unlink()
     return path
 
 
-def load_checkpoint(folder: Path, state: State, identity: str) -> int:
+def load_checkpoint(folder: Path, state: State, identity: str, *, at: int | None = None) -> int:
     """Restore the newest good checkpoint in place and return its step; 0 when there is none.
 
+    Args:
+        at: the step to go back to; later checkpoints are passed over.
     Raises:
         ValueError: it belongs to another run, or there are checkpoints and all are damaged.
     """
-    found = checkpoints(folder)
+    found = [path for path in checkpoints(folder) if at is None or _step(path) <= at]
     for path in found:
         if not _is_good(path):
             log.warning("%s is damaged: going on from the checkpoint before it", path)
@@ -97,6 +104,13 @@ def load_checkpoint(folder: Path, state: State, identity: str) -> int:
             f"{folder}: expected a good checkpoint, all {len(found)} are damaged; delete them to begin anew"
         )
     return 0
+
+
+def drop_checkpoints(folder: Path, *, except_for: Path) -> None:
+    """Delete a folder's checkpoints but one."""
+    for path in checkpoints(folder):
+        if path != except_for:
+            path.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -141,6 +155,8 @@ def _restore(path: Path, state: State, identity: str) -> None:
         optimizer.load_state_dict({"state": states, "param_groups": groups})
     state.sums.clear()
     state.sums.update(json.loads(metadata.get("sums", "{}")))
+    state.notes.clear()
+    state.notes.update(json.loads(metadata.get("notes", "{}")))
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:

@@ -72,7 +72,7 @@ class Dmd:
                 latent_shape=self.latent_shape,
                 time_steps=self.time_steps,
             )
-        fake_loss = update_fake(
+        logs = update_fake(
             self.fake,
             self.optimizers["fake"],
             x_0.detach(),
@@ -85,7 +85,6 @@ class Dmd:
             clip=recipe.clip,
             ranks=self.ranks,
         )
-        logs = {"fake_loss": fake_loss}
 
         # Heads: a real and a generated picture of one prompt, noised alike.
         s = send(draws.uniform("dmd/latent-time", step, rows)).float()
@@ -98,8 +97,8 @@ class Dmd:
             if recipe.r1_weight > 0:
                 shake = recipe.r1_std * send(draws.normal("dmd/r1", step, rows, x_0.shape[1:]))
                 loss = loss + recipe.r1_weight * shaken(self.latent, noised_real, said, s, cond, shake)
-            update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
-            logs |= {"latent_loss": gan.item(), **accuracy_by_time(said, guess, s)}
+            norm = update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
+            logs |= {"heads_norm": norm, "latent_loss": gan.item(), **accuracy_by_time(said, guess, s)}
 
         # Student.
         if moves:

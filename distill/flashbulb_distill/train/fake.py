@@ -25,13 +25,13 @@ def update_fake(
     updates: int,
     clip: float,
     ranks: Ranks,
-) -> float:
-    """Train the fake score on the student's samples by the teacher's own denoising loss; return the loss's mean.
+) -> dict[str, float]:
+    """Train the fake score on the student's samples by the teacher's own denoising loss; return means to log.
 
     Args:
         x_0: [b, ...] samples, detached.   purpose: names the draws, like "adm".
     """
-    losses, send = [], sender(x_0.device)
+    losses, norms, send = [], [], sender(x_0.device)
     for index in range(updates):
         name = f"{purpose}/fake/{index}"
         t = send(draws.uniform(f"{name}/time", step, rows)).float().clamp(min=1e-3)
@@ -39,9 +39,9 @@ def update_fake(
         xt = add_noise(fake.schedule, x_0, eps, spread(t, x_0))
         sigma = alpha_sigma(fake.schedule, t)[1]
         loss = velocity_loss(fake.x0(xt, t, cond), x_0, sigma)
-        update(loss, [optimizer], clip, ranks)
+        norms.append(update(loss, [optimizer], clip, ranks))
         losses.append(loss.item())
-    return sum(losses) / len(losses)
+    return {"fake_loss": sum(losses) / updates, "fake_norm": sum(norms) / updates}
 
 
 @torch.no_grad()

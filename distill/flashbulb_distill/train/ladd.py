@@ -73,8 +73,8 @@ class Ladd:
         if recipe.r1_weight > 0:
             shake = recipe.r1_std * send(draws.normal("ladd/r1", step, rows, x_0.shape[1:]))
             loss = loss + recipe.r1_weight * shaken(self.latent, noised_real, real, s, cond, shake)
-        update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
-        logs = {"latent_hinge": hinge.item(), **accuracy_by_time(real, guess, s)}
+        norm = update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
+        logs = {"heads_norm": norm, "latent_hinge": hinge.item(), **accuracy_by_time(real, guess, s)}
 
         if moves:
             adversarial = generator_hinge(self.latent(noised_fake, s, cond))

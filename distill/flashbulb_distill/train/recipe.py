@@ -163,6 +163,19 @@ class LcmRecipe(StageRecipe):
     huber: float = Field(default=1e-3, gt=0, description="where the loss turns from squared to absolute")
 
 
+class GuardRecipe(Strict):
+    """When the health guard looks, and what it does about what it sees."""
+
+    every: int = Field(default=100, ge=1, description="steps from look to look")
+    prompts: int = Field(default=4, ge=1, description="of the probe: the first distinct ones of the training")
+    seeds: int = Field(default=4, ge=2, description="of each of the probe's prompts")
+    patience: int = Field(default=2, ge=1, description="looks in a row out of band before it acts")
+    reduce: float = Field(default=0.5, gt=0, lt=1, description="factor of all learning rates when it acts")
+    reductions: int = Field(default=1, ge=0, description="times it lowers the rates before it goes back")
+    rollbacks: int = Field(default=1, ge=0, description="times it goes back before it stops the run")
+    bands: Path | None = Field(default=None, description="JSON of expected bands; the built-in ones for null")
+
+
 class EvaluateRecipe(Strict):
     """What the evaluation samples."""
 
@@ -207,6 +220,7 @@ class Recipe(Strict):
     dmd: DmdRecipe | None = None
     ladd: LaddRecipe | None = None
     lcm: LcmRecipe | None = None
+    guard: GuardRecipe | None = Field(default=GuardRecipe(), description="of training's health; null: none")
     evaluate: EvaluateRecipe | None = None
     export: ExportRecipe
 

@@ -60,15 +60,20 @@ def shaken(
 
 
 def accuracy_by_time(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, float]:
-    """Return how often a sample's mean logit has the right sign, in thirds of the time axis (.5: blind).
+    """Return, in thirds of the time axis, how often a sample's mean logit is right, and how often hinge is satisfied.
+
+    accuracy_t*: the right sign (.5: blind).   saturation_t*: beyond the hinge's margin, where the loss teaches nothing.
 
     Args:
         real, fake: [b, places] logits.   t: [b] times of both.
     """
-    right = ((real.mean(1) > 0).float() + (fake.mean(1) < 0).float()) / 2
+    real, fake = real.mean(1), fake.mean(1)
+    right = ((real > 0).float() + (fake < 0).float()) / 2
+    beyond = ((real >= 1).float() + (fake <= -1).float()) / 2
     result = {}
     for low, high in TIME_BINS:
         inside = (t >= low) & (t < high)
         if inside.any():
             result[f"accuracy_t{low:.2f}"] = right[inside].mean().item()
+            result[f"saturation_t{low:.2f}"] = beyond[inside].mean().item()
     return result

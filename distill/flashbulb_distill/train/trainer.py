@@ -5,12 +5,14 @@ checkpoint holds all that a step changes, and lines that were logged after it ar
 """
 
 import json
+import logging
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -20,9 +22,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..ranks import ALONE, Ranks
-from .checkpoint import State, load_checkpoint, save_checkpoint
+from .checkpoint import State, drop_checkpoints, load_checkpoint, save_checkpoint
+from .guard import Action, Collapsed, Guard, GuardState, broken, note
 
 METRICS = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
 Report = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -69,6 +74,7 @@ def train(
     log_every: int = 10,
     report: Report = quiet,
     ranks: Ranks = ALONE,
+    guard: Guard | None = None,
 ) -> dict[str, Tensor]:
     """Run a method to its last step, going on from the folder's checkpoint, and return the averaged student.
 
@@ -77,10 +83,12 @@ def train(
         identity: hash of recipe and inputs; a checkpoint of another one is refused.
         report: called with (stage, step, steps, means of the logs since the last call).
         ranks: the processes that train together; the first one writes.
+        guard: looks at the run's health, and may lower the rates or take steps back.
     Returns:
         The exponential moving average of the student's parameters, by name.
     Raises:
-        FloatingPointError: a logged scalar is not finite.
+        FloatingPointError: a logged scalar is not finite, and there is no guard.
+        Collapsed: the guard stopped the run.
         ValueError: the checkpoints are damaged or belong to another run.
         Stopped: SIGINT or SIGTERM came; a checkpoint was written first.
     """
@@ -89,29 +97,66 @@ def train(
     averages = {name: p.detach().clone() for name, p in student.named_parameters()}
     device = next(iter(averages.values())).device
     state = State(method.modules, method.optimizers, averages)
-    step = load_checkpoint(folder, state, identity)
-    sums = state.sums
-    if ranks.is_first:
-        _cut(folder / METRICS, step)
-    else:
-        sums.clear()  # a checkpoint has those of all processes, and the first one keeps them
-    started = time.monotonic()
+    rates = _rates(method.optimizers)
+    sums, step = state.sums, 0
 
-    def save() -> None:
+    def load(at: int | None = None) -> int:
+        step = load_checkpoint(folder, state, identity, at=at)
+        if ranks.is_first:
+            _cut(folder / METRICS, step)
+        else:
+            sums.clear()  # a checkpoint has those of all processes, and the first one keeps them
+        return step
+
+    def save() -> Path | None:
+        if guard is not None:
+            state.notes["guard"] = guard.state.model_dump()
         for name, values in _joined(ranks.gather(sums)).items():
             sums[name] = values
-        if ranks.is_first:
-            save_checkpoint(folder, step, state, identity)
-        else:
+        if not ranks.is_first:
             sums.clear()
+            return None
+        keep = None if guard is None else guard.state.good_step
+        return save_checkpoint(folder, step, state, identity, keep=keep)
 
+    def act(guard: Guard, action: Action, after: GuardState) -> None:
+        """Do what the guard decided; `step` is then the one to go on from."""
+        nonlocal step
+        guard.state = after
+        if action != "go on":
+            log.warning("%s step %d: guard: %s: %s", stage, step, action, after.events[-1].reason)
+        if ranks.is_first:
+            guard.write(folder)
+        if action == "stop":
+            raise Collapsed(f"{stage} step {step}: stopped by the guard: {after.events[-1].reason}")
+        if action == "roll back":
+            step = load(after.good_step)
+        _set_rates(method.optimizers, rates, after.rate)
+        if action == "roll back" or after.good_step == step:
+            path = save()
+            if action == "roll back" and path is not None:
+                drop_checkpoints(folder, except_for=path)
+
+    step = load()
+    if guard is not None:
+        guard.state = GuardState.model_validate(state.notes.get("guard", {}))
+        _set_rates(method.optimizers, rates, guard.state.rate)
+        if step == 0:
+            guard.state = ranks.first(partial(guard.begin, student))
+            save()  # a place to go back to
+    started = time.monotonic()
     with _signals() as came:
         while step < steps:
-            for name, value in method.step(step).items():
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"{stage} step {step}: {name} is {value}; lower the learning rates"
-                    )
+            logs = method.step(step)
+            fault = next(
+                (f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)), ""
+            )
+            if guard is not None and ranks.any(bool(fault), device):
+                act(guard, *broken(guard.state, step, fault or "a scalar is no number", guard.recipe))
+                continue
+            if fault:
+                raise FloatingPointError(f"{stage} step {step}: {fault}; lower the learning rates")
+            for name, value in logs.items():
                 sums.setdefault(name, []).append(value)
             # A short memory first, so that the average forgets where the student started.
             moved = step - average_from
@@ -123,16 +168,31 @@ def train(
             if step % log_every == 0 or step == steps:
                 means = {n: sum(v) / len(v) for n, v in _joined(ranks.gather(sums)).items()}
                 sums.clear()
+                if guard is not None:
+                    guard.state = note(guard.state, means)
                 if ranks.is_first:
                     seconds = time.monotonic() - started
                     _append(folder / METRICS, {"stage": stage, "step": step, "seconds": seconds, **means})
                     report(stage, step, steps, means)
+            if guard is not None and step % guard.recipe.every == 0:
+                act(guard, *ranks.first(partial(guard.look, step, student)))
             stop = ranks.any(bool(came), device)
             if stop or step == steps or step % save_every == 0:
                 save()
             if stop and step < steps:
                 raise Stopped(came[0] if came else signal.SIGTERM)
     return averages
+
+
+def _rates(optimizers: Mapping[str, Optimizer]) -> list[float]:
+    return [group["lr"] for optimizer in optimizers.values() for group in optimizer.param_groups]
+
+
+def _set_rates(optimizers: Mapping[str, Optimizer], rates: Sequence[float], factor: float) -> None:
+    """Set every group's learning rate to its own in the recipe times the factor."""
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate * factor
 
 
 @contextmanager
