@@ -38,6 +38,7 @@ from .export.generate import Generate, student_images, teacher_images
 from .export.parity import Parity
 from .export.run import export_run
 from .measure import Measurement, measurement_of
+from .networks.lora import diffusers_names
 from .pairs.generate import generate_pairs
 from .pairs.store import read_pairs
 from .progress import Progress
@@ -56,6 +57,7 @@ from .train.recipe import PairsRecipe, Recipe, RecipeError, digest
 from .train.trainer import train
 
 STUDENT = "student.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
 CPU = torch.device("cpu")
 
 
@@ -90,6 +92,7 @@ class Run:
             bf16=recipe.precision == "bfloat16",
             variant=recipe.variant,
             revision=recipe.revision,
+            loras=recipe.loras,
             device=device,
             embeddings=self.out / "embeddings",
         )
@@ -237,6 +240,7 @@ class Run:
         )
         if self.ranks.is_first:
             save_file({name: value.contiguous() for name, value in averages.items()}, folder.path / STUDENT)
+            self._save_lora(folder.path, averages)
         self.ranks.first(folder.finish)
         return folder.identity
 
@@ -259,6 +263,13 @@ class Run:
             decode=self.trained_teacher.codec.decode if self.recipe.is_demo else None,
         )
         return Guard(recipe, load_bands(recipe.bands, stage), probe)
+
+    def _save_lora(self, folder: Path, averages: Mapping[str, Tensor]) -> None:
+        """Write a student that is an adapter as the file that diffusers' `load_lora_weights` reads."""
+        recipe = self.recipe
+        if recipe.roles.student == "lora":
+            named = diffusers_names(averages, rank=recipe.lora.rank, alpha=recipe.lora.alpha)
+            save_file({name: value.contiguous() for name, value in named.items()}, folder / LORA)
 
     def _source(self) -> str:
         """Return the identity of what the first stage begins from."""
@@ -379,9 +390,11 @@ class Run:
     def student(self) -> Denoiser:
         """The averaged student of the last stage, as it is exported: the demo families' in float16's precision."""
         values = load_file(self.out / self.recipe.last_stage / STUDENT)
+        student = student_of(self.teacher, values, self.recipe)
         if self.recipe.is_demo:
-            values = {name: value.half().float() for name, value in values.items()}
-        return student_of(self.teacher, values)
+            for parameter in student.parameters():
+                parameter.copy_(parameter.half())
+        return student
 
     # A stage's folder.
 

@@ -170,7 +170,9 @@ class PictureRace:
         run, path = self.run, folder / "evaluation.json"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            images = student_images(run.teacher, student_of(run.teacher, weights), run.recipe.time_steps)
+            images = student_images(
+                run.teacher, student_of(run.teacher, weights, run.recipe), run.recipe.time_steps
+            )
             found = run.measurement.measure(name, images, {"recipe": run.recipe.sha256()})
             path.write_text(found.model_dump_json(indent=1) + "\n")
         result: BaseModel = run.measurement.read(path)

@@ -10,8 +10,11 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from huggingface_hub import snapshot_download
@@ -46,10 +49,14 @@ class Source:
     dtype: torch.dtype = torch.float32
     bf16: bool = False
     variant: str | None = None
+    loras: tuple[Path, ...] = ()
 
     def denoiser(self) -> Denoiser:
-        """Load the network, frozen; each call reads a new copy."""
-        return cast(Denoiser, freeze(_DENOISERS[self.family](self)))
+        """Load the network with its LoRAs merged, frozen; each call reads a new copy."""
+        denoiser = _DENOISERS[self.family](self)
+        for lora in self.loras:
+            _merge_lora(self.family, next(denoiser.children()), lora)
+        return cast(Denoiser, freeze(denoiser))
 
     def codec(self) -> VaeCodec:
         """Load the VAE, frozen, always in float32: SDXL's overflows in float16."""
@@ -74,6 +81,7 @@ class Source:
             if path.suffix in {".safetensors", ".json", ".txt", ".model"} and path.is_file()
         )
         names = {path.relative_to(self.folder).as_posix(): path for path in files}
+        names |= {f"lora/{number}": path for number, path in enumerate(self.loras)}
         return {
             name: hash_file(path) for name, path in names.items() if not parts or name.split("/")[0] in parts
         }
@@ -179,6 +187,31 @@ def _part(source: Source, kind: Any, name: str, dtype: torch.dtype | None = None
         variant=source.variant,
         **options,
     )
+
+
+def _merge_lora(family: Family, network: Any, path: Path) -> None:
+    """Add a file of LoRA weights, in any form that diffusers reads, to a network.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds nothing for this network.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"loras: expected a safetensors file of LoRA weights, found no {path}")
+    options = {"use_safetensors": True, "local_files_only": True, "weight_name": path.name}
+    if family == "sdxl":
+        state, alphas = StableDiffusionXLPipeline.lora_state_dict(
+            path.parent, unet_config=network.config, **options
+        )
+        StableDiffusionXLPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=network)
+    else:
+        pipeline = StableDiffusion3Pipeline if family == "sd3" else CogVideoXPipeline
+        state = pipeline.lora_state_dict(path.parent, **options)
+        pipeline.load_lora_into_transformer(state, transformer=network)
+    if not getattr(network, "peft_config", None):
+        raise ValueError(f"loras: expected weights for {type(network).__name__}, {path} has none")
+    network.fuse_lora()
+    network.unload_lora()
 
 
 def _tokenizers(source: Source) -> list[PreTrainedTokenizerBase]:

@@ -1,6 +1,6 @@
 """Open the teacher that a recipe names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ def open_teacher(
     bf16: bool = False,
     variant: str | None = None,
     revision: str | None = None,
+    loras: Sequence[str] = (),
     device: torch.device | None = None,
     embeddings: Path | None = None,
 ) -> Teacher:
@@ -33,6 +34,7 @@ def open_teacher(
         shape: what is drawn; the demo families have one size each.
         bf16: compute in bfloat16.
         variant, revision: of a pipeline's files.
+        loras: files of LoRA weights that are part of the teacher.
         embeddings: where embeddings of prompts are kept.
     Raises:
         FileNotFoundError: there is no such teacher.
@@ -45,6 +47,7 @@ def open_teacher(
         raise ValueError(f"family: expected {source.family}, which {place} holds, got {family}")
     if shape is None:
         raise ValueError(f"shape: expected the size to distil {family} at, got none")
+    source = replace(source, loras=tuple(Path(lora) for lora in loras))
     if bf16:
         source = replace(source, dtype=torch.bfloat16, bf16=False)
     return PretrainedTeacher(source, shape, device or torch.device("cpu"), embeddings)

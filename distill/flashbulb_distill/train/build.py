@@ -1,7 +1,8 @@
 """Put a stage's method together: its networks, their starting weights and optimisers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..core.draws import Draws
 from ..networks.discriminators import LatentDiscriminator, PixelDiscriminator
+from ..networks.lora import SharedBackbone, checkpoint_blocks, merge
 from ..networks.vision import load_pixel_backbone
 from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
@@ -48,16 +50,61 @@ class Inputs:
             raise ValueError("expected ODE pairs, got none; the recipe needs a section pairs")
         return self.pairs
 
-    def student(self) -> Denoiser:
+    def student(self, name: str = "student") -> Denoiser:
         """Return a network to train that starts where the stage before ended, else as the teacher."""
-        student = self.new_denoiser()
+        student = self._network(name, self.recipe.roles.student)
         if self.start is not None:
             load_parameters(student, self.start)
         return student
 
-    def new_denoiser(self) -> Denoiser:
+    def fake(self) -> Denoiser:
         """Return a network to train that starts as the teacher."""
-        return self.teacher.new_denoiser(bf16=self.recipe.precision == "bfloat16")
+        return self._network("fake", self.recipe.roles.fake)
+
+    def _network(self, name: str, kind: str) -> Denoiser:
+        recipe = self.recipe
+        if kind == "full":
+            network = self.teacher.new_denoiser(bf16=recipe.precision == "bfloat16")
+            if recipe.memory.checkpointing:
+                checkpoint_blocks(network)
+            return network
+        return self._shared.adapter(name, rank=recipe.lora.rank, alpha=recipe.lora.alpha)
+
+    @cached_property
+    def _shared(self) -> SharedBackbone:
+        """The teacher's weights with adapters; switched off they are the teacher."""
+        shared = SharedBackbone(self.teacher.denoiser, targets=self.recipe.lora.targets)
+        if self.recipe.memory.checkpointing:
+            checkpoint_blocks(shared.backbone, shared.switch)
+        return shared
+
+    def optimizer(
+        self, parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float]
+    ) -> Optimizer:
+        """Return the recipe's optimiser.
+
+        Raises:
+            ValueError: it is not installed.
+        """
+        if self.recipe.memory.optimizer == "adamw":
+            return AdamW(parameters, lr=rate, betas=betas, weight_decay=0.0)
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError(
+                "memory.optimizer: expected bitsandbytes for adamw8bit, it is not installed; "
+                "run: pip install bitsandbytes, or say adamw"
+            ) from error
+        eight_bit: Optimizer = AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=0.0)
+        return eight_bit
+
+    def optimizers(self, modules: Mapping[str, nn.Module], rates: Rates) -> dict[str, Optimizer]:
+        """Return an optimiser for each role at its own rate."""
+        own = {"student": rates.student, "fake": rates.fake}
+        return {
+            role: self.optimizer(module.parameters(), own.get(role, rates.heads), rates.betas)
+            for role, module in modules.items()
+        }
 
 
 def build(stage: str, inputs: Inputs) -> Method:
@@ -69,8 +116,9 @@ def build_regression(inputs: Inputs) -> Regression:
     """Build the regression on the pairs."""
     stage = inputs.recipe.regression
     assert stage is not None
+    torch.manual_seed(inputs.recipe.seed)
     student = inputs.student()
-    optimizer = AdamW(student.parameters(), lr=stage.rate, betas=stage.betas, weight_decay=0.0)
+    optimizer = inputs.optimizer(student.parameters(), stage.rate, stage.betas)
     return Regression(
         stage,
         Draws(inputs.recipe.seed),
@@ -101,7 +149,7 @@ def build_adp(inputs: Inputs) -> Adp:
         latent=latent,
         pixel=pixel,
         decode=inputs.teacher.codec.decode,
-        optimizers=_optimizers(trained, stage.rates),
+        optimizers=inputs.optimizers(trained, stage.rates),
         ranks=inputs.ranks,
     )
 
@@ -111,7 +159,7 @@ def build_adm(inputs: Inputs) -> Adm:
     recipe, stage, teacher = inputs.recipe, inputs.recipe.adm, inputs.teacher
     assert stage is not None
     torch.manual_seed(recipe.seed + 1)
-    student, fake = inputs.student(), inputs.new_denoiser()
+    student, fake = inputs.student(), inputs.fake()
     latent = _latent_discriminator(teacher, stage)
     if inputs.heads is not None:
         load_parameters(latent, inputs.heads)
@@ -126,7 +174,7 @@ def build_adm(inputs: Inputs) -> Adm:
         student=student,
         fake=fake,
         latent=latent,
-        optimizers=_optimizers({"student": student, "fake": fake, "latent": latent}, stage.rates),
+        optimizers=inputs.optimizers({"student": student, "fake": fake, "latent": latent}, stage.rates),
         ranks=inputs.ranks,
     )
 
@@ -136,7 +184,7 @@ def build_dmd(inputs: Inputs) -> Dmd:
     recipe, stage, teacher = inputs.recipe, inputs.recipe.dmd, inputs.teacher
     assert stage is not None
     torch.manual_seed(recipe.seed + 1)
-    student, fake = inputs.student(), inputs.new_denoiser()
+    student, fake = inputs.student(), inputs.fake()
     latent = _latent_discriminator(teacher, stage) if stage.gan_weight > 0 else None
     trained: dict[str, nn.Module] = {"student": student, "fake": fake}
     trained |= {"latent": latent} if latent is not None else {}
@@ -150,7 +198,7 @@ def build_dmd(inputs: Inputs) -> Dmd:
         teacher=teacher.denoiser,
         student=student,
         fake=fake,
-        optimizers=_optimizers(trained, stage.rates),
+        optimizers=inputs.optimizers(trained, stage.rates),
         latent=latent,
         pairs=inputs.required_pairs() if latent is not None else None,
         ranks=inputs.ranks,
@@ -172,7 +220,7 @@ def build_ladd(inputs: Inputs) -> Ladd:
         time_steps=recipe.time_steps,
         student=student,
         latent=latent,
-        optimizers=_optimizers({"student": student, "latent": latent}, stage.rates),
+        optimizers=inputs.optimizers({"student": student, "latent": latent}, stage.rates),
         ranks=inputs.ranks,
     )
 
@@ -181,8 +229,9 @@ def build_lcm(inputs: Inputs) -> Lcm:
     """Build LCM: the network that sets the target starts as the student."""
     recipe, stage = inputs.recipe, inputs.recipe.lcm
     assert stage is not None
-    student, target = inputs.student(), inputs.student()
-    optimizer = AdamW(student.parameters(), lr=stage.rate, betas=stage.betas, weight_decay=0.0)
+    torch.manual_seed(recipe.seed)
+    student, target = inputs.student(), inputs.student("target")
+    optimizer = inputs.optimizer(student.parameters(), stage.rate, stage.betas)
     return Lcm(
         recipe=stage,
         draws=Draws(recipe.seed),
@@ -219,10 +268,13 @@ def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def student_of(teacher: Teacher, values: Mapping[str, Tensor]) -> Denoiser:
-    """Return a frozen float32 student with the given parameters."""
+def student_of(teacher: Teacher, values: Mapping[str, Tensor], recipe: Recipe) -> Denoiser:
+    """Return a frozen float32 student with the given parameters; an adapter's are merged into the teacher's."""
     student = teacher.new_denoiser(bf16=False)
-    load_parameters(student, values)
+    if recipe.roles.student == "lora":
+        merge(student, values, rank=recipe.lora.rank, alpha=recipe.lora.alpha)
+    else:
+        load_parameters(student, values)
     return student.requires_grad_(False).eval()
 
 
@@ -241,11 +293,3 @@ def _pixel_discriminator(teacher: Teacher, stage: AdpRecipe) -> PixelDiscriminat
     backbone = load_pixel_backbone(stage.pixel_backbone, stage.pixel_source, size=size, taps=taps)
     device = device_of(teacher.denoiser)
     return PixelDiscriminator(backbone.to(device), taps, size=size, combine=stage.combine).to(device)
-
-
-def _optimizers(modules: Mapping[str, nn.Module], rates: Rates) -> dict[str, Optimizer]:
-    own = {"student": rates.student, "fake": rates.fake}
-    return {
-        role: AdamW(module.parameters(), lr=own.get(role, rates.heads), betas=rates.betas, weight_decay=0.0)
-        for role, module in modules.items()
-    }

@@ -176,6 +176,33 @@ class GuardRecipe(Strict):
     bands: Path | None = Field(default=None, description="JSON of expected bands; the built-in ones for null")
 
 
+class Roles(Strict):
+    """Which networks are trained whole, and which as an adapter on the teacher's frozen weights."""
+
+    student: Literal["full", "lora"] = "full"
+    fake: Literal["full", "lora"] = "full"
+
+
+class LoraRecipe(Strict):
+    """The adapters of the roles that are trained so."""
+
+    rank: int = Field(default=64, ge=1, description="DMD2 has 64")
+    alpha: float = Field(default=8.0, gt=0, description="the adapter's scale is alpha / rank; DMD2 has 8")
+    targets: str = Field(
+        default=r"(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$",
+        description="a regular expression of linear layers' names; all of attention by default",
+    )
+
+
+class MemoryRecipe(Strict):
+    """What trades time for memory."""
+
+    checkpointing: bool = Field(default=False, description="recompute blocks in the backward pass")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        default="adamw", description="adamw8bit keeps its moments in 8 bits: bitsandbytes, CUDA only"
+    )
+
+
 class EvaluateRecipe(Strict):
     """What the evaluation samples."""
 
@@ -206,6 +233,9 @@ class Recipe(Strict):
     teacher: str = Field(description="a folder, or the hub id of a pipeline")
     variant: str | None = Field(default=None, description="which of a pipeline's files, like fp16")
     revision: str | None = Field(default=None, description="of the hub id")
+    loras: tuple[str, ...] = Field(
+        default=(), description="files of LoRA weights that belong to the teacher: base + these"
+    )
     shape: Shape | None = Field(
         default=None, description="what is drawn; the demo families have one size each"
     )
@@ -213,6 +243,9 @@ class Recipe(Strict):
     seed: int = Field(ge=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     time_steps: tuple[float, ...] = (1.0,)
+    roles: Roles = Roles()
+    lora: LoraRecipe = LoraRecipe()
+    memory: MemoryRecipe = MemoryRecipe()
     pairs: PairsRecipe | None = None
     regression: RegressionRecipe | None = None
     adp: AdpRecipe | None = None
@@ -242,6 +275,12 @@ class Recipe(Strict):
             raise ValueError(
                 "adm.carry_heads: expected a section adp with adm's taps, whose heads to carry over"
             )
+        if self.loras and self.is_demo:
+            raise ValueError(f"loras: expected none for {self.family}, whose teacher is a folder of its own")
+        if self.roles.student != self.roles.fake and any(
+            s.ida for s in (self.adm, self.dmd) if s is not None
+        ):
+            raise ValueError("ida: expected student and fake score of one kind, both full or both lora")
         if self.shape is None and not self.is_demo:
             raise ValueError(f"expected a shape (width, height) to distil {self.family} at, found none")
         if self.is_video != (self.export.fps is not None):
