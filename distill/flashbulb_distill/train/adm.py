@@ -20,7 +20,7 @@ from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
 from .fake import pull, update_fake
 from .recipe import AdmRecipe
 from .simulate import simulate_student
-from .step import accuracy_by_time, device_of, judge, sender, shaken, update
+from .step import accuracy_by_time, device_of, judge, ordered, sender, shaken, update
 
 
 def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -127,6 +127,7 @@ class Adm:
             loss = loss + recipe.r1_weight * shaken(self.latent, x_real, real, s, cond, noise)
         norm = update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
         logs |= {"heads_norm": norm, "latent_hinge": hinge.item(), "margin": (real - guess).mean().item()}
+        logs["ordered"] = ordered(real, guess)
         logs |= accuracy_by_time(real, guess, s)
 
         if moves:

@@ -254,3 +254,17 @@ def test_where_the_variance_is_preserved_both_steps_follow_that_flow():
     # Student, teacher and fake score are one and the same here, but for what the fake score just learnt.
     torch.testing.assert_close(real, fake, atol=0.05, rtol=0.05)
     assert torch.isfinite(both).all()
+
+
+def test_at_a_short_step_the_order_of_the_two_sides_shows_a_seeing_discriminator_and_their_signs_do_not():
+    """The story: hinge 2 and accuracy .50 were read as blind, while the student went where it should."""
+    teacher = MixtureDenoiser(torch.tensor([[2.0, 0.0]]), 0.2)
+    method = make(VectorDiscriminator(2), teacher=teacher, warmup_steps=999, delta_t=1 / 64, batch_size=64)
+    method.optimizers["latent"] = torch.optim.Adam(method.latent.parameters(), lr=2e-3)
+    method.optimizers["fake"].param_groups[0]["lr"] = 0.0  # a fake score that never gets better: plain to see
+    logs = [method.step(step) for step in range(60)]
+    last = {name: sum(log.get(name, 0.0) for log in logs[-10:]) / 10 for name in logs[-1]}
+    assert last["ordered"] > 0.8
+    signs = [value for name, value in last.items() if name.startswith("accuracy")]
+    assert max(signs) < 0.65
+    assert last["latent_hinge"] > 1.8
