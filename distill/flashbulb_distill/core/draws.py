@@ -16,7 +16,8 @@ class Draws:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def _generator(self, purpose: str, step: int, sample: int) -> np.random.Generator:
+    def generator(self, purpose: str, step: int, sample: int) -> np.random.Generator:
+        """Return the generator of one sample's draws."""
         name = hashlib.sha256(f"{self._seed}/{purpose}".encode()).digest()
         key = np.frombuffer(name[:16], dtype=np.uint64)
         return np.random.Generator(
@@ -28,13 +29,32 @@ class Draws:
     ) -> NDArray[np.float32]:
         """Draw unit normal numbers, float32 [samples, *shape]."""
         size = tuple(shape)
-        rows = [self._generator(purpose, step, i).standard_normal(size, dtype=np.float32) for i in samples]
+        rows = [self.generator(purpose, step, i).standard_normal(size, dtype=np.float32) for i in samples]
         return np.stack(rows)
 
     def uniform(self, purpose: str, step: int, samples: Iterable[int]) -> NDArray[np.float64]:
         """Draw one number in [0, 1) for each sample, float64 [samples]."""
-        return np.array([self._generator(purpose, step, i).random() for i in samples])
+        return np.array([self.generator(purpose, step, i).random() for i in samples])
 
     def integers(self, purpose: str, step: int, samples: Iterable[int], high: int) -> NDArray[np.int64]:
         """Draw one integer in [0, high) for each sample, int64 [samples]."""
-        return np.array([self._generator(purpose, step, i).integers(high) for i in samples])
+        return np.array([self.generator(purpose, step, i).integers(high) for i in samples])
+
+
+class BatchDraws(Draws):
+    """Draws of whole batches: several times faster for small samples, and of no use where ranks share a batch."""
+
+    def normal(
+        self, purpose: str, step: int, samples: Iterable[int], shape: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Draw unit normal numbers, float32 [samples, *shape]."""
+        size = (len(list(samples)), *shape)
+        return self.generator(purpose, step, 0).standard_normal(size, dtype=np.float32)
+
+    def uniform(self, purpose: str, step: int, samples: Iterable[int]) -> NDArray[np.float64]:
+        """Draw one number in [0, 1) for each sample, float64 [samples]."""
+        return self.generator(purpose, step, 0).random(len(list(samples)))
+
+    def integers(self, purpose: str, step: int, samples: Iterable[int], high: int) -> NDArray[np.int64]:
+        """Draw one integer in [0, high) for each sample, int64 [samples]."""
+        return self.generator(purpose, step, 0).integers(high, size=len(list(samples)))

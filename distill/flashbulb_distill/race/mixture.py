@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from ..core.draws import Draws
+from ..core.draws import BatchDraws
 from ..core.schedule import add_noise
 from ..evaluate.features import Images
 from ..evaluate.grid import save_grid
@@ -38,7 +38,7 @@ class MixtureRace:
 
     def __init__(self, course: Course, seed: int) -> None:
         self.course, self.seed = course, seed
-        self.teacher, self.draws = course.teacher(), Draws(seed)
+        self.teacher, self.draws = course.teacher(), BatchDraws(seed)
         noise = torch.from_numpy(self.draws.normal("race/pairs", 0, range(course.num_pairs), SHAPE))
         x_0 = sample_teacher(self.teacher, noise, NO_PROMPT, NO_PROMPT, num_steps=TEACHER_STEPS, guidance=1.0)
         self.pairs = Pairs(noise, x_0, torch.zeros(len(noise), dtype=torch.int64), ("",))

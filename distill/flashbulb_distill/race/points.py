@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ..core.draws import Draws
+from ..core.draws import BatchDraws
 from ..networks.discriminators import VectorDiscriminator
 from ..networks.point import PointDenoiser
 from ..pairs.store import Pairs
@@ -48,7 +48,7 @@ def build_for_points(
         start: the teacher as a network, from which the fake score starts.   weights: the student's.
     """
     torch.manual_seed(seed + 1)
-    teacher, draws = course.teacher(), Draws(seed)
+    teacher, draws = course.teacher(), BatchDraws(seed)
     student = point_network(course, weights)
     rates = Rates(student=course.rate, heads=course.heads_rate, fake=course.fake_rate)
     alone = {"student": student}
