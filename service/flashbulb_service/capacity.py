@@ -20,7 +20,7 @@ class Plan:
 
     workers: int
     busy: float  # share of the device time that batches took
-    mean_batch: float
+    mean_batch: float  # over requests: the batch that each was drawn in, as `bench serve` tells it
     p50_ms: float  # of the answered requests, `overhead_ms` included
     p99_ms: float
     share_on_time: float  # of all requests; a refused one is not on time
@@ -93,7 +93,7 @@ def _summarise(outcomes: list[Outcome], tau: Tau, workers: int, overhead_ms: flo
     return Plan(
         workers=workers,
         busy=min(1.0, device_ms / (span_ms * workers)),
-        mean_batch=len(rows) / sum(1 / size for size in rows) if rows else 0.0,
+        mean_batch=sum(rows) / len(rows) if rows else 0.0,
         p50_ms=times[len(times) // 2],
         p99_ms=times[min(len(times) - 1, math.ceil(0.99 * len(times)) - 1)],
         share_on_time=sum(one.is_on_time for one in counted) / len(counted),

@@ -257,8 +257,11 @@ class Pipeline:
         return max(0.0, free_at - time.monotonic() - CLAIM_LEAD_S) if lane == SHORT else 0.0
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        if self._claims.pop(task).lane == LONG:
+        claim = self._claims.pop(task)
+        if claim.lane == LONG:
             self._step_end = 0.0  # it may have failed in the middle of a step
+        elif not claim.drawn:
+            self._foresee()
         if not task.cancelled() and (error := task.exception()) is not None:
             if isinstance(error, QueueUnavailable):  # the leases run out, and somebody runs the jobs again
                 log.warning("a batch was lost to the queue's outage: %s", error.message)
@@ -439,14 +442,16 @@ class Pipeline:
             self._known_s.clear()
         taken_s = (clock["text"] + clock["denoise"]) / 1000
         self._known_s[claim.model.id, len(claim.jobs)] = taken_s
-        waiting = [other for other in self._claims.values() if not other.drawn]
         if claim.lane == SHORT:
-            self._free_at = time.monotonic() + sum(
-                self._known_s.get((other.model.id, len(other.jobs)), 0.0)
-                for other in waiting
-                if other.lane == SHORT
-            )
+            self._foresee()
         self._tell_change()
+
+    def _foresee(self) -> None:
+        """Tell anew when the short lane will be free, after it has drawn a claim or will never draw it."""
+        waiting = [claim for claim in self._claims.values() if claim.lane == SHORT and not claim.drawn]
+        self._free_at = time.monotonic() + sum(
+            self._known_s.get((claim.model.id, len(claim.jobs)), 0.0) for claim in waiting
+        )
 
     def _watch(
         self,

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flashbulb_service import worker
 from flashbulb_service.backends import ImageRequest
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.jobs import JobState, NewJob
@@ -370,6 +372,72 @@ async def test_a_lone_job_is_drawn_while_its_claim_is_on_its_way(
     [view] = await queue.wait([job_id], 10)
     assert (view.state, view.attempt) == (JobState.DONE, 1)
     assert len(watched.batches) == 1
+
+
+@pytest.mark.parametrize("limit", ["FRESH_MS", "EARLY_MS"])
+async def test_nothing_is_drawn_before_its_claim_where_that_may_cost_more_than_it_saves(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+) -> None:
+    """On old news another job has come meanwhile, and a long batch in vain keeps the device from real ones."""
+    monkeypatch.setattr(worker, limit, -1e6)
+    running = start_worker()
+    gate, take, calls = asyncio.Event(), running.worker._queue.take, list[str]()
+
+    async def slow_take(*args: Any, **kwargs: Any) -> Any:
+        calls.append("take")
+        await gate.wait()
+        return await take(*args, **kwargs)
+
+    monkeypatch.setattr(running.worker._queue, "take", slow_take)
+    await wait_until(lambda: _truth(_sleeps(running)))
+    [job_id] = (await queue.enqueue([picture_job()])).ids
+    await wait_until(lambda: _truth(calls))
+    assert watched.batches == [] and not running.worker._pipeline._claims
+    gate.set()
+    [view] = await queue.wait([job_id], 10)
+    assert view.state is JobState.DONE
+
+
+async def test_a_batch_that_is_given_up_is_not_waited_for(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next claim is due when the device will be free; a batch that never ends there must not count."""
+    running = start_worker()
+    pipeline, gate, take = running.worker._pipeline, asyncio.Event(), running.worker._queue.take
+    pipeline._known_s["tiny@1", 1] = 3600.0
+
+    async def slow_take(*args: Any, **kwargs: Any) -> Any:
+        await gate.wait()
+        return await take(*args, **kwargs)
+
+    monkeypatch.setattr(running.worker._queue, "take", slow_take)
+    drawing = threading.Event()
+
+    def wait(requests: Sequence[ImageRequest]) -> None:
+        assert drawing.wait(10)
+
+    watched.before = wait
+    await wait_until(lambda: _truth(_sleeps(running)))
+    [job_id] = (await queue.enqueue([picture_job()])).ids
+    await wait_until(lambda: _truth(watched.batches))
+    assert await queue.cancel(job_id)
+    gate.set()
+    await wait_until(lambda: _truth(pipeline._claims and next(iter(pipeline._claims.values())).lost))
+    pipeline._known_s.clear()
+    drawing.set()
+    await wait_until(lambda: _truth(not pipeline._claims))
+    assert pipeline._free_at <= time.monotonic()
 
 
 @pytest.mark.parametrize("fault", ["cancelled", "answer lost"])
