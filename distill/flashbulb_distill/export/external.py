@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from .families import Component
-from .graph import UNPLACED, network_of
+from .graph import UNPLACED, networks_of
 
 DTYPES = {
     "F64": ir.DataType.DOUBLE,
@@ -85,34 +85,38 @@ def save_weights(network: torch.nn.Module, folder: Path, *, shard_bytes: int = 2
     save_file(shard, folder / f"weights-{count:05d}.safetensors")
 
 
-def place_weights(model: ir.Model, component: Component, weights: Path, root: Path) -> None:
-    """Let the graph's weights be tensors of the safetensors files in `weights`; the graph will lie in `root`.
+def place_weights(
+    model: ir.Model, component: Component, folders: Mapping[torch.nn.Module, Path], root: Path
+) -> None:
+    """Let the graph's weights be tensors of safetensors files; the graph will lie in `root`, above them.
 
     A tensor of another dtype is cast in the graph, which a runtime does once, when it loads.
 
     Args:
-        component: that the graph was traced from, to find names of shared weights.
+        component: that the graph was traced from.   folders: where each of its networks is saved.
 
     Raises:
         ValueError: a weight is in no file, or has another shape there.
     """
-    places = read_places(weights)
-    prefix, network = network_of(component)
-    names = _stored_names(network, places)
+    stored = {
+        f"{prefix}{name}": (folders[network], place)
+        for prefix, network in networks_of(component).items()
+        for name, place in _places_of(network, read_places(folders[network])).items()
+    }
     casts = []
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor) or tensor.location != UNPLACED:
             continue
         assert value.name is not None and value.dtype is not None
-        name = value.name.removeprefix(prefix)
-        place = places.get(names.get(name, name))
+        folder, place = stored[value.name]
         if place is None or place.shape != tuple(value.shape or ()):
             found = "none" if place is None else f"shape {place.shape}"
-            raise ValueError(f"{weights}: expected {name} of shape {tuple(value.shape or ())}, found {found}")
-        location = place.file.relative_to(root).as_posix()
-        stored = ir.ExternalTensor(
-            location,
+            raise ValueError(
+                f"{folder}: expected {value.name} of shape {tuple(value.shape or ())}, found {found}"
+            )
+        placed = ir.ExternalTensor(
+            place.file.relative_to(root).as_posix(),
             place.offset,
             place.length,
             DTYPES[place.dtype],
@@ -120,10 +124,10 @@ def place_weights(model: ir.Model, component: Component, weights: Path, root: Pa
             name=value.name,
             base_dir=root,
         )
-        if stored.dtype == value.dtype:
-            value.const_value = stored
+        if placed.dtype == value.dtype:
+            value.const_value = placed
         else:
-            casts.append(_cast(model.graph, value, stored))
+            casts.append(_cast(model.graph, value, placed))
     if casts:
         model.graph.insert_before(model.graph[0], casts)
 
@@ -144,15 +148,15 @@ def _cast(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> ir.Nod
     return node
 
 
-def _stored_names(module: Any, places: Mapping[str, Place]) -> dict[str, str]:
-    """Map each name of a shared weight to the one name under which it is stored."""
-    by_memory: dict[tuple[int, tuple[int, ...]], str] = {}
-    state = module.state_dict()
-    for name, tensor in state.items():
-        if name in places:
-            by_memory[tensor.data_ptr(), tuple(tensor.shape)] = name
-    return {
-        name: stored
+def _places_of(network: torch.nn.Module, places: Mapping[str, Place]) -> dict[str, Place | None]:
+    """Find the place of each of a network's tensors; shared ones are stored under one of their names."""
+    state = network.state_dict()
+    by_memory = {
+        (tensor.data_ptr(), tuple(tensor.shape)): places[name]
         for name, tensor in state.items()
-        if (stored := by_memory.get((tensor.data_ptr(), tuple(tensor.shape)))) is not None
+        if name in places
+    }
+    return {
+        name: places.get(name) or by_memory.get((tensor.data_ptr(), tuple(tensor.shape)))
+        for name, tensor in state.items()
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
@@ -56,17 +57,28 @@ def trace_graph(component: Component, *, opset: int = 18, cache: Path | None = N
     return model
 
 
-def network_of(component: Component) -> tuple[str, nn.Module]:
-    """Return the one network that a component wraps, and the prefix of its weights' names in the graph."""
-    ((name, network),) = component.module.named_children()
-    return f"{name}.", network
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph as one file and check it, and that the weights which it names are there."""
+    ir.save(model, path)
+    onnx.checker.check_model(path)
+
+
+def networks_of(component: Component) -> dict[str, nn.Module]:
+    """Return the networks that a component wraps (modules with a configuration), by the prefix of their weights."""
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            if hasattr(child, "config"):
+                yield f"{prefix}{name}.", child
+            else:
+                yield from walk(f"{prefix}{name}.", child)
+
+    return dict(walk("", component.module))
 
 
 def content_hash(component: Component, opset: int) -> str:
     """Return the hash of all that a graph is made from: configuration, types, shapes, and who makes it."""
-    _, network = network_of(component)
-    config: Any = network.config
-    state = network.state_dict()
+    networks = networks_of(component)
     here = Path(__file__)
     facts = {
         "opset": opset,
@@ -78,8 +90,12 @@ def content_hash(component: Component, opset: int) -> str:
         ],
         "code": [here.with_name(name).read_text() for name in ("families.py", "graph.py", "positions.py")],
         "module": [type(part).__qualname__ for part in component.module.modules()],
-        "config": config.to_dict() if hasattr(config, "to_dict") else dict(config),
-        "weights": {name: [list(value.shape), str(value.dtype)] for name, value in state.items()},
+        "config": {prefix: _config(network) for prefix, network in networks.items()},
+        "weights": {
+            f"{prefix}{name}": [list(value.shape), str(value.dtype)]
+            for prefix, network in networks.items()
+            for name, value in network.state_dict().items()
+        },
         "inputs": {name: [list(value.shape), str(value.dtype)] for name, value in component.inputs.items()},
         "axes": {name: dict(axes) for name, axes in component.axes.items()},
         "outputs": component.outputs,
@@ -87,9 +103,14 @@ def content_hash(component: Component, opset: int) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _config(network: nn.Module) -> dict[str, Any]:
+    config: Any = network.config
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
 def _trace(component: Component, opset: int) -> ir.Model:
     dynamic = torch.export.Dim.DYNAMIC
-    prefix, network = network_of(component)
+    names = {f"{prefix}{name}" for prefix, net in networks_of(component).items() for name in net.state_dict()}
     with exportable(), _quietly(), torch.no_grad():
         program = torch.onnx.export(
             component.module.eval(),
@@ -104,7 +125,6 @@ def _trace(component: Component, opset: int) -> ir.Model:
         )
         assert program is not None
         model = program.model
-        names = {f"{prefix}{name}" for name in network.state_dict()}
         weights = [value for name, value in model.graph.initializers.items() if name in names]
         for value in weights:
             value.const_value = None  # unknown to every pass, so that none reads or folds it

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import onnx
-import onnx_ir as ir
 import torch
 import transformers
 
 from .draft import draft
 from .external import Place, place_weights, read_places, save_weights
 from .families import Component, component_of, variants
-from .graph import network_of, trace_graph
+from .graph import networks_of, save_graph, trace_graph
 from .parity import Parity, check_component
 
 GRAPH = "model.onnx"
@@ -52,11 +50,11 @@ def export_component(
     if folder.exists():
         raise FileExistsError(f"{folder}: expected a new folder, but it exists; remove it or choose another")
     graph = trace_graph(component, opset=opset, cache=cache)
+    (network,) = networks_of(component).values()
     with draft(folder) as partial:
-        save_weights(network_of(component)[1], partial)
-        place_weights(graph, component, partial, partial)
-        ir.save(graph, partial / GRAPH)
-        onnx.checker.check_model(partial / GRAPH)
+        save_weights(network, partial)
+        place_weights(graph, component, {network: partial}, partial)
+        save_graph(graph, partial / GRAPH)
     return folder / GRAPH
 
 
@@ -81,14 +79,14 @@ def export_pipeline(
         ParityError: a graph does not compute what its network does; it is not written.
     """
     for family, name, network in find_networks(folder):
-        component = component_of(family, name, load_network(folder / name, network, dtype))
+        loaded = load_network(folder / name, network, dtype)
+        component = component_of(family, name, loaded)
         graph = trace_graph(component, opset=opset, cache=cache)
-        place_weights(graph, component, folder / name, folder)
+        place_weights(graph, component, {loaded: folder / name}, folder)
         path = folder / f"{component.name}.onnx"
         temporary = path.with_name(f".{component.name}.{os.getpid()}.onnx")
         try:
-            ir.save(graph, temporary)
-            onnx.checker.check_model(temporary)
+            save_graph(graph, temporary)
             parity = None
             if check and next(component.module.parameters()).dtype != torch.bfloat16:
                 parity = check_component(component.name, temporary, component.module, variants(component))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from flashbulb_distill.export.external import place_weights
-from flashbulb_distill.export.graph import network_of, trace_graph
+from flashbulb_distill.export.graph import networks_of, trace_graph
 from flashbulb_service.cli import run
 from support.exported import find
 from support.tiny_families import make_tiny_family
@@ -80,12 +80,13 @@ def test_a_folder_that_is_no_pipeline_of_ours_is_one_line(tmp_path, capsys, cont
 def test_weights_that_are_missing_are_named(tmp_path):
     component = find("sdxl", "text_encoder")
     graph = trace_graph(component)
+    (network,) = networks_of(component).values()
     with pytest.raises(ValueError, match=r"expected \*\.safetensors files, found none"):
-        place_weights(graph, component, tmp_path, tmp_path)
+        place_weights(graph, component, {network: tmp_path}, tmp_path)
     save_file({"other": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"expected .*weight of shape .* found none"):
-        place_weights(graph, component, tmp_path, tmp_path)
-    name = next(iter(network_of(component)[1].state_dict()))
+        place_weights(graph, component, {network: tmp_path}, tmp_path)
+    name = next(iter(network.state_dict()))
     save_file({name: torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"expected .*weight of shape .* found"):
-        place_weights(graph, component, tmp_path, tmp_path)
+        place_weights(graph, component, {network: tmp_path}, tmp_path)
