@@ -1,6 +1,6 @@
 """Pictures from prompts and seeds in torch: what a bundle must reproduce, and the teacher to compare with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,29 +23,41 @@ def to_images(pixels: Tensor) -> Images:
     return levels.movedim(1, -1).contiguous().numpy()
 
 
+@torch.no_grad()
+def draw_images(
+    denoiser: Denoiser,
+    decode: Callable[[Tensor], Tensor],
+    cond: Condition,
+    latent_shape: Sequence[int],
+    time_steps: Sequence[float],
+    seeds: Sequence[int],
+) -> Images:
+    """Draw a few-step student's pictures, a row of `cond` each, image index 0 of each seed."""
+
+    def noise(step: int) -> Tensor:
+        return torch.from_numpy(np.stack([draw_noise(seed, 0, latent_shape, step) for seed in seeds]))
+
+    def denoise(xt: Tensor, t: float) -> Tensor:
+        out: Tensor = denoiser(xt, torch.full((len(xt),), t, dtype=torch.float64), cond)
+        return out
+
+    latents = sample(
+        denoise,
+        noise(0),
+        time_steps,
+        prediction=denoiser.prediction,
+        schedule=denoiser.schedule,
+        renoise=noise,
+    )
+    return to_images(decode(latents))
+
+
 def student_images(teacher: Teacher, student: Denoiser, time_steps: tuple[float, ...]) -> Generate:
     """Return a function (prompts, seeds) -> pictures by the few-step student, image index 0 of each seed."""
 
-    @torch.no_grad()
     def generate(prompts: list[str], seeds: list[int]) -> Images:
         cond = _encode_once(teacher, prompts)
-
-        def noise(step: int) -> Tensor:
-            return torch.from_numpy(np.stack([draw_noise(s, 0, teacher.latent_shape, step) for s in seeds]))
-
-        def denoise(xt: Tensor, t: float) -> Tensor:
-            out: Tensor = student(xt, torch.full((len(xt),), t), cond)
-            return out
-
-        latents = sample(
-            denoise,
-            noise(0),
-            time_steps,
-            prediction=student.prediction,
-            schedule=student.schedule,
-            renoise=noise,
-        )
-        return to_images(teacher.codec.decode(latents))
+        return draw_images(student, teacher.codec.decode, cond, teacher.latent_shape, time_steps, seeds)
 
     return generate
 

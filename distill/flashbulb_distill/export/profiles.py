@@ -1,5 +1,6 @@
 """The shapes that an engine must take: one optimisation profile per picture size of the bundle."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,22 +10,29 @@ from ..bundle.engines import Profile
 AXES: dict[str, tuple[str, ...]] = {
     "latents": ("batch", "channels", "height", "width"),
     "timestep": ("batch",),
-    "prompt_embeds": ("batch", "text", "width of embeddings"),
+    "prompt_embeds": ("batch", "embeddings", "width of embeddings"),
     "pooled_prompt_embeds": ("batch", "width of embeddings"),
     "time_ids": ("batch", "six"),
     "input_ids": ("batch", "text"),
     "attention_mask": ("batch", "text"),
 }
+_NUMBERED = re.compile(r"(input_ids|attention_mask)_(\d)")  # of the second text encoder and on
 VIDEO_LATENTS = ("batch", "channels", "frames", "height", "width")
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One size that an engine is built for: latent height, width and frames, and the tokens of a prompt."""
+    """One size that an engine is built for.
+
+    Args:
+        height, width, frames: of the latents.   text: tokens that each text encoder reads.
+        embeds: rows of the prompt's embeddings; needed where a graph leaves their number open.
+    """
 
     height: int
     width: int
-    text: int
+    text: tuple[int, ...] = ()
+    embeds: int | None = None
     frames: int = 1
 
 
@@ -50,14 +58,17 @@ def make_profile(
 
 
 def _shape(name: str, shape: Sequence[int | None], bucket: Bucket, batch: int) -> tuple[int, ...]:
-    axes = VIDEO_LATENTS if name == "latents" and len(shape) == len(VIDEO_LATENTS) else AXES.get(name)
+    numbered = _NUMBERED.fullmatch(name)
+    kind, encoder = (name, 1) if numbered is None else (numbered[1], int(numbered[2]))
+    axes = VIDEO_LATENTS if kind == "latents" and len(shape) == len(VIDEO_LATENTS) else AXES.get(kind)
     if axes is None or len(axes) != len(shape):
         raise ValueError(f"{name} {list(shape)}: expected an input of {', '.join(AXES)}, got another")
     sizes = {
         "batch": batch,
         "height": bucket.height,
         "width": bucket.width,
-        "text": bucket.text,
+        "text": bucket.text[encoder - 1] if encoder <= len(bucket.text) else None,
+        "embeddings": bucket.embeds,
         "frames": bucket.frames,
     }
     result = []

@@ -1,16 +1,19 @@
-"""Write a student of any family as a bundle: three graphs, checked against torch, tokenizers and manifest.
+"""Write a student of any family as a bundle: three graphs over its diffusers folder, checked against torch, a manifest.
 
 The text encoders of a family become one graph that joins their embeddings, and what the network reads besides text
 (SDXL's picture size, CogVideoX's rotary tables) becomes part of its graph. So a bundle runs alike whatever its family.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bundle import (
+    Bundle,
     Components,
     Guidance,
     Latent,
@@ -24,15 +27,16 @@ from ..bundle import (
 from ..teachers.codec import VaeCodec
 from ..teachers.denoiser import Condition, Denoiser
 from ..teachers.prompts import PromptEncoder
-from .components import export_onnx, save_model
 from .draft import draft
+from .external import place_weights
 from .families import Component, VaeDecoder
-from .parity import Parity, check_component
-from .positions import exportable
+from .folder import save_student
+from .graph import save_graph, trace_graph
+from .parity import Case, Parity, check_component
+from .pictures import MIN_SSIM, TorchStudent, compare_pictures
 
-MAX_GRAPH_BYTES = 1_900_000_000  # a protobuf holds 2 GB
 PROBES = ("a red dog on a bicycle", "")
-_NAMES = ("text_encoder", "denoiser", "decoder")
+TEXT_OUTPUTS = ("prompt_embeds", "pooled_prompt_embeds")
 
 
 class DenoiserGraph(nn.Module):
@@ -51,16 +55,13 @@ class DenoiserGraph(nn.Module):
         return self.denoiser.predict(latents, timestep, Condition(prompt_embeds, pooled))
 
 
-def student_components(
-    denoiser: Denoiser, codec: VaeCodec, prompts: PromptEncoder, shape: Shape
-) -> tuple[Component, Component, Component]:
-    """Return the three graphs of a student's bundle for one size; the batch alone may vary."""
+def torch_student(denoiser: Denoiser, codec: VaeCodec, prompts: PromptEncoder, shape: Shape) -> TorchStudent:
+    """Return a student of one size with the modules behind its three graphs; the batch alone may vary."""
     ids = prompts.tokenise(PROBES)
     names = ["input_ids", *(f"input_ids_{number}" for number in range(2, len(ids) + 1))]
     cond = prompts.encode(PROBES)
-    generator = torch.Generator().manual_seed(0)
     size = codec.latent_shape(shape.width, shape.height, shape.frames)
-    latents = torch.randn(len(PROBES), *size, generator=generator)
+    latents = torch.randn(len(PROBES), *size, generator=torch.Generator().manual_seed(0))
     last = denoiser.timestep_scale + denoiser.timestep_offset
     network = {
         "latents": latents,
@@ -69,20 +70,24 @@ def student_components(
     }
     if cond.pooled.shape[1]:
         network["pooled_prompt_embeds"] = cond.pooled
-    return (
-        _component("text_encoder", prompts, dict(zip(names, ids, strict=True)), _TEXT_OUTPUTS),
-        _component("denoiser", DenoiserGraph(denoiser), network, ("prediction",)),
-        _component("decoder", VaeDecoder(codec.vae), {"latents": latents}, ("pixels",)),
+    components = (
+        batched("text_encoder", prompts, dict(zip(names, ids, strict=True)), TEXT_OUTPUTS),
+        batched("denoiser", DenoiserGraph(denoiser), network, ("prediction",)),
+        batched("decoder", VaeDecoder(codec.vae), {"latents": latents}, ("pixels",)),
     )
+    return TorchStudent(components, denoiser, codec.decode, cond, size)
 
 
-_TEXT_OUTPUTS = ("prompt_embeds", "pooled_prompt_embeds")
-
-
-def _component(
+def batched(
     name: str, module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]
 ) -> Component:
+    """Return a component of which the batch alone may vary."""
     return Component(name, module, inputs, {key: {0: "batch"} for key in inputs}, outputs)
+
+
+def batches(component: Component) -> list[Case]:
+    """Return the inputs whole, and their first row alone: the batch axis must be dynamic."""
+    return [component.inputs, {name: value[:1] for name, value in component.inputs.items()}]
 
 
 def export_student(
@@ -106,43 +111,38 @@ def export_student(
 ) -> list[Parity]:
     """Write a verified bundle of one size to `folder`, which appears whole or not at all.
 
+    Beside the graphs lies the student as a diffusers folder: the graphs hold no weights, they name its files.
+
     Args:
         tolerance: of the parity gate, relative to each output's root mean square.
     Returns:
         What the parity gate measured.
     Raises:
         FileExistsError: `folder` exists; published versions never change.
-        ParityError: a graph does not compute what its module does.
-        ValueError: what was decided does not fit together, like a picture's shape with several frames; or a network
-            has more than a graph file holds, since its weights lie inside.
+        ParityError: a graph does not compute what its module does, or the bundle draws other pictures than torch.
+        ValueError: what was decided does not fit together, like a picture's shape with several frames.
     """
-    if folder.exists():
-        raise FileExistsError(
-            f"{folder}: expected a new version, but it exists; choose another version or remove it"
-        )
-    with draft(folder) as work:
+    refuse_existing(folder)
+    with draft(folder) as work, _in_the_weights_type(denoiser):
+        folders = save_student(work, denoiser, codec, prompts)
+        student = torch_student(denoiser, codec, prompts, shape)
         parity = []
-        for component in student_components(denoiser, codec, prompts, shape):
-            _check_size(component)
-            graph = work / f"{component.name}.onnx"
-            with exportable():
-                save_model(export_onnx(component.module, dict(component.inputs), component.outputs), graph)
-            cases = [
-                component.inputs,
-                {key: value[:1] for key, value in component.inputs.items()},
-            ]
-            parity.append(check_component(component.name, graph, component.module, cases, tolerance))
-        manifest = Manifest(
-            schema_version=2,
+        for component in student.components:
+            path = work / f"{component.name}.onnx"
+            graph = trace_graph(component)
+            place_weights(graph, component, folders, work)
+            save_graph(graph, path)
+            parity.append(
+                check_component(component.name, path, component.module, batches(component), tolerance)
+            )
+        manifest = describe_student(
+            work,
+            denoiser,
             name=name,
             version=version,
             task="text-to-video" if codec.is_video else "text-to-image",
             family=family,
-            prediction=denoiser.prediction,
-            schedule=denoiser.schedule,
             time_steps=time_steps,
-            timestep_scale=denoiser.timestep_scale,
-            timestep_offset=denoiser.timestep_offset,
             guidance=guidance,
             shapes=(shape,),
             fps=fps,
@@ -154,37 +154,81 @@ def export_student(
                 scaling=codec.scaling,
                 shift=codec.shift,
             ),
-            text=_save_tokenizers(work, prompts),
-            dtype="float32",
-            components=Components(**{part: f"{part}.onnx" for part in _NAMES}),
-            files=describe_files(work),
+            text=_texts(prompts),
             parents=dict(parents or {}),
             licence=licence,
             attribution=attribution,
-            parity={f"{p.component}_error": p.error for p in parity}
-            | {"tolerance": tolerance, "passed": True},
         )
-        write_manifest(work, manifest)
-        open_bundle(work)
-    return parity
+        return seal(work, manifest, parity, tolerance, student)
 
 
-def _check_size(component: Component) -> None:
-    size = sum(p.numel() * p.element_size() for p in component.module.parameters())
-    if size > MAX_GRAPH_BYTES:
-        raise ValueError(
-            f"{component.name}: expected weights of at most {MAX_GRAPH_BYTES / 1e9:.1f} GB, since they lie inside the "
-            f"graph, got {size / 1e9:.1f} GB; export its parts with 'flashbulb export onnx'"
+def refuse_existing(folder: Path) -> None:
+    """Raise FileExistsError if there is a bundle already."""
+    if folder.exists():
+        raise FileExistsError(
+            f"{folder}: expected a new version, but it exists; choose another version or remove it"
         )
 
 
-def _save_tokenizers(work: Path, prompts: PromptEncoder) -> Sequence[Text]:
-    """Write tokenizer.json, tokenizer_2.json, ... and return how each is used."""
-    texts = []
-    for number, (tokenizer, length) in enumerate(
-        zip(prompts.tokenizers, prompts.lengths, strict=True), start=1
-    ):
-        name = "tokenizer.json" if number == 1 else f"tokenizer_{number}.json"
-        tokenizer.backend_tokenizer.save(str(work / name))
-        texts.append(Text(tokenizer=name, max_length=length, pad_id=tokenizer.pad_token_id))
-    return tuple(texts)
+def describe_student(work: Path, denoiser: Denoiser, **fields: Any) -> Manifest:
+    """Return the manifest of what lies in `work`; `fields` are those that neither network nor files say."""
+    return Manifest(
+        schema_version=2,
+        prediction=denoiser.prediction,
+        schedule=denoiser.schedule,
+        timestep_scale=denoiser.timestep_scale,
+        timestep_offset=denoiser.timestep_offset,
+        dtype="float32",
+        components=Components(
+            text_encoder="text_encoder.onnx", denoiser="denoiser.onnx", decoder="decoder.onnx"
+        ),
+        files=describe_files(work),
+        **fields,
+    )
+
+
+def seal(
+    work: Path, manifest: Manifest, parity: Sequence[Parity], tolerance: float, student: TorchStudent
+) -> list[Parity]:
+    """Compare whole pictures, write what all comparisons found into the manifest, and check the hashes.
+
+    Returns:
+        the parity of graphs and pictures.
+    Raises:
+        ParityError: the pictures differ by more than rounding.
+    """
+    pictures = compare_pictures(Bundle(work, manifest, sha256=""), student)
+    measured = {f"{p.component}_error": p.error for p in parity} | {
+        "tolerance": tolerance,
+        "pictures_psnr_db": pictures.psnr_db,
+        "pictures_ssim": pictures.ssim,
+        "passed": True,
+    }
+    write_manifest(work, manifest.model_copy(update={"parity": measured}))
+    open_bundle(work)
+    return [*parity, Parity("pictures", 1 - pictures.ssim, 1 - MIN_SSIM)]
+
+
+@contextmanager
+def _in_the_weights_type(denoiser: Denoiser) -> Iterator[None]:
+    """Turn a student's autocast off: a graph computes in the type of its weights."""
+    network: Any = denoiser
+    bf16 = network.bf16
+    network.bf16 = False
+    try:
+        yield
+    finally:
+        network.bf16 = bf16
+
+
+def _texts(prompts: PromptEncoder) -> tuple[Text, ...]:
+    """Say how each tokenizer is used; they lie in tokenizer/, tokenizer_2/ and on."""
+    numbered = enumerate(zip(prompts.tokenizers, prompts.lengths, strict=True), start=1)
+    return tuple(
+        Text(
+            tokenizer=f"tokenizer{'' if number == 1 else f'_{number}'}/tokenizer.json",
+            max_length=length,
+            pad_id=tokenizer.pad_token_id,
+        )
+        for number, (tokenizer, length) in numbered
+    )

@@ -136,14 +136,11 @@ def build_engines(
         )
     manifest = bundle.manifest
     batch = max_batch or manifest.max_batch
-    buckets = [
-        Bucket(
-            s.height // manifest.latent.downscale,
-            s.width // manifest.latent.downscale,
-            max(text.max_length for text in manifest.text),
-        )
-        for s in manifest.shapes
-    ]
+    buckets = []
+    for shape in manifest.shapes:
+        *frames, height, width = manifest.latent_shape(shape.width, shape.height, shape.frames)[1:]
+        text = tuple(one.max_length for one in manifest.text)
+        buckets.append(Bucket(height, width, text, frames=frames[0] if frames else 1))
     folder.parent.mkdir(exist_ok=True)
     with draft(folder) as work:
         engines = {}

