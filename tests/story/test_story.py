@@ -51,7 +51,7 @@ def test_a_teacher_becomes_a_student_that_is_served(tmp_path):
     recipe = load_recipe(RECIPE, overrides)
     run = start_run(recipe, tmp_path / "run", resume=False)
     parity = run.export()
-    assert {entry.component for entry in parity} == {"text_encoder", "denoiser", "decoder"}
+    assert {entry.component for entry in parity} == {"text_encoder", "denoiser", "decoder", "pictures"}
     assert all(entry.error < 1e-4 for entry in parity)
     table = (run.out / "evaluation" / "table.md").read_text()
     assert "Style coverage" in table
