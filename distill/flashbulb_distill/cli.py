@@ -118,7 +118,7 @@ def compare(
         str | None, typer.Option("--methods", help="which, like A1,B4,DMD2; all by default")
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="runs of each method")] = 3,
-    moves: Annotated[int, typer.Option("--moves", min=2, help="updates of the student in each run")] = 2000,
+    moves: Annotated[int, typer.Option("--moves", min=2, help="updates of the student in each run")] = 1000,
     set_: Overrides = None,
     out: Out = None,
     device: Device = "auto",

@@ -29,14 +29,14 @@ class Course:
     num_modes: int = 8
     std: float = 0.2
     width: int = 128
-    moves: int = 2000
+    moves: int = 1000
     warmup: int = 200
     batch_size: int = 128
     num_pairs: int = 4096
     start_steps: int = 1500
     num_samples: int = 4096
     rate: float = 5e-4
-    heads_rate: float = 1e-3
+    heads_rate: float = 3e-3
     fake_rate: float = 1e-3
     delta_t: float = 1 / 64
     gan_weight: float = 0.1
