@@ -21,7 +21,10 @@ KeyId = Annotated[str, typer.Argument(metavar="KEY", help="The key's id, key_…
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="name@version, or a name of the model repository")
 ]
-Models = Annotated[Path | None, typer.Option("--models", metavar="DIR", help="Model repository [./models]")]
+Models = Annotated[
+    str | None,
+    typer.Option("--models", metavar="DIR|URL", help="Model repository, or s3:// of one [./models]"),
+]
 Rpm = Annotated[int | None, typer.Option("--rpm", min=0, help="Requests per minute, 0: any number")]
 Burst = Annotated[int | None, typer.Option("--burst", min=0, help="Requests at once, 0: a minute's")]
 MaxLive = Annotated[int | None, typer.Option("--max-live", min=0, help="Jobs that wait or run, 0: as all")]
@@ -252,7 +255,7 @@ def _limits(known: dict[str, Any], given: dict[str, float | None]) -> "KeyLimits
 
 
 def _set_gate(
-    model: str, gate: "Gate | None", models: Path | None, data: Path | None, redis: str | None
+    model: str, gate: "Gate | None", models: str | None, data: Path | None, redis: str | None
 ) -> None:
     from flashbulb_service.settings import read_settings
 

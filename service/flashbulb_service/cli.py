@@ -26,7 +26,10 @@ VERIFIER_GROUP = (
     "flashbulb.verifiers"  # (bundle's folder) -> what was compared, each with component and error
 )
 
-Models = Annotated[Path | None, typer.Option("--models", metavar="DIR", help="Model repository [./models]")]
+Models = Annotated[
+    str | None,
+    typer.Option("--models", metavar="DIR|URL", help="Model repository, or s3:// of one [./models]"),
+]
 Data = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Queue and results of this machine")]
 Redis = Annotated[str | None, typer.Option("--redis", metavar="URL", help="redis:// or unix:// of the queue")]
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on [127.0.0.1]")]
@@ -66,6 +69,7 @@ def serve(
     allow_public: Public = False,
 ) -> None:
     """Serve API, playground and workers, with a queue server of its own unless --redis names one."""
+    from flashbulb_service.model_store import fetch_first
     from flashbulb_service.processes import stop_on_signals
     from flashbulb_service.serve import bind, check_host, queue_server, run_all
 
@@ -73,6 +77,7 @@ def serve(
         models=models, data=data, redis=redis, host=host, port=port, backend=backend, threads=threads
     )
     _configure_logging(settings)
+    fetch_first(settings)
     _check_backend(settings)
     with bind(settings.host, settings.port) as listener, queue_server(settings) as complete:
 
@@ -93,11 +98,13 @@ def api(
     allow_public: Public = False,
 ) -> None:
     """Serve the API alone; workers run elsewhere on the same queue and result store."""
+    from flashbulb_service.model_store import fetch_first, for_manifests
     from flashbulb_service.processes import stop_on_signals
     from flashbulb_service.serve import address_of, bind, check_host, run_api
 
-    settings = _settings(models=models, data=data, redis=redis, host=host, port=port)
+    settings = for_manifests(_settings(models=models, data=data, redis=redis, host=host, port=port))
     _configure_logging(settings)
+    fetch_first(settings, manifests_only=True)
     with bind(settings.host, settings.port) as listener:
 
         async def run() -> None:
@@ -125,12 +132,14 @@ def worker(
 
     if parent_pid is not None:
         die_with_parent(parent_pid)
+    from flashbulb_service.model_store import fetch_first
     from flashbulb_service.worker import run_worker
 
     settings = _settings(
         models=models, data=data, redis=redis, backend=backend, threads=threads, metrics_port=metrics_port
     )
     _configure_logging(settings)
+    fetch_first(settings)
     _check_backend(settings)
 
     async def run() -> bool:
@@ -243,6 +252,29 @@ def plan_capacity(
         )
     needed = plans[-1].workers
     typer.echo(f"{needed} worker{'s' * (needed > 1)} of this kind: 99 % of all requests within {p99}")
+
+
+@models_app.command("fetch")
+def fetch_models(models: Models = None, data: Data = None) -> None:
+    """Fetch bundles from a store into <data>/models: flashbulb models fetch --models s3://bucket/students.
+
+    Serving does it by itself; this is for machines that shall start without the store. What was fetched before
+    is kept, what was broken off goes on, and nothing is there that is not whole.
+    """
+    from flashbulb_distill.bundle import list_models
+    from flashbulb_service.errors import InvalidRequest
+    from flashbulb_service.model_store import fetch_first
+
+    settings = _settings(models=models, data=data)
+    if settings.models_url is None:
+        raise InvalidRequest(
+            "expected the address of a store: --models s3://bucket/prefix, or FLASHBULB_MODELS_URL"
+        )
+    _configure_logging(settings)
+    fetched = fetch_first(settings)
+    for name, version, path in list_models(settings.models):
+        state = "fetched" if f"{name}@{version}" in fetched else "was here"
+        typer.echo(f"{name}@{version}\t{state}\t{path}")
 
 
 @models_app.command("list")

@@ -23,6 +23,7 @@ ServiceError                        has a stable `code` and a message for people
 ├── BundleRejected                  hash or schema mismatch; the worker refuses to serve it
 ├── ModelUnavailable                a worker cannot load a model
 ├── BundleReplaced                  a job's model was exported again under the same version
+├── ModelStoreUnavailable           the store that bundles are fetched from does not answer
 ├── NewerMessage                    a later version of the service wrote it, for its own kind only
 ├── QueueUnavailable                Redis does not answer; nothing was accepted
 └── ServerStartError                the embedded Valkey server cannot be started
@@ -242,6 +243,12 @@ class BundleReplaced(ServiceError):
     """The model that a job asked for was replaced by another one of the same name and version."""
 
     code = "model_replaced"
+
+
+class ModelStoreUnavailable(ServiceError):
+    """The store that bundles are fetched from does not answer, or refuses."""
+
+    code = "model_store_unavailable"
 
 
 class NewerMessage(ServiceError):

@@ -22,6 +22,7 @@ from flashbulb_service.connections import PromptHeads
 from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import ServerStartError, ServiceError
 from flashbulb_service.garbage import settle_heap
+from flashbulb_service.model_store import keep_following
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import serves
 from flashbulb_service.processes import keep_running
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 READY_CHECK_S = 0.03
 CATALOG_INTERVAL_S = 2.0
+STORE = ("models_url", "models_wanted", "models_poll_s", "models_max_bytes")  # settings
 # Longer than clients (5 s) and load balancers (60 s) keep an idle connection: the side that closes it must be theirs,
 # or the request that they send just then is lost.
 KEEP_ALIVE_S = 65
@@ -155,7 +157,7 @@ async def run_all(
             server = _http_server(settings, app)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             ready = asyncio.create_task(_when_ready(app.state.context))
-            async with upkeep(app.state.context):
+            async with upkeep(app.state.context, manifests_only=False):
                 await _until(stop, serving, ready, *workers)
                 if ready.done():
                     started.set()
@@ -173,9 +175,12 @@ async def run_all(
 
 
 @asynccontextmanager
-async def upkeep(context: Context) -> AsyncIterator[None]:
-    """Follow the model repository, and deliver webhooks if there is a secret to sign them with."""
-    tasks = [asyncio.create_task(_follow_models(context))]
+async def upkeep(context: Context, *, manifests_only: bool = True) -> AsyncIterator[None]:
+    """Follow models and their store, and deliver webhooks if there is a secret to sign them with."""
+    tasks = [
+        asyncio.create_task(_follow_models(context)),
+        asyncio.create_task(keep_following(context.settings, manifests_only=manifests_only)),
+    ]
     if context.settings.webhook_secret is not None:
         delivering = keep_delivering(
             context.queue,
@@ -195,8 +200,9 @@ async def upkeep(context: Context) -> AsyncIterator[None]:
 
 def child_env(settings: Settings) -> dict[str, str]:
     """Return the environment that gives a child these settings; secrets stay out of the process list."""
-    # The port of metrics is one worker's: several children could not share it, and the API shows theirs.
-    values = settings.model_dump(mode="json", exclude_none=True, exclude={"metrics_port"})
+    # The port of metrics is one worker's: several children could not share it, and the API shows theirs. The store of
+    # models is followed by this process alone, into the repository that the children scan.
+    values = settings.model_dump(mode="json", exclude_none=True, exclude={"metrics_port", *STORE})
     env = {name: value for name, value in os.environ.items() if not name.upper().startswith("FLASHBULB_")}
     for name, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value)

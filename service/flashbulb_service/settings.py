@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from flashbulb_service.errors import InvalidRequest
@@ -55,7 +55,25 @@ class Settings(BaseSettings):
     )
 
     # where things are
-    models: Path = Field(default=Path("models"), description="model repository: <name>/<version>/ bundles")
+    models: Path = Field(
+        default=Path("models"),
+        description="model repository: <name>/<version>/ bundles; or what models_url takes",
+    )
+    models_url: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9]+://",
+        description="s3://bucket/prefix, https:// or file:// of a repository that is followed into <data>/models",
+    )
+    models_wanted: frozenset[str] = Field(
+        default=frozenset(),
+        description='["emoji", "sdxl@2"]: what to take of models_url; empty: all it lists',
+    )
+    models_poll_s: float = Field(
+        default=60.0, ge=0, description="models_url is looked at again this often; 0: at the start only"
+    )
+    models_max_bytes: int = Field(
+        default=64 << 30, gt=0, description="all bundles of models_url together; more are refused"
+    )
     data: Path = Field(default_factory=state_folder, description="queue and results of the embedded mode")
     redis: str | None = Field(default=None, description="redis:// or unix:// URL; absent: embedded Valkey")
     namespace: str = Field(
@@ -185,6 +203,19 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         default="console", description="console: for people; json: an object a line"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_store(cls, values: Any) -> Any:
+        """Let `models` be a store too; the repository is then a folder of the data."""
+        if isinstance(values, dict):
+            given = str(values.get("models", ""))
+            url = given if "://" in given else values.get("models_url")
+            if not url:  # compose writes an empty variable for one that is not set
+                return {name: value for name, value in values.items() if name != "models_url"}
+            data = Path(values["data"]) if values.get("data") else state_folder()
+            return {**values, "models_url": url, "models": data.expanduser() / "models"}
+        return values
 
     @field_validator("webhook_secret")
     @classmethod

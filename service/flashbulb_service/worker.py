@@ -25,6 +25,7 @@ from flashbulb_service.garbage import settle_heap
 from flashbulb_service.jobs import Job
 from flashbulb_service.model_book import ModelBook, Words
 from flashbulb_service.model_pool import LoadedModel, ModelPool, Served
+from flashbulb_service.model_store import keep_following
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.pipeline import Pipeline
@@ -411,10 +412,12 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
         )
         log.info("worker %s serves", worker.id)
         settle_heap()
+        following = asyncio.create_task(keep_following(settings))
         try:
             with serve_metrics(metrics, settings.metrics_host, settings.metrics_port):
                 return await worker.run(stop, drain_s=settings.drain_s)
         finally:
+            await _cancel([following])
             await pool.aclose()
 
 

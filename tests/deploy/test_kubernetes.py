@@ -118,6 +118,23 @@ def test_workers_scale_with_the_work_that_waits_down_to_none(overlay: str) -> No
     assert "replicas" not in find(overlay, "Deployment", "worker")["spec"]
 
 
+@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+def test_models_come_from_the_bucket_with_room_and_time_to_fetch_them(overlay: str) -> None:
+    from flashbulb_service.settings import Settings
+
+    config = next(one["data"] for one in build(overlay) if one["kind"] == "ConfigMap")
+    settings = Settings(models_url=config["FLASHBULB_MODELS_URL"], data="/data")
+    for name, pod in pods(overlay):
+        mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        if name == "worker":
+            assert str(settings.models).startswith("/data/")
+            (room,) = (v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == mounts["/data"])
+            assert int(room.removesuffix("Gi")) << 30 > settings.models_max_bytes
+            probe = pod["containers"][0]["startupProbe"]
+            assert probe["periodSeconds"] * probe["failureThreshold"] >= 3600
+    assert "FLASHBULB_MODELS_URL" not in next(o["data"] for o in build("dev") if o["kind"] == "ConfigMap")
+
+
 def test_a_gpu_worker_asks_for_one_gpu() -> None:
     container = find("gpu", "Deployment", "worker")["spec"]["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
