@@ -1,5 +1,6 @@
 """flashbulb distill: from a teacher to a verified bundle."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,45 @@ def doctor(recipe: RecipePath, set_: Overrides = None, out: Out = None, device: 
         _examine(started, again=True)
     if started.ranks.is_first:
         print(f"doctor: fit, see {started.out / 'doctor.json'}")
+
+
+@app.command(
+    epilog="Examples:  flashbulb distill plan distill/recipes/sdxl_1step.yaml --gpu 24GiB  |  "
+    "flashbulb distill plan my.yaml --gpu 80GB --stage adm --json"
+)
+def plan(
+    recipe: RecipePath,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="SIZE", help="its memory, like 24GiB or 80GB")],
+    set_: Overrides = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="one training stage; all by default")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Predict memory and time of each training stage without loading a weight, and say which strategy fits a GPU."""
+    from .plan.choose import plan as choose
+    from .plan.choose import read_bytes, table
+    from .plan.predict import Prediction, predict
+    from .train.recipe import Recipe, RecipeError, load_recipe
+
+    loaded, size = load_recipe(recipe, set_ or ()), read_bytes(gpu)
+    stages = [stage] if stage else list(loaded.stages)
+    if unknown := [name for name in stages if name not in loaded.stages]:
+        raise RecipeError(f"--stage: expected one of {', '.join(loaded.stages)}, got {unknown[0]}")
+
+    def predicted(changed: Recipe, name: str, budget: int) -> Prediction:
+        kinds, again = changed.roles, changed.memory.checkpointing
+        print(
+            f"{name}: student {kinds.student}, fake {kinds.fake}, checkpointing {'on' if again else 'off'}, "
+            f"batch {changed.stages[name].batch_size} ...",
+            file=sys.stderr,
+            flush=True,
+        )
+        return predict(changed, name, budget)
+
+    plans = [choose(loaded, name, size, predicted) for name in stages]
+    if as_json:
+        print(json.dumps([made.model_dump(mode="json") for made in plans], indent=1))
+    else:
+        print("\n\n".join(table(made) for made in plans))
 
 
 def _examine(started: "Run", *, again: bool) -> None:

@@ -7,14 +7,13 @@ Source: Yang et al. 2024, arXiv 2408.06072.
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
 from ..core.schedule import Prediction, Schedule
-from .denoiser import Condition, Denoiser
+from .denoiser import Condition, Denoiser, bfloat16
 
 
 class CogVideoXDenoiser(Denoiser):
@@ -50,7 +49,7 @@ class CogVideoXDenoiser(Denoiser):
     def predict(self, xt: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
         """Return the network's output, float32 like xt [b, c, f, h, w]."""
         dtype = self.transformer.dtype
-        with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bf16):
+        with bfloat16(xt, enabled=self.bf16):
             out = self.transformer(
                 hidden_states=xt.to(dtype).transpose(1, 2),
                 encoder_hidden_states=cond.tokens.to(dtype),

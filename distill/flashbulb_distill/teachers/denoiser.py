@@ -89,6 +89,15 @@ class Denoiser(nn.Module):
         return read_x0(self, self(xt, t, cond), xt, t)
 
 
+def bfloat16(x: Tensor, *, enabled: bool) -> torch.autocast:
+    """Return the context that computes in bfloat16 (autocast) on the tensor's device.
+
+    The meta device, on which memory is planned, has none: there the CPU's is switched on, for the planner to see.
+    """
+    device = x.device.type
+    return torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=enabled)
+
+
 @contextmanager
 def watched(modules: Sequence[nn.Module]) -> Iterator[dict[int, Any]]:
     """Collect what modules return while the context is open, by their place in the list."""

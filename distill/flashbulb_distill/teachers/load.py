@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import (
     AutoTokenizer,
     CLIPTextModel,
@@ -50,6 +51,7 @@ class Source:
     bf16: bool = False
     variant: str | None = None
     loras: tuple[Path, ...] = ()
+    weights: bool = True  # False: networks on the meta device, from their configurations alone
 
     def denoiser(self) -> Denoiser:
         """Load the network with its LoRAs merged, frozen; each call reads a new copy."""
@@ -178,6 +180,10 @@ def _part(source: Source, kind: Any, name: str, dtype: torch.dtype | None = None
     """Load one part from safetensors files, sharded or not, and never from a pickle."""
     if not (source.folder / name / "config.json").is_file():
         raise FileNotFoundError(f"{source.folder}: expected {name}/config.json, found none; fetch it anew")
+    if not source.weights:
+        with torch.device("meta"):
+            network = kind.from_config(kind.load_config(source.folder, subfolder=name))
+        return nn.Module.to(network, dtype or source.dtype)  # diffusers' own `to` warns
     options = {"torch_dtype" if hasattr(kind, "load_config") else "dtype": dtype or source.dtype}
     return kind.from_pretrained(
         source.folder,

@@ -6,12 +6,11 @@ Source: Esser et al. 2024, arXiv 2403.03206.
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from ..core.schedule import Prediction
-from .denoiser import Condition, Denoiser
+from .denoiser import Condition, Denoiser, bfloat16
 
 
 class Sd3Denoiser(Denoiser):
@@ -34,7 +33,7 @@ class Sd3Denoiser(Denoiser):
     def predict(self, xt: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
         """Return the network's output, float32 like xt [b, c, h, w]."""
         dtype = self.transformer.dtype
-        with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bf16):
+        with bfloat16(xt, enabled=self.bf16):
             out = self.transformer(
                 hidden_states=xt.to(dtype),
                 timestep=timestep,

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..core.schedule import Prediction, Schedule
-from .denoiser import Condition, Denoiser
+from .denoiser import Condition, Denoiser, bfloat16
 
 PIXELS_PER_LATENT = 8
 
@@ -44,7 +44,7 @@ class SdxlDenoiser(Denoiser):
         """Return the network's output, float32 like xt [b, 4, h, w]."""
         dtype = self.unet.dtype
         added = {"text_embeds": cond.pooled.to(dtype), "time_ids": time_ids(xt).to(dtype)}
-        with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bf16):
+        with bfloat16(xt, enabled=self.bf16):
             out = self.unet(
                 xt.to(dtype),
                 timestep,

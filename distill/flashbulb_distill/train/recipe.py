@@ -370,7 +370,13 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set: expected key.of.recipe=value, got {override!r}")
     *parents, last = key.split(".")
     node = raw
-    for part in parents:
+    for depth, part in enumerate(parents):
+        if (
+            depth == 0
+            and part in Recipe.model_fields
+            and isinstance(Recipe.model_fields[part].default, Strict)
+        ):
+            node.setdefault(part, {})  # a section that a recipe may leave out
         child = node.get(part)
         if not isinstance(child, dict):
             raise RecipeError(f"--set {override}: the recipe has no section {part!r}")
