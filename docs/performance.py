@@ -57,6 +57,15 @@ def _student(result: Result) -> list[str]:
     return _table(["one picture", "CPU ms"], rows)
 
 
+def _step_budget(result: Result) -> list[str]:
+    rows = [[part, float(ms)] for part, ms in result["cpu_ms"].items() if part != "iteration"]
+    own, whole = result["sum_of_passes_ms"], result["cpu_ms"]["iteration"]
+    ratio = result["iteration_over_passes"]
+    verdict = f"The iteration is {ratio:.2f} times its passes; the budget is {result['budget']}."
+    rows += [["sum", float(own)], ["whole iteration", float(whole)]]
+    return [*_table([f"ADM, batch of {result['batch_size']}", "CPU ms"], rows), "", verdict]
+
+
 def _saturate(result: Result) -> list[str]:
     bare = [run["pictures_per_s"] for run in result["bare"]]
     server = [run["pictures_per_s"] for run in result["server"]]
@@ -146,6 +155,7 @@ def _goodput(point: Mapping[str, Any]) -> str:
 
 SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     "student_vs_teacher": ("Student and teacher", _student),
+    "step_budget": ("A training step beside its passes", _step_budget),
     "saturate": ("Saturated throughput", _saturate),
     "overhead": (
         "What the server adds to a picture",
