@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.core.noise import draw_noise
-from flashbulb_distill.export.bundle import torch_emoji
+from flashbulb_distill.export.bundle import torch_demo
 from flashbulb_distill.export.generate import to_images
 from flashbulb_distill.export.parity import open_session
 from flashbulb_distill.teachers.emoji import TIMESTEP_SCALE, load_emoji_teacher
@@ -96,7 +96,9 @@ def main() -> None:
     torch.set_num_threads(1)
     bundle = open_bundle(options.bundle)
     teacher = load_emoji_teacher(options.bundle)  # a bundle has the layout of a teacher's folder
-    modules = {one.name: one.module.eval() for one in torch_emoji(teacher, teacher.denoiser).components}
+    modules = {
+        one.name: one.module.eval() for one in torch_demo("emoji", teacher, teacher.denoiser).components
+    }
     compiled = {name: torch.compile(module) for name, module in modules.items()}
     names = bundle.manifest.components.model_dump()
     sessions = {part: open_session(bundle.file(name)) for part, name in names.items()}

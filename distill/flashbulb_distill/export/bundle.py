@@ -1,4 +1,4 @@
-"""Write a student of the demo family as a bundle: diffusers weights, three graphs, tokenizer, manifest; all checked."""
+"""Write a student of the demo families as a bundle: diffusers weights, three graphs, tokenizer, manifest; checked."""
 
 import shutil
 from collections.abc import Mapping
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ..bundle import Guidance, Latent, Shape, Text
 from ..core.noise import draw_noise
-from ..teachers.emoji import TIMESTEP_SCALE, EmojiDenoiser, EmojiTeacher
-from ..teachers.patch_codec import PatchCodec
+from ..teachers.clip_codec import ClipCodec
+from ..teachers.cogvideox import CogVideoXDenoiser
+from ..teachers.demo import DemoTeacher
+from ..teachers.sd3 import Sd3Denoiser
 from ..teachers.text import MAX_LENGTH, model_folder, tokenise
 from .draft import draft
 from .external import place_weights
@@ -33,13 +35,24 @@ from .student import (
 from .weights import hold_inside
 
 BACKEND = "onnx"
-PROBES = ("red apple", "a rocket, noto style", "", "twemoji emoji of cat face", "\u00e9toile \U0001f31f !")
+PROBES = {
+    "emoji": (
+        "red apple",
+        "a rocket, noto style",
+        "",
+        "twemoji emoji of cat face",
+        "\u00e9toile \U0001f31f !",
+    ),
+    "emoji-motion": ("rocket flying up", "a red apple bouncing", "", "\u00e9toile \U0001f31f !"),
+}
+DemoStudent = Sd3Denoiser | CogVideoXDenoiser
 
 
 def export_bundle(
     folder: Path,
-    teacher: EmojiTeacher,
-    student: EmojiDenoiser,
+    family: str,
+    teacher: DemoTeacher[Any, Any],
+    student: DemoStudent,
     *,
     name: str,
     version: int,
@@ -51,6 +64,7 @@ def export_bundle(
     licence: str,
     attribution: str,
     tolerance: float,
+    fps: float | None = None,
 ) -> list[Parity]:
     """Write a verified bundle to `folder`, which appears whole or not at all.
 
@@ -64,23 +78,23 @@ def export_bundle(
     """
     refuse_existing(folder)
     with draft(folder) as work:
-        in_torch = torch_emoji(teacher, student)
+        in_torch = torch_demo(family, teacher, student)
         parity, parts = _write(work, teacher, student, in_torch, tolerance, max_batch)
         sizes = tuple(2**i for i in range(max_batch.bit_length()) if 2**i <= max_batch)
-        channels, side, _ = teacher.latent_shape
-        patch = teacher.codec.patch
+        shape, latent = _sizes(teacher)
         manifest = describe_student(
             work,
             student,
             name=name,
             version=version,
-            task="text-to-image",
-            family="emoji",
+            task="text-to-image" if fps is None else "text-to-video",
+            family=family,
             time_steps=time_steps,
             guidance=Guidance(mode="baked", scale=guidance),
-            shapes=(Shape(width=side * patch, height=side * patch),),
+            shapes=(shape,),
+            fps=fps,
             max_batch=max_batch,
-            latent=Latent(channels=channels, downscale=patch),
+            latent=latent,
             text=(Text(tokenizer="tokenizer.json", max_length=MAX_LENGTH),),
             parents=dict(parents),
             licence=licence,
@@ -95,19 +109,33 @@ def export_bundle(
 class DecoderGraph(nn.Module):
     """decoder.onnx: latents -> pixels clamped to [-1, 1]."""
 
-    def __init__(self, codec: PatchCodec) -> None:
+    def __init__(self, codec: nn.Module) -> None:
         super().__init__()
         self.codec = codec
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode."""
-        return self.codec.decode(latents).clamp(-1, 1)
+        pixels: Tensor = self.codec.decode(latents)  # type: ignore[operator]
+        return pixels.clamp(-1, 1)
+
+
+def _sizes(teacher: DemoTeacher[Any, Any]) -> tuple[Shape, Latent]:
+    """Return the one size of a family's pictures or clips, and how its latents relate to it."""
+    codec = teacher.codec
+    if isinstance(codec, ClipCodec):
+        channels, frames, height, width = teacher.latent_shape
+        span, patch, _ = codec.size
+        latent = Latent(channels=channels, downscale=patch, frame_downscale=span, first_frame_alone=False)
+        return Shape(width=width * patch, height=height * patch, frames=frames * span), latent
+    channels, height, width = teacher.latent_shape
+    patch = codec.patch
+    return Shape(width=width * patch, height=height * patch), Latent(channels=channels, downscale=patch)
 
 
 def _write(
     work: Path,
-    teacher: EmojiTeacher,
-    student: EmojiDenoiser,
+    teacher: DemoTeacher[Any, Any],
+    student: DemoStudent,
     in_torch: TorchStudent,
     tolerance: float,
     max_batch: int,
@@ -136,7 +164,7 @@ def _write(
             place_weights(graph, component, folders, work)
         save_graph(graph, path)
         parity.append(check_component(component.name, path, component.module, batches(component), tolerance))
-        rows = np.arange(max_batch) % len(PROBES)
+        rows = np.arange(max_batch) % len(in_torch.cond)
         parts[component.name] = (
             path,
             {name: value.numpy()[rows] for name, value in component.inputs.items()},
@@ -144,23 +172,20 @@ def _write(
     return parity, parts
 
 
-def torch_emoji(teacher: EmojiTeacher, student: EmojiDenoiser) -> TorchStudent:
+def torch_demo(family: str, teacher: DemoTeacher[Any, Any], student: DemoStudent) -> TorchStudent:
     """Return a student with the modules behind its three graphs, and inputs to trace and check them with."""
-    ids, mask = tokenise(teacher.tokenizer, PROBES)
-    cond = teacher.encode(PROBES)
-    latents = torch.from_numpy(np.stack([draw_noise(0, i, teacher.latent_shape) for i in range(len(PROBES))]))
-    timestep = torch.linspace(1, TIMESTEP_SCALE, len(PROBES))
-    timestep[0] = TIMESTEP_SCALE
-    denoiser_in = {
-        "latents": latents,
-        "timestep": timestep,
-        "prompt_embeds": cond.tokens,
-        "pooled_prompt_embeds": cond.pooled,
-    }
+    probes = PROBES[family]
+    ids, mask = tokenise(teacher.tokenizer, probes)
+    cond = teacher.encode(probes)
+    latents = torch.from_numpy(np.stack([draw_noise(0, i, teacher.latent_shape) for i in range(len(probes))]))
+    timestep = torch.linspace(1, student.timestep_scale, len(probes))
+    timestep[0] = student.timestep_scale
+    denoiser_in = {"latents": latents, "timestep": timestep, "prompt_embeds": cond.tokens}
+    if isinstance(student, Sd3Denoiser):
+        denoiser_in["pooled_prompt_embeds"] = cond.pooled
+    text_in = {"input_ids": ids, "attention_mask": mask}
     components = (
-        batched(
-            "text_encoder", teacher.text_encoder, {"input_ids": ids, "attention_mask": mask}, TEXT_OUTPUTS
-        ),
+        batched("text_encoder", teacher.text_encoder, text_in, TEXT_OUTPUTS),
         batched("denoiser", DenoiserGraph(student), denoiser_in, ("prediction",)),
         batched("decoder", DecoderGraph(teacher.codec), {"latents": latents}, ("pixels",)),
     )

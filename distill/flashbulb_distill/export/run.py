@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ..bundle import Guidance
+from ..teachers.demo import DemoTeacher
 from ..teachers.denoiser import Denoiser
-from ..teachers.emoji import EmojiDenoiser, EmojiTeacher
 from ..teachers.pretrained import PretrainedTeacher
 from ..teachers.teacher import Teacher
 from ..train.recipe import Recipe
-from .bundle import export_bundle
+from .bundle import DemoStudent, export_bundle
 from .parity import Parity
 from .student import export_student
 
@@ -51,8 +51,9 @@ def export_run(
         )
     return export_bundle(
         folder,
-        cast(EmojiTeacher, teacher),
-        cast(EmojiDenoiser, student),
+        recipe.family,
+        cast(DemoTeacher[Any, Any], teacher),
+        cast(DemoStudent, student),
         name=recipe.name,
         version=recipe.version,
         time_steps=recipe.time_steps,
@@ -63,4 +64,5 @@ def export_run(
         licence=recipe.export.licence,
         attribution=recipe.export.attribution,
         tolerance=recipe.export.tolerance,
+        fps=recipe.export.fps,
     )

@@ -1,11 +1,15 @@
 """Hold a bundle against torch again: its graphs, and whole pictures drawn as its manifest says."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..bundle import Bundle, open_bundle
+from ..teachers.demo import DemoTeacher
 from ..teachers.emoji import load_emoji_teacher
+from ..teachers.emoji_motion import load_motion_teacher
 from ..teachers.load import open_source
-from .bundle import torch_emoji
+from .bundle import torch_demo
 from .external import read_places
 from .parity import Parity, check_component
 from .pictures import MIN_SSIM, TorchStudent, compare_pictures
@@ -43,7 +47,14 @@ def load_student(bundle: Bundle) -> TorchStudent | None:
         network = "unet" if (path / "unet").is_dir() else "transformer"
         source = open_source(path, dtype=stored_dtype(read_places(path / network)))
         return torch_student(source.denoiser(), source.codec(), source.prompts(), manifest.shapes[0])
-    if manifest.family == "emoji" and (path / "transformer" / "config.json").is_file():
-        teacher = load_emoji_teacher(path)  # a bundle has the layout of a teacher's folder
-        return torch_emoji(teacher, teacher.denoiser)
-    return None
+    load = _DEMOS.get(manifest.family)
+    if load is None or not (path / "transformer" / "config.json").is_file():
+        return None
+    teacher = load(path)  # a bundle has the layout of a teacher's folder
+    return torch_demo(manifest.family, teacher, teacher.denoiser)
+
+
+_DEMOS: dict[str, Callable[[Path], DemoTeacher[Any, Any]]] = {
+    "emoji": load_emoji_teacher,
+    "emoji-motion": load_motion_teacher,
+}
