@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.export.generate import student_images
+from flashbulb_distill.export.verify import verify_bundle
 from flashbulb_distill.run import start_run
 from flashbulb_distill.train.recipe import load_recipe
 from flashbulb_service.backends import ImageRequest
 from flashbulb_service.backends.onnx import OnnxBackend
 from support.tiny_pipelines import make_tiny_pipeline
+from support.tiny_teacher import make_tiny_motion_teacher
 
 RECIPES = Path(__file__).parents[2] / "distill" / "recipes"
 PROMPTS = ["a red dog", "red"]
@@ -31,6 +34,41 @@ CASES = {
     "cogvideox-2b": ("cogvideox_2b_8step", VIDEO),
     "cogvideox-5b": ("cogvideox_5b_8step", VIDEO),
 }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_video_demos_teacher_becomes_a_bundle_of_clips(tmp_path):
+    teacher = make_tiny_motion_teacher(tmp_path / "teacher")
+    rng = np.random.default_rng(0)
+    for split, motion in (("train", "growing"), ("held-out", "flying up")):
+        clips = rng.integers(0, 255, (2, 4, 16, 32, 32, 3), dtype=np.uint8)
+        save_file({"clips": clips}, tmp_path / f"{split}.safetensors")
+        labels = [{"subject": subject, "motion": motion} for subject in ("rocket", "star")]
+        (tmp_path / f"{split}.json").write_text(json.dumps(labels))
+    (tmp_path / "prompts.txt").write_text("rocket growing\nstar growing\n")
+    overrides = [
+        f"teacher={teacher}", f"prompts={tmp_path / 'prompts.txt'}", f"evaluate.reference={tmp_path}",
+        "adm.steps=2", "adm.batch_size=2", "adm.warmup_steps=1", "adm.taps=[-1,0,1]",
+        "evaluate.num_seeds=2", "evaluate.teacher_steps=2", "evaluate.num_components=3", "export.max_batch=2",
+    ]  # fmt: skip
+    recipe = load_recipe(RECIPES / "emoji_motion.yaml", overrides)
+    run = start_run(recipe, tmp_path / "run", resume=False)
+    assert {entry.component for entry in run.export()} >= {"text_encoder", "denoiser", "decoder", "pictures"}
+    assert "Motion as asked" in (run.out / "evaluation" / "table.md").read_text()
+    bundle = open_bundle(run.bundle_folder)
+    assert bundle.manifest.metrics.keys() == {"motion_correct_of_teacher", "subject_correct_of_teacher"}
+    assert bundle.manifest.batch_invariant == {"onnx": True}
+    backend = OnnxBackend(threads=1)
+    backend.load(bundle)
+    prompts = ["rocket growing", "star growing"]
+    requests = [ImageRequest(prompt, seed, 0, 32, 32, frames=16) for seed, prompt in enumerate(prompts)]
+    drawn = backend.decode(backend.denoise(requests, backend.encode_prompts(prompts)))
+    wanted = student_images(run.teacher, run.student, recipe.time_steps)(prompts, [0, 1])
+    assert drawn.shape == wanted.shape == (2, 16, 32, 32, 3)
+    assert wanted.std() > 1
+    assert np.abs(drawn.astype(int) - wanted.astype(int)).max() <= 1
+    assert len(verify_bundle(run.bundle_folder)) == 4
 
 
 @pytest.mark.slow
