@@ -135,6 +135,7 @@ def pages() -> dict[str, str]:
         "settings.md": settings_page(Settings.model_fields),
         "errors.md": errors_page(_errors()),
         "manifest.md": manifest_page(Manifest),
+        "../images/reference-run.svg": _curves(),
         "../performance.md": NOTE + "\n" + import_module("performance").performance_page(),
         "commands.md": commands_page(_with_plugins(typer.main.get_command(app))),
     }
@@ -226,6 +227,11 @@ def _cell(text: str) -> str:
 
 def _page(lines: list[str]) -> str:
     return NOTE + "\n" + "\n".join(lines) + "\n"
+
+
+def _curves() -> str:
+    module = import_module("curves")
+    return str(module.draw(module.read_curves(FOLDER.parent / "evaluation" / "reference-run")))
 
 
 def main() -> None:

@@ -1,5 +1,8 @@
 """What users meet is documented: the pages are made from the code, and what has no description is refused."""
 
+import json
+import re
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -78,3 +81,20 @@ def test_every_metric_is_documented() -> None:
 
 def test_a_planted_metric_is_found_undocumented() -> None:
     assert undocumented({"flashbulb_unicorns_total"}) == {"flashbulb_unicorns_total"}
+
+
+def test_curves_are_drawn_of_every_figure_and_a_run_without_any_is_refused(
+    reference: ModuleType, tmp_path: Path
+) -> None:
+    curves = import_module("curves")
+    (tmp_path / "adm").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+        curves.read_curves(tmp_path)
+    rows = [{"stage": "adm", "step": step, "seconds": 1.0, "loss": 3.0 - step} for step in (1, 2)]
+    (tmp_path / "adm" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = curves.read_curves(tmp_path)
+    assert told == {"adm": {"loss": [(1, 2.0), (2, 1.0)]}}
+    points = re.search(r'polyline points="([^"]+)"', curves.draw(told))
+    assert points is not None
+    (x1, y1), (x2, y2) = (map(float, pair.split(",")) for pair in points[1].split())
+    assert x1 < x2 and y1 < y2  # down a page is down in value
