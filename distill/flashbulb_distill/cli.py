@@ -57,6 +57,7 @@ def run(
         if not no_doctor:
             _examine(started, again=False)
         parity = started.export()
+        report = started.report()
     if not started.ranks.is_first:
         return
     loaded = started.recipe
@@ -66,6 +67,7 @@ def run(
     for entry in parity:
         print(f"parity {entry.component}: {entry.error:.2e} of at most {entry.tolerance:.0e}")
     print(f"bundle: {started.bundle_folder}")
+    print(f"report: {report}")
     print(
         f"serve it: copy it to models/{loaded.name}/{loaded.version} and run flashbulb serve", file=sys.stderr
     )
@@ -136,6 +138,15 @@ def plan(
         print(json.dumps([made.model_dump(mode="json") for made in plans], indent=1))
     else:
         print("\n\n".join(table(made) for made in plans))
+
+
+@app.command(epilog="Example:  flashbulb distill report distill/recipes/emoji.yaml --out runs/emoji")
+def report(recipe: RecipePath, set_: Overrides = None, out: Out = None, device: Device = "auto") -> None:
+    """Write report.html of a run that is done: pictures, figures with intervals, cost, health, recipe, hashes."""
+    with _started(recipe, set_, out, resume=True, device=device) as started:
+        path = started.report()
+    if started.ranks.is_first:
+        print(path)
 
 
 def _examine(started: "Run", *, again: bool) -> None:

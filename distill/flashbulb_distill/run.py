@@ -9,6 +9,7 @@
     <out>/teacher/              evaluation.json: the teacher's own figures
     <out>/evaluation/           teacher.json, student.json, table.md, grid.png
     <out>/bundle/<name>/<version>/
+    <out>/report.html           all of it on one page
 
 A recipe says which of the training stages there are. A stage that is done leaves stage.json with the hash of all that
 it was made from; it runs again only if that changed. Pairs and training run on all ranks and their devices;
@@ -44,6 +45,7 @@ from .pairs.store import read_pairs
 from .progress import Progress
 from .provenance import code_version
 from .ranks import ALONE, Ranks
+from .report.write import write_report
 from .stage import StageFolder
 from .teachers.denoiser import Condition, Denoiser
 from .teachers.open import open_teacher
@@ -380,6 +382,27 @@ class Run:
                 f"{folder}: expected no bundle of other parents; give the recipe another version, or --out"
             )
         return export_run(folder, self.recipe, self.teacher, self.student, parents=parents, metrics=metrics)
+
+    def report(self) -> Path:
+        """Write report.html of what is done: pictures, figures, cost, health, recipe and hashes.
+
+        Raises:
+            RecipeError: the last training stage is not done.
+        """
+        if not (self.out / self.recipe.last_stage / STUDENT).is_file():
+            raise RecipeError(
+                f"{self.out}: expected a run whose stage {self.recipe.last_stage} is done; run it first"
+            )
+        return self.ranks.first(
+            lambda: write_report(
+                self.out,
+                self.recipe,
+                self.trained_teacher,
+                self.prompts,
+                self.bundle_folder,
+                lambda done, total: self.progress("report", done, total),
+            )
+        )
 
     @property
     def bundle_folder(self) -> Path:

@@ -20,7 +20,7 @@ Generate = Callable[[list[str], list[int]], Images]
 def to_images(pixels: Tensor) -> Images:
     """Turn pixels [n, 3, h, w] in [-1, 1] into uint8 [n, h, w, 3]."""
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return levels.movedim(1, -1).contiguous().numpy()
+    return levels.movedim(1, -1).contiguous().cpu().numpy()
 
 
 @torch.no_grad()
@@ -34,11 +34,14 @@ def draw_images(
 ) -> Images:
     """Draw a few-step student's pictures, a row of `cond` each, image index 0 of each seed."""
 
+    device = cond.tokens.device
+
     def noise(step: int) -> Tensor:
-        return torch.from_numpy(np.stack([draw_noise(seed, 0, latent_shape, step) for seed in seeds]))
+        drawn = np.stack([draw_noise(seed, 0, latent_shape, step) for seed in seeds])
+        return torch.from_numpy(drawn).to(device)
 
     def denoise(xt: Tensor, t: float) -> Tensor:
-        out: Tensor = denoiser(xt, torch.full((len(xt),), t, dtype=torch.float64), cond)
+        out: Tensor = denoiser(xt, torch.full((len(xt),), t, dtype=torch.float64, device=device), cond)
         return out
 
     latents = sample(
@@ -64,11 +67,12 @@ def student_images(teacher: Teacher, student: Denoiser, time_steps: tuple[float,
 
 def teacher_images(teacher: Teacher, num_steps: int, guidance: float) -> Generate:
     """Return a function (prompts, seeds) -> pictures by the teacher's guided ODE, from the student's noise."""
-    uncond = teacher.encode_uncond()
+    device = next(teacher.denoiser.parameters()).device
+    uncond = teacher.encode_uncond().to(device)
 
     @torch.no_grad()
     def generate(prompts: list[str], seeds: list[int]) -> Images:
-        noise = torch.from_numpy(np.stack([draw_noise(s, 0, teacher.latent_shape) for s in seeds]))
+        noise = torch.from_numpy(np.stack([draw_noise(s, 0, teacher.latent_shape) for s in seeds])).to(device)
         cond = _encode_once(teacher, prompts)
         latents = sample_teacher(
             teacher.denoiser, noise, cond, uncond, num_steps=num_steps, guidance=guidance
@@ -82,4 +86,4 @@ def _encode_once(teacher: Teacher, prompts: list[str]) -> Condition:
     """Encode each distinct prompt once."""
     distinct = list(dict.fromkeys(prompts))
     rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
-    return teacher.encode(distinct).take(rows)
+    return teacher.encode(distinct).take(rows).to(next(teacher.denoiser.parameters()).device)

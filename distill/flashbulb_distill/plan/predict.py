@@ -57,7 +57,7 @@ def predict(
     """Run one step of a stage on the meta device.
 
     Args:
-        budget_bytes: no step is run if what stays is more than this.
+        budget_bytes: no step is run if what stays is more than this, were the moments in 8 bits.
         for_cuda: norms in float32 under autocast and the optimisers' grouped arithmetic, as on a GPU.
     Raises:
         RecipeError: the teacher's configuration is not known here.
@@ -71,7 +71,8 @@ def predict(
             _prime(optimizer, grouped=for_cuda)
         resident = meter.alive_bytes
         meter.start()
-        runs = budget_bytes is None or resident <= budget_bytes
+        moments = sum(_state_bytes(optimizer) for optimizer in method.optimizers.values())
+        runs = budget_bytes is None or resident - moments * 3 // 4 <= budget_bytes
         if runs:
             method.step(_moving_step(recipe.stages[stage]))
         peak, flops = meter.peak_bytes, meter.flops

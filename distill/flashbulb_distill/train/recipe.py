@@ -214,6 +214,14 @@ class EvaluateRecipe(Strict):
     teacher_guidance: float = Field(default=2.0, ge=1)
 
 
+class ReportRecipe(Strict):
+    """What the report draws: the first training prompts with seeds 0, 1, ..."""
+
+    prompts: int = Field(default=4, ge=0, description="how many; 0 draws nothing")
+    seeds: int = Field(default=4, ge=2, description="of each prompt")
+    teacher_steps: int = Field(default=20, ge=1, description="of the teacher's pictures")
+
+
 class ExportRecipe(Strict):
     """What the bundle says of itself, and its parity gate."""
 
@@ -255,6 +263,7 @@ class Recipe(Strict):
     lcm: LcmRecipe | None = None
     guard: GuardRecipe | None = Field(default=GuardRecipe(), description="of training's health; null: none")
     evaluate: EvaluateRecipe | None = None
+    report: ReportRecipe | None = Field(default=ReportRecipe(), description="null: a report without pictures")
     export: ExportRecipe
 
     @model_validator(mode="after")

@@ -1,0 +1,1 @@
+"""One HTML page that says what a run made, how well, and at what cost."""
