@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
-from flashbulb_service.api import admin, admin_models, edits, health, images, jobs, models, playground
+from flashbulb_service.api import admin, admin_models, edits, health, images, jobs, models, playground, videos
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import describe
 from flashbulb_service.api.gate import Gate
@@ -42,7 +42,7 @@ def create_app(
     context = Context(settings, queue, results, presence, catalog, Metrics(), keys, word_list_of(settings))
     app = FastAPI(
         title="Flashbulb",
-        summary="Pictures from distilled one-step students, in OpenAI's shape",
+        summary="Pictures and videos from distilled few-step students, in OpenAI's shape",
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
         telemetry=_telemetry(tracing),
@@ -62,6 +62,7 @@ def create_app(
         images.router,
         edits.router,
         jobs.router,
+        videos.router,
         models.router,
         health.router,
         admin.router,

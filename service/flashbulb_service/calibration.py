@@ -27,8 +27,9 @@ from flashbulb_distill.bundle.engines import list_engines
 from flashbulb_service.backends import Backend, ImageRequest, Student, create_backend
 from flashbulb_service.backends.choice import choose_backend, this_machine
 from flashbulb_service.backends.embeddings import EmbeddingCache
+from flashbulb_service.catalog import row_tokens
 from flashbulb_service.cores import usable_cores
-from flashbulb_service.scheduler import batch_cap, count_tokens, rows_within
+from flashbulb_service.scheduler import batch_cap, rows_within
 from flashbulb_service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -100,15 +101,6 @@ def load_student(bundle: Bundle, settings: Settings, cache: EmbeddingCache | Non
     canonical = rows_within(settings.max_batch_tokens, max(row_tokens(manifest)), canonical)
     padded = {size: ms for size, ms in times.items() if size == canonical}
     return Calibrated(Student(backend, canonical), min(cap, canonical), padded)
-
-
-def row_tokens(manifest: Manifest) -> list[int]:
-    """Return the tokens of a row of every shape and number of steps that the student offers."""
-    return [
-        count_tokens(shape.width, shape.height, shape.frames, num_steps)
-        for shape in manifest.shapes
-        for num_steps in manifest.offered_steps
-    ]
 
 
 def backend_of(bundle: Bundle, settings: Settings) -> str:

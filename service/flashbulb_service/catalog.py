@@ -7,9 +7,12 @@ from pathlib import Path
 
 from flashbulb_distill.bundle import Bundle, BundleError, Manifest, hash_file, list_models, open_bundle
 from flashbulb_service.errors import BundleRejected, InvalidRequest, ModelUnloaded, UnknownModel
+from flashbulb_service.scheduler import count_tokens
+from flashbulb_service.tasks import Task
 
-# Names that clients have built in.
-OPENAI_NAMES = (
+# Names that clients have built in, and what they ask for with them.
+OPENAI_VIDEO_NAMES = ("sora-2", "sora-2-pro")
+OPENAI_IMAGE_NAMES = (
     "chatgpt-image-latest",
     "dall-e-2",
     "dall-e-3",
@@ -20,6 +23,13 @@ OPENAI_NAMES = (
     "gpt-image-2.5-flare",
     "gpt-image-2.5-sunburst",
 )
+
+
+# task -> where it is asked for, in a sentence
+ROUTES: Mapping[str, str] = {
+    "text-to-image": "draws pictures: POST /v1/images/generations",
+    "text-to-video": "makes videos: POST /v1/videos",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Model:
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Return the offered (width, height) pairs; the first is the default."""
-        return tuple((shape.width, shape.height) for shape in self.bundle.manifest.shapes)
+        return tuple(dict.fromkeys((shape.width, shape.height) for shape in self.bundle.manifest.shapes))
 
 
 def open_model(path: Path, name: str, version: int, *, verify: bool) -> Model:
@@ -141,23 +151,47 @@ class Catalog:
         """Return what may be written as 'model': names, and names with a version."""
         return tuple(dict.fromkeys([m.name for m in self.models] + [m.id for m in self.models]))
 
-    def find(self, wanted: str | None, *, unloaded_too: bool = False) -> Model:
+    def find(self, wanted: str | None, *, task: Task | None = None, unloaded_too: bool = False) -> Model:
         """Find a model by "name" (its newest version), "name@version" or alias; None is the default.
+
+        Args:
+            task: what it is for; the default of a task is the default model if that does it, else the first that does.
 
         Raises:
             UnknownModel: there is none of that name.
             ModelUnloaded: an operator has unloaded it, and `unloaded_too` is not set.
+            InvalidRequest: it does not do the task.
         """
-        if wanted is None or wanted in self._openai_names():
-            if self._default is None and not self.models:
-                raise UnknownModel("default")
-            if self._default is None:
-                served = self.newest()
-                if not served:
-                    raise ModelUnloaded(self.models[0].id)
-                return served[0]
-            wanted = self._default
-        return self._resolve(self._aliases.get(wanted, wanted), unloaded_too=unloaded_too)
+        built_in = self._built_in()
+        if wanted is None or wanted in built_in:
+            return self._default_of(task if wanted is None else built_in[wanted])
+        model = self._resolve(self._aliases.get(wanted, wanted), unloaded_too=unloaded_too)
+        offered = model.bundle.manifest.task
+        if task not in (None, offered):
+            raise InvalidRequest(
+                f"model: {model.id} {ROUTES[offered]}", param="model", code="unsupported_task"
+            )
+        return model
+
+    def _default_of(self, task: Task | None) -> Model:
+        """Return what is meant where no model is named."""
+        if self._default is not None:
+            default = self._resolve(self._aliases.get(self._default, self._default))
+            if task in (None, default.bundle.manifest.task):
+                return default
+        served = [model for model in self.newest() if task in (None, model.bundle.manifest.task)]
+        if served:
+            return served[0]
+        shelved = [model for model in self.models if task in (None, model.bundle.manifest.task)]
+        if shelved:
+            raise ModelUnloaded(shelved[0].id)
+        if task is None or not self.models:
+            raise UnknownModel("default")
+        raise InvalidRequest(
+            f"model: expected a model for {task} on this server, which has none: it has {', '.join(self.names)}",
+            param="model",
+            code="unsupported_task",
+        )
 
     def newest(self) -> list[Model]:
         """Return the newest version of every name that is not unloaded."""
@@ -165,7 +199,7 @@ class Catalog:
 
     def aliases_of(self, model: Model) -> tuple[str, ...]:
         """Return the other names that lead to a model."""
-        names = (*self._aliases, *self._openai_names())
+        names = (*self._aliases, *self._built_in())
         return tuple(sorted(name for name in names if self._leads_to(name, model)))
 
     def _leads_to(self, name: str, model: Model) -> bool:
@@ -174,9 +208,17 @@ class Catalog:
         except UnknownModel:  # its target has left the repository
             return False
 
-    def _openai_names(self) -> frozenset[str]:
+    def _built_in(self) -> dict[str, Task]:
+        """Return the names of OpenAI's that mean a default here, and of which task; only tasks that some model does."""
+        if not self._openai_aliases:
+            return {}
         taken = {model.name for model in self.models} | set(self._aliases)
-        return frozenset(OPENAI_NAMES if self._openai_aliases else ()) - taken
+        tasks = {model.bundle.manifest.task for model in self.models}
+        names: dict[str, Task] = {
+            **dict.fromkeys(OPENAI_IMAGE_NAMES, "text-to-image"),
+            **dict.fromkeys(OPENAI_VIDEO_NAMES, "text-to-video"),
+        }
+        return {name: task for name, task in names.items() if name not in taken and task in tasks}
 
     def _resolve(self, wanted: str, *, unloaded_too: bool = False) -> Model:
         matching = [model for model in self.models if wanted in (model.name, model.id)]
@@ -188,6 +230,15 @@ class Catalog:
         if not served:
             raise ModelUnloaded(matching[-1].id)
         return served[-1]
+
+
+def row_tokens(manifest: Manifest) -> list[int]:
+    """Return the tokens of a row of every shape and number of steps that the student offers."""
+    return [
+        count_tokens(shape.width, shape.height, shape.frames, num_steps)
+        for shape in manifest.shapes
+        for num_steps in manifest.offered_steps
+    ]
 
 
 def exporter_times(manifest: Manifest, backend: str) -> Mapping[int, float]:

@@ -1,6 +1,7 @@
 """What long work does between two steps: give the device away, tell how far it is, hear whether it is wanted."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Coroutine, MutableMapping
 from dataclasses import dataclass, field
@@ -20,9 +21,9 @@ class LongRun:
 
     device, turn: where it runs; it holds the turn whenever a method is called.
     known_s: seconds of a step, newest; shared by all runs.
-    tell: (steps done, steps) -> whether short work waits in the queue.
+    tell: (steps done, steps) -> whether short work waits in the queue. ask: the same, and tells nobody.
     tell_last: called on the loop with the number of steps when all are done.
-    note: called on the loop with the time at which the step that began should end, 0.0 when it has ended.
+    note: called on the loop with the time at which a step that began should end (inf: unknown), 0.0 when it has ended.
     """
 
     device: Turns
@@ -31,6 +32,7 @@ class LongRun:
     key: Key
     known_s: MutableMapping[Key, float]
     tell: Callable[[int, int], Coroutine[Any, Any, bool]]
+    ask: Callable[[], Coroutine[Any, Any, bool]]
     tell_last: Callable[[int], None]
     note: Callable[[float], None]
     _began: float = field(default=0.0, init=False)
@@ -38,7 +40,7 @@ class LongRun:
     def begin_step(self) -> None:
         """Say when the step that begins should end."""
         self._began = time.monotonic()
-        self.loop.call_soon_threadsafe(self.note, self._began + self.known_s.get(self.key, 0.0))
+        self.loop.call_soon_threadsafe(self.note, self._began + self.known_s.get(self.key, math.inf))
 
     def end_step(self, step: int, num_steps: int) -> None:
         """Learn from a step (from 0) that ended; before another one, let short work go first."""
@@ -49,10 +51,25 @@ class LongRun:
         if step + 1 == num_steps:
             self.loop.call_soon_threadsafe(self.tell_last, num_steps)
             return
+        before = self.device.num_turns
         with self.turn.given_way():
-            telling = asyncio.run_coroutine_threadsafe(self.tell(step + 1, num_steps), self.loop)
-            try:
-                if telling.result(ANSWER_S):
-                    self.device.expect_short()
-            except TimeoutError:
-                telling.cancel()
+            self._listen(self.tell(step + 1, num_steps))
+        # Behind the short work that ran meanwhile more may have come.
+        while (
+            self.device.num_turns > before + 1 and self._listen(self.ask()) and not self.device.is_long_owed
+        ):
+            before = self.device.num_turns
+            with self.turn.given_way(was_idle=True):
+                pass
+
+    def _listen(self, question: Coroutine[Any, Any, bool]) -> bool:
+        """Return whether short work waits in the queue; it is then expected on the device."""
+        asking = asyncio.run_coroutine_threadsafe(question, self.loop)
+        try:
+            waits = asking.result(ANSWER_S)
+        except TimeoutError:
+            asking.cancel()
+            return False
+        if waits:
+            self.device.expect_short()
+        return waits

@@ -85,13 +85,18 @@ class Claim:
     jobs: list[Job]
     lent: LoadedModel | None = None  # from when it is in memory
     lost: set[str] = field(default_factory=set)  # cancelled, or another attempt owns them
-    held: "asyncio.Future[bool] | None" = None  # whether the jobs are ours after all; None: they are
+    held: "asyncio.Future[bool | None] | None" = None  # whether the jobs are ours after all; None: they are
     drawn: bool = False
     previews: list["asyncio.Task[Any]"] = field(default_factory=list)  # on their way to those who watch
 
     async def is_held(self) -> bool:
         """Wait for the answer of the queue, before which it must not be told of any outcome."""
-        return self.held is None or await asyncio.shield(self.held)
+        return self.held is None or bool(await asyncio.shield(self.held))
+
+    @property
+    def is_refused(self) -> bool:
+        """Tell whether the queue said no: nothing is ours by this claim, though it may be by another one."""
+        return self.held is not None and self.held.done() and self.held.result() is False
 
     @property
     def lane(self) -> str:
@@ -160,7 +165,7 @@ class Pipeline:
         self._drawers = ThreadPoolExecutor(2 * (MAX_DRAWING + MAX_DELIVERING), "draw")
         self._stages = {stage: threading.Lock() for stage in ("text", "decode")}
         self._device = Turns()
-        self._step_end = 0.0  # of the step of long work that is being drawn, as far as we know; 0: none is
+        self._step_end = 0.0  # of the step of long work that is being drawn; inf: nobody knows, 0: none is
         self._known_step_s: dict[Key, float] = {}  # seconds of a step of long work, newest
         self._encoders = ThreadPoolExecutor(min(MAX_ENCODERS, os.cpu_count() or 1), "encode")
         self._claims: dict[asyncio.Task[None], Claim] = {}
@@ -198,19 +203,26 @@ class Pipeline:
         """
         ordered = sorted(self._deliveries_ms[lane])
         delivery_ms = ordered[math.ceil(0.95 * len(ordered)) - 1] if ordered else 0.0
-        free_at = max(self._free_at, self._step_end) if lane == SHORT else 0.0
+        step_end = self._step_end if self._step_end < math.inf else 0.0
+        free_at = max(self._free_at, step_end) if lane == SHORT else 0.0
         return max(0.0, free_at - time.monotonic()) * 1000 + delivery_ms
 
     def submit(
-        self, model: Model, jobs: list[Job], lend: Lend, *, held: "asyncio.Future[bool] | None" = None
+        self,
+        model: Model,
+        jobs: list[Job],
+        lend: Lend,
+        *,
+        held: "asyncio.Future[bool | None] | None" = None,
     ) -> None:
         """Draw and deliver claimed jobs with the model that `lend` lends; none stays leased when that ends.
 
-        held: drawing starts while the claim is still on its way, and nothing is committed unless it succeeds.
+        held: drawing starts while the claim is still on its way, and nothing is committed unless it succeeds (True).
+            Refused (False), nothing is handed back: the jobs may be ours by another claim. None: nobody knows.
         """
         claim = Claim(model, jobs, held=held)
 
-        def stop_unless_held(answer: "asyncio.Future[bool]") -> None:
+        def stop_unless_held(answer: "asyncio.Future[bool | None]") -> None:
             if not answer.result():
                 claim.lost.update(job.id for job in jobs)
 
@@ -218,7 +230,9 @@ class Pipeline:
             held.add_done_callback(stop_unless_held)
         self._metrics.claimed(jobs)
         if claim.lane == SHORT:
-            free_at = max(time.monotonic(), self._free_at, self._step_end)
+            free_at = max(
+                time.monotonic(), self._free_at, self._step_end if self._step_end < math.inf else 0.0
+            )
             self._free_at = free_at + self._known_s.get((model.id, len(jobs)), 0.0)
         task = asyncio.create_task(self._run(claim, lend))
         self._claims[task] = claim
@@ -253,8 +267,8 @@ class Pipeline:
             return None
         if any(claim.suspect for claim in self._claims.values()):
             return None  # nobody may lose an attempt beside it
-        free_at = max(self._free_at if drawing else 0.0, self._step_end)
-        return max(0.0, free_at - time.monotonic() - CLAIM_LEAD_S) if lane == SHORT else 0.0
+        free_at = max(self._free_at if drawing else 0.0, self._step_end) if lane == SHORT else 0.0
+        return None if free_at == math.inf else max(0.0, free_at - time.monotonic() - CLAIM_LEAD_S)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         claim = self._claims.pop(task)
@@ -290,12 +304,13 @@ class Pipeline:
                     while others := set(self._claims) - {asyncio.current_task()}:
                         await asyncio.wait(others)
                 await self._run_batch(claim, claim.jobs, is_whole=True)
-                if not await claim.is_held():  # the answer may have been lost, and not the claim
+                if not await claim.is_held() and not claim.is_refused:  # the answer was lost
                     await self._queue.release(self._worker_id, claim.jobs)
         except BaseException:  # finished jobs are no longer ours, so this hands back only the rest
             await claim.is_held()
-            with contextlib.suppress(QueueUnavailable):
-                await self._queue.release(self._worker_id, claim.jobs)
+            if not claim.is_refused:
+                with contextlib.suppress(QueueUnavailable):
+                    await self._queue.release(self._worker_id, claim.jobs)
             raise
         finally:
             for sending in claim.previews:
@@ -490,10 +505,15 @@ class Pipeline:
         async def tell(step: int, num_steps: int) -> bool:
             return await self._tell_step(claim, rows, StepDone(step=step, steps=num_steps))
 
+        async def ask() -> bool:
+            return await self._tell_step(claim, rows, None)
+
         def tell_last(num_steps: int) -> None:
             claim.previews.append(asyncio.create_task(tell(num_steps, num_steps)))
 
-        return LongRun(self._device, turn, loop, key, self._known_step_s, tell, tell_last, self._note_step)
+        return LongRun(
+            self._device, turn, loop, key, self._known_step_s, tell, ask, tell_last, self._note_step
+        )
 
     def _note_step(self, end: float) -> None:
         """Note when the step that began will have been drawn; 0: it has been, and whoever waited may go on."""
@@ -501,13 +521,15 @@ class Pipeline:
         if not end:
             self._tell_change()
 
-    async def _tell_step(self, claim: Claim, rows: list[tuple[Job, ImageTask]], told: StepDone) -> bool:
+    async def _tell_step(
+        self, claim: Claim, rows: list[tuple[Job, ImageTask]], told: StepDone | None
+    ) -> bool:
         """Tell the queue of a step, and learn what is not ours any more; return whether short work waits for us."""
-        data, jobs = told.to_bytes().decode(), [job for job, _ in rows]
+        data, jobs = told.to_bytes().decode() if told else "", [job for job, _ in rows]
         try:
             lost, waits = await self._queue.step_done(self._worker_id, jobs, data, self._short_models())
         except QueueUnavailable as error:
-            log.warning("step %d of %d is not told: %s", told.step, told.steps, error.message)
+            log.warning("a step of job %s is not told: %s", jobs[0].id, error.message)
             return False
         claim.lost.update(lost)
         return waits

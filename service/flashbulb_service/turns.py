@@ -70,9 +70,9 @@ class Turn:
         self._turns.release(self, is_over=True)
 
     @contextmanager
-    def given_way(self) -> Iterator[None]:
-        """Leave the device to others while this is open, then wait for it again."""
-        self._turns.release(self)
+    def given_way(self, *, was_idle: bool = False) -> Iterator[None]:
+        """Leave the device to others while this is open, then wait for it again. was_idle: nothing ran in this turn."""
+        self._turns.release(self, was_idle=was_idle)
         try:
             yield
         finally:
@@ -91,6 +91,7 @@ class Turns:
         self._since = 0.0
         self._shares = Shares()
         self._expected_until = 0.0  # short work is on its way to us
+        self.num_turns = 0  # so far
 
     @contextmanager
     def enter(self, lane: str) -> Iterator[Turn]:
@@ -117,6 +118,12 @@ class Turns:
             if all(place.lane == LONG for place in self._places):
                 self._expected_until = self._clock() + within_s
 
+    @property
+    def is_long_owed(self) -> bool:
+        """Tell whether long work would go before short work now."""
+        with self._changed:
+            return next_lane((SHORT, LONG), self._shares) == LONG
+
     def acquire(self, turn: Turn) -> None:
         """Wait until it is this one's turn."""
         with self._changed:
@@ -126,14 +133,16 @@ class Turns:
                 self._changed.wait(left_s if left_s > 0 else None)
             turn.is_ready = False
             self._running, self._since = turn, self._clock()
+            self.num_turns += 1
 
-    def release(self, turn: Turn, *, is_over: bool = False) -> None:
-        """End a turn; the place stays, unless it is over."""
+    def release(self, turn: Turn, *, is_over: bool = False, was_idle: bool = False) -> None:
+        """End a turn; the place stays, unless it is over. A turn in which nothing ran is nobody's."""
         with self._changed:
             now = self._clock()
-            ms = (now - self._since) * 1000
-            turn.held_ms += ms
-            self._shares = self._shares.charged(turn.lane, ms, now * 1000)
+            if not was_idle:
+                ms = (now - self._since) * 1000
+                turn.held_ms += ms
+                self._shares = self._shares.charged(turn.lane, ms, now * 1000)
             self._running = None
             if is_over:
                 self._places.remove(turn)

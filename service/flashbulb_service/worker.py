@@ -211,7 +211,13 @@ class Worker:
                 self._submit(models[taken.jobs[0].model], taken.jobs)
         return taken.more
 
-    def _submit(self, served: Served, jobs: list[Job], held: "asyncio.Future[bool] | None" = None) -> None:
+    def _server_time(self) -> float:
+        """Return seconds since the epoch by the queue's clock."""
+        return time.time() + self._presence.clock_offset_s
+
+    def _submit(
+        self, served: Served, jobs: list[Job], held: "asyncio.Future[bool | None] | None" = None
+    ) -> None:
         self._pipeline.submit(served.model, jobs, partial(self._pool.use, served), held=held)
 
     async def _claim_lone(self, lone: Lone, models: Mapping[str, Served]) -> Taken | None:
@@ -223,20 +229,17 @@ class Worker:
             return None
         if plan.predicted_ms > EARLY_MS:
             return None
-        held = asyncio.get_running_loop().create_future()
+        held: asyncio.Future[bool | None] = asyncio.get_running_loop().create_future()
         self._submit(served, [lone.job], held)
         try:
             taken = await self._queue.take(self.id, plan, self._lease_s, models=list(models), lone=lone)
             held.set_result(taken.jobs == [lone.job])
         finally:
             if not held.done():
-                held.set_result(False)
+                held.set_result(None)
         if not held.result() and taken.jobs:  # another attempt of it
             self._submit(served, taken.jobs)
         return taken if taken.jobs else None
-
-    def _server_time(self) -> float:
-        return time.time() + self._presence.clock_offset_s
 
     def _decide(self, window: Window, lane: str) -> Plan | None:
         return self._scheduler.plan(replace(window, now_ms=window.now_ms + self._pipeline.lead_ms(lane)))

@@ -11,11 +11,10 @@ from typing import Any, NoReturn
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 
 from flashbulb_service.api.context import Context, Shared
-from flashbulb_service.api.errors import UnsupportedMedia, first_problem
+from flashbulb_service.api.errors import first_problem
+from flashbulb_service.api.forms import BODY, read_form
 from flashbulb_service.api.media import is_json
 from flashbulb_service.api.picture_headers import MAX_PIXELS, read_header
 from flashbulb_service.api.schemas import ERRORS, ImagesRequest
@@ -24,24 +23,11 @@ from flashbulb_service.errors import InvalidRequest
 router = APIRouter(responses=ERRORS)
 
 MAX_PICTURES = 16
-MAX_FIELDS = 60
-_INTEGERS = ("n", "seed", "rng_seed", "steps", "num_inference_steps", "output_compression", "partial_images")
-_NUMBERS = ("guidance_scale", "true_cfg_scale")
 _EDIT_ONLY = ("input_fidelity",)
 _DATA_URL = re.compile(r"data:image/(png|jpeg|webp);base64,([A-Za-z0-9+/=\s]+)")
 
-_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {"schema": {"type": "object"}},
-            "application/json": {"schema": {"type": "object"}},
-        },
-    }
-}
 
-
-@router.post("/v1/images/edits", summary="Change pictures (no student here does)", openapi_extra=_BODY)
+@router.post("/v1/images/edits", summary="Change pictures (no student here does)", openapi_extra=BODY)
 async def edit_images(request: Request, context: Shared) -> None:
     """Check the request in full, then say that no model of this server edits pictures."""
     fields, pictures, mask = await _read(request)
@@ -51,7 +37,7 @@ async def edit_images(request: Request, context: Shared) -> None:
 
 
 @router.post(
-    "/v1/images/variations", summary="Draw a picture again (no student here does)", openapi_extra=_BODY
+    "/v1/images/variations", summary="Draw a picture again (no student here does)", openapi_extra=BODY
 )
 async def vary_image(request: Request, context: Shared) -> None:
     """Check the request in full, then say that no model of this server varies pictures."""
@@ -66,57 +52,24 @@ Fields = dict[str, Any]
 
 async def _read(request: Request) -> tuple[Fields, list[bytes], bytes | None]:
     """Read a JSON or multipart body into fields, pictures and a mask."""
-    kind = request.headers.get("content-type", "")
-    if is_json(kind):
-        try:
-            body = await request.json()
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest("expected a JSON body", code="invalid_json") from error
-        if not isinstance(body, dict):
-            raise InvalidRequest("expected a JSON object", code="invalid_body")
-        return _from_json(body)
-    if kind.partition(";")[0].strip().lower() != "multipart/form-data":
-        raise UnsupportedMedia(f"expected multipart/form-data or application/json, got {kind[:80]!r}")
-    try:
-        async with request.form(max_files=MAX_PICTURES + 1, max_fields=MAX_FIELDS) as form:
-            return await _from_form(form)
-    except HTTPException as error:
-        raise InvalidRequest(f"expected a multipart body: {error.detail}", code="invalid_body") from error
-
-
-async def _from_form(form: FormData) -> tuple[Fields, list[bytes], bytes | None]:
-    fields: Fields = {}
+    form = await read_form(request, max_files=MAX_PICTURES + 1)
+    if is_json(request.headers.get("content-type", "")):
+        return _from_json(form.fields)
     pictures: list[bytes] = []
     mask: bytes | None = None
-    for name, value in form.multi_items():
+    for name, data in form.files:
         if name in ("image", "image[]"):
-            pictures.append(await _upload(name, value))
+            pictures.append(data)
         elif name == "mask":
-            mask = await _upload(name, value)
-        elif isinstance(value, UploadFile):
+            mask = data
+        else:
             raise InvalidRequest(
                 f"{name[:64]}: expected text, got a file", param=name[:64], code="invalid_type"
             )
-        else:
-            fields[name] = from_text(name, value)
-    return fields, pictures, mask
-
-
-async def _upload(name: str, value: UploadFile | str) -> bytes:
-    if not isinstance(value, UploadFile):
-        raise InvalidRequest(f"{name}: expected a file, got text", param=name, code="invalid_type")
-    return await value.read()
-
-
-def from_text(name: str, text: str) -> Any:
-    """Turn a form's text into what the field holds; what cannot be turned is left for the schema to judge."""
-    if name in _INTEGERS and re.fullmatch(r"-?[0-9]{1,20}", text):
-        return int(text)
-    if name in _NUMBERS and re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,12})?", text):
-        return float(text)
-    if text in ("true", "false"):
-        return text == "true"
-    return text
+    for name in ("image", "mask"):
+        if name in form.fields:
+            raise InvalidRequest(f"{name}: expected a file, got text", param=name, code="invalid_type")
+    return form.fields, pictures, mask
 
 
 def _from_json(body: Mapping[str, Any]) -> tuple[Fields, list[bytes], bytes | None]:
@@ -180,7 +133,7 @@ def _check_fields(fields: Fields) -> None:
 
 def _refuse(context: Context, wanted: str, fields: Fields) -> NoReturn:
     name = fields.get("model")
-    model = context.catalog.find(name if isinstance(name, str) else None)
+    model = context.catalog.find(name if isinstance(name, str) else None, task="text-to-image")
     raise InvalidRequest(
         f"{model.id} does not offer {wanted}: it offers {model.bundle.manifest.task} "
         "at POST /v1/images/generations",

@@ -3,7 +3,7 @@
 `describe` is the one place where an error gets its HTTP status.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from http import HTTPStatus
@@ -69,6 +69,23 @@ class UnsupportedMedia(ServiceError):
     """The body is of a type that this route does not read."""
 
     code = "unsupported_media_type"
+
+
+class VideoNotFound(ServiceError):
+    """There is no video of this id: it never existed, was deleted, or its time is over."""
+
+    code = "video_not_found"
+
+
+class RangeNotSatisfiable(ServiceError):
+    """The range of bytes that was asked for lies outside the file."""
+
+    code = "range_not_satisfiable"
+
+    def __init__(self, size: int) -> None:
+        """Tell the size of the file in bytes."""
+        super().__init__(f"expected a range of bytes inside the file, which has {size}")
+        self.size = size
 
 
 class TooManyStreams(ServiceError):
@@ -151,7 +168,7 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(401, error.code, error.message, headers={"www-authenticate": "Bearer"})
         case MissingScope():
             return ErrorAnswer(403, error.code, error.message)
-        case JobNotFound() | ResultNotFound() | KeyNotFound():
+        case JobNotFound() | ResultNotFound() | VideoNotFound() | KeyNotFound():
             return ErrorAnswer(404, error.code, error.message)
         case IdempotencyConflict():
             return ErrorAnswer(409, error.code, error.message, "Idempotency-Key", NO_RETRY)
@@ -161,6 +178,10 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(408, error.code, error.message, headers={"connection": "close"})
         case WrongHost():
             return ErrorAnswer(421, error.code, error.message, headers=NO_RETRY)
+        case RangeNotSatisfiable():
+            return ErrorAnswer(
+                416, error.code, error.message, headers={"content-range": f"bytes */{error.size}"}
+            )
         case UnsupportedMedia():
             return ErrorAnswer(415, error.code, error.message)
         case TooManyStreams():
@@ -248,33 +269,35 @@ class _Kept(dict[str, Any]):
         return self.missing_text
 
 
-def first_problem(problems: Sequence[Mapping[str, Any]]) -> InvalidRequest:
-    """Tell the first thing wrong with a request: one error at a time, as OpenAI does."""
+def first_problem(
+    problems: Sequence[Mapping[str, Any]], known: Iterable[str] = ImagesRequest.model_fields
+) -> InvalidRequest:
+    """Tell the first thing wrong with a request: one error at a time, as OpenAI does. known: its fields."""
     problem = problems[0]
     place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(place) or None
     kind = problem["type"]
     if kind == "extra_forbidden":
-        return unknown_parameter(place[-1])
+        return unknown_parameter(place[-1], known)
     if kind == "json_invalid":
         param = None
     if kind in ("model_attributes_type", "dict_type", "model_type"):
         message = "expected a JSON object with the header 'Content-Type: application/json'"
         return InvalidRequest(message, code="invalid_body")
-    known = _PROBLEMS.get(kind)
-    if known is None:
+    told = _PROBLEMS.get(kind)
+    if told is None:
         code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
         return InvalidRequest(f"{param}: {problem['msg']}", param=param, code=code)
-    text = known.text.format_map(_Kept(problem.get("ctx", {}), input=problem.get("input")))
-    return InvalidRequest(f"{param or 'body'}: {text}", param=param, code=known.code)
+    text = told.text.format_map(_Kept(problem.get("ctx", {}), input=problem.get("input")))
+    return InvalidRequest(f"{param or 'body'}: {text}", param=param, code=told.code)
 
 
-def unknown_parameter(name: str) -> InvalidRequest:
+def unknown_parameter(name: str, known: Iterable[str]) -> InvalidRequest:
     """Refuse a field that nobody defines, with the nearest name that exists."""
     if name in HINTS:
         return InvalidRequest(
             f"unknown parameter {name!r}: {HINTS[name]}", param=name, code="unknown_parameter"
         )
-    near = get_close_matches(name[:64], [*ImagesRequest.model_fields, *ALIASES], n=1)
+    near = get_close_matches(name[:64], [*known, *ALIASES], n=1)
     hint = f": did you mean {near[0]!r}?" if near else ": remove it"
     return InvalidRequest(f"unknown parameter {name[:64]!r}{hint}", param=name, code="unknown_parameter")

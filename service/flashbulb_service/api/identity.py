@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from flashbulb_service.api.schemas import ImagesRequest
+from flashbulb_service.api.schemas import DrawRequest
 from flashbulb_service.tenants.keys import KeyRecord
 
 
@@ -23,7 +23,7 @@ def owner_of(request: Request) -> str:
     return str(getattr(request.state, "tenant", "default"))
 
 
-def caller_of(request: Request, body: ImagesRequest) -> Caller:
+def caller_of(request: Request, body: DrawRequest) -> Caller:
     """Return the caller: the API key, with its share; without keys, the end user that the client names.
 
     The share is the key's as a whole, since otherwise a client could take more by making up end users.

@@ -28,7 +28,7 @@ from flashbulb_service.api.identity import Caller, caller_of
 from flashbulb_service.api.media import expect_json
 from flashbulb_service.api.partials import check_room, partial_images
 from flashbulb_service.api.plan import Plan, body_digest, check_webhook, keep, make_plan
-from flashbulb_service.api.schemas import ERRORS, MAX_KEY_CHARS, ImagesRequest
+from flashbulb_service.api.schemas import ERRORS, MAX_KEY_CHARS, DrawRequest, ImagesRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound, QueueUnavailable, ServiceError
 from flashbulb_service.jobs import JobView
 from flashbulb_service.queue import Expected
@@ -136,7 +136,7 @@ class Queued:
     expected: Expected | None = None  # where the news of their end arrives
 
 
-def choose_key(body: ImagesRequest, header: str | None, retry_count: str | None) -> Key:
+def choose_key(body: DrawRequest, header: str | None, retry_count: str | None) -> Key:
     """Return the client's idempotency key, else for a client library's request one made of its body.
 
     Equal first attempts stay apart, for people want different pictures; only a retry may join an earlier one.
@@ -167,7 +167,7 @@ def choose_key(body: ImagesRequest, header: str | None, retry_count: str | None)
 async def enqueue(
     context: Context,
     plan: Plan,
-    body: ImagesRequest,
+    body: DrawRequest,
     caller: Caller,
     key: Key,
     *,

@@ -1,4 +1,7 @@
-"""/v1/jobs: requests that nobody has to wait for. A job has the id of the first of its pictures' queue jobs."""
+"""/v1/jobs: requests that nobody has to wait for. A job has the id of the first of its pictures' queue jobs.
+
+A video is a job as well, under its own id: read, cancelled and watched here, made and listed at /v1/videos.
+"""
 
 import contextlib
 import re
@@ -18,15 +21,16 @@ from flashbulb_service.api.partials import check_room, preview_of
 from flashbulb_service.api.plan import make_plan
 from flashbulb_service.api.schemas import ERRORS, JobRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound, NewerMessage, UnknownModel
+from flashbulb_service.eta import queued_ms, running_ms
 from flashbulb_service.jobs import JobState, JobView
 from flashbulb_service.queue import Event, RequestView
-from flashbulb_service.tasks import RequestRecord
+from flashbulb_service.tasks import RequestRecord, StepDone
 from flashbulb_service.webhooks import Message, make_body
 
 router = APIRouter(responses=ERRORS)
 
 HEARTBEAT_S = 5.0
-_ID = re.compile(r"job_([0-9a-f]{32})")
+_ID = re.compile(r"(?:job|video)_([0-9a-f]{32})")
 _EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 OBJECT: dict[int | str, dict[str, Any]] = {
     200: {"description": "The job", "content": {"application/json": {"schema": {"type": "object"}}}}
@@ -75,7 +79,7 @@ async def list_jobs(
 ) -> dict[str, Any]:
     """List jobs from behind the job `after`."""
     owner = owner_of(request)
-    behind = None if after is None else _lead_of(after)
+    behind = None if after is None else lead_of(after)
     found = await context.queue.requests(owner, after=behind, limit=limit + 1, newest_first=order == "desc")
     jobs = [
         described for view in found[:limit] for described in await _described_if_there(context, request, view)
@@ -152,6 +156,10 @@ def _as_sse(
     context: Context, request: Request, event: Event, described: Mapping[str, Any]
 ) -> ServerSentEvent:
     data = {"index": event.row, "at": event.at, **_short(described)}
+    if described["task"] == "text-to-video":
+        step = step_of(event.data.get("data")) if event.kind == "progress" else None
+        told = {"step": step.step, "steps": step.steps} if step else event.data
+        return ServerSentEvent(event=f"video.{event.kind}", id=event.id, data={**told, **data})
     preview = preview_of(event)
     if preview is None:
         return ServerSentEvent(event=f"picture.{event.kind}", id=event.id, data={**event.data, **data})
@@ -184,7 +192,7 @@ def _short(described: Mapping[str, Any]) -> dict[str, Any]:
     return {name: described[name] for name in ("status", "progress", "queue_position", "eta_ms")}
 
 
-def _lead_of(job_id: str) -> str:
+def lead_of(job_id: str) -> str:
     found = _ID.fullmatch(job_id)
     if found is None:
         raise JobNotFound(job_id[:80])
@@ -193,7 +201,7 @@ def _lead_of(job_id: str) -> str:
 
 async def _owned(context: Context, request: Request, job_id: str) -> RequestView:
     """Find a job of the caller's; one of somebody else's is not found."""
-    view = await context.queue.request(_lead_of(job_id))
+    view = await context.queue.request(lead_of(job_id))
     if view is None or view.owner != owner_of(request):
         raise JobNotFound(job_id)
     return view
@@ -206,27 +214,35 @@ async def _described_if_there(context: Context, request: Request, view: RequestV
 
 
 async def describe_job(context: Context, address_of: AddressOf, view: RequestView) -> dict[str, Any]:
+    record = RequestRecord.from_bytes(view.record)
+    name = f"{'video' if record.fps else 'job'}_{view.id}"
     rows = [row for row in await context.queue.views(view.rows) if row is not None]
     if len(rows) < len(view.rows):
-        raise JobNotFound(f"job_{view.id}")
-    record = RequestRecord.from_bytes(view.record)
+        raise JobNotFound(name)
     status = status_of(rows)
     position = None
     if status == "queued":
         position = max([await context.queue.position(row) or 0 for row in rows])
+    step = None
+    if record.fps and status == "in_progress":
+        step = step_of(await context.queue.last_step(rows[0].id))
     ended = [row.finished_at for row in rows if row.finished_at is not None]
     over = status not in ("queued", "in_progress")
     last = max(ended) if over and ended else None
     error = next((row.error for row in rows if row.state is JobState.FAILED and row.error), None)
-    return {
-        "id": f"job_{view.id}",
+    if record.fps:
+        left_ms = await _video_left_ms(context, rows[0], record, position, step)
+    else:
+        left_ms = eta_ms(context, record, rows, position)
+    described = {
+        "id": name,
         "object": "job",
         "task": record.task,
         "model": record.model,
         "status": status,
-        "progress": round(100 * sum(row.state.is_terminal for row in rows) / len(rows)),
+        "progress": percent(rows, step),
         "queue_position": position,
-        "eta_ms": eta_ms(context, record, rows, position),
+        "eta_ms": None if left_ms is None else round(left_ms),
         "created_at": int(rows[0].enqueued_at),
         "started_at": _seconds(min((row.started_at for row in rows if row.started_at), default=None)),
         "completed_at": _seconds(last),
@@ -240,6 +256,42 @@ async def describe_job(context: Context, address_of: AddressOf, view: RequestVie
         "error": None if error is None else {"code": error.code, "message": error.message},
         "data": [_picture(address_of, record, index, row) for index, row in enumerate(rows) if row.result],
     }
+    if record.fps:
+        described |= {
+            "seconds": f"{record.seconds:g}",
+            "num_frames": record.frames,
+            "fps": record.fps,
+            "steps": record.steps,
+            "remixed_from_video_id": f"video_{record.remixed_from}" if record.remixed_from else None,
+        }
+    return described
+
+
+def percent(rows: Sequence[JobView], step: StepDone | None) -> int:
+    """Return how much of a job is done: pictures that have ended, or steps of a video; 100 only at the end."""
+    if step is not None:
+        return min(99, 100 * step.step // step.steps)
+    return round(100 * sum(row.state.is_terminal for row in rows) / len(rows))
+
+
+def step_of(told: str | None) -> StepDone | None:
+    """Read what a worker told of a step; None when it told nothing, or something else."""
+    if told is not None:
+        with contextlib.suppress(ValueError):
+            return StepDone.from_bytes(told.encode())
+    return None
+
+
+async def _video_left_ms(
+    context: Context, row: JobView, record: RequestRecord, position: int | None, step: StepDone | None
+) -> float | None:
+    """Tell in how many milliseconds a video should be done; None when that is unknown, or it has ended."""
+    if row.state.is_terminal:
+        return None
+    now, known = await context.queue.known_times(row.model, row.bucket)
+    if position is not None or row.started_at is None:
+        return queued_ms(known, position or 0)
+    return running_ms(known, (now - row.started_at) * 1000, step.step if step else 0, record.steps)
 
 
 def status_of(rows: Sequence[JobView]) -> str:

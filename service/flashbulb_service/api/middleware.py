@@ -19,7 +19,14 @@ from flashbulb_service.observability import Metrics, known_method
 log = logging.getLogger(__name__)
 
 
-UPLOAD_ROUTES = ("/v1/images/edits", "/v1/images/variations")
+UPLOAD_ROUTES = (
+    "/v1/images/edits",
+    "/v1/images/variations",
+    "/v1/videos",
+    "/v1/videos/edits",
+    "/v1/videos/extensions",
+    "/v1/videos/characters",
+)
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 

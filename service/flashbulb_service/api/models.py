@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.schemas import ERRORS
+from flashbulb_service.api.video_plan import offered_seconds
 from flashbulb_service.catalog import Catalog, Model
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.presence import LiveWorker, backends_of
@@ -38,6 +39,10 @@ async def _workers(context: Context) -> list[LiveWorker]:
 def describe_model(catalog: Catalog, model: Model, workers: Sequence[LiveWorker]) -> dict[str, Any]:
     """Describe a model in OpenAI's four keys, and what a client needs to know beside them."""
     manifest = model.bundle.manifest
+    video: dict[str, Any] = {}
+    if manifest.is_video:
+        frames = dict.fromkeys(shape.frames for shape in manifest.shapes)
+        video = {"fps": manifest.fps, "num_frames": [*frames], "seconds": offered_seconds(manifest)}
     return {
         "id": model.name,
         "object": "model",
@@ -47,6 +52,7 @@ def describe_model(catalog: Catalog, model: Model, workers: Sequence[LiveWorker]
         "aliases": catalog.aliases_of(model),
         "task": manifest.task,
         "sizes": [f"{width}x{height}" for width, height in model.sizes],
+        **video,
         "num_steps": len(manifest.time_steps),
         "steps": list(manifest.offered_steps),
         "backends": backends_of(workers, model.id),

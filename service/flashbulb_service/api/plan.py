@@ -6,13 +6,13 @@ import secrets
 from dataclasses import dataclass, field
 
 from flashbulb_service.api.identity import Caller
-from flashbulb_service.api.schemas import ImagesRequest, JobRequest
-from flashbulb_service.catalog import Catalog, Model, choose_size, exporter_times
+from flashbulb_service.api.schemas import DrawRequest, ImagesRequest, JobRequest
+from flashbulb_service.catalog import Catalog, Model, choose_size, exporter_times, row_tokens
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.jobs import NewJob
 from flashbulb_service.observability import current_request_id
 from flashbulb_service.queue import Kept
-from flashbulb_service.scheduler import LONG, bucket_name, choose_lane
+from flashbulb_service.scheduler import LONG, bucket_name, choose_lane, count_tokens
 from flashbulb_service.settings import Settings
 from flashbulb_service.tasks import ImageTask, RequestRecord
 from flashbulb_service.tracing import current_traceparent
@@ -38,10 +38,10 @@ def make_plan(body: ImagesRequest, catalog: Catalog, caller: Caller, settings: S
         InvalidRequest: with the field's name and a code.
         UnknownModel: there is none of that name.
     """
-    _check_prompt(body.prompt, settings.max_prompt_chars)
+    check_words(body, settings.max_prompt_chars)
     _check_values(body)
-    model = catalog.find(body.model)
-    _check_guidance(body, model)
+    model = catalog.find(body.model, task="text-to-image")
+    check_guidance(body, model)
     width, height = _choose_size(body, model)
     manifest = model.bundle.manifest
     steps = choose_steps(body, manifest.offered_steps, len(manifest.time_steps))
@@ -64,7 +64,7 @@ def make_plan(body: ImagesRequest, catalog: Catalog, caller: Caller, settings: S
     return Plan(_jobs(body, model, record, caller, settings), record, _warnings(body, model, record))
 
 
-def check_webhook(body: ImagesRequest, settings: Settings) -> None:
+def check_webhook(body: DrawRequest, settings: Settings) -> None:
     """Refuse a webhook that could not be signed or may not be called.
 
     Raises:
@@ -81,7 +81,7 @@ def check_webhook(body: ImagesRequest, settings: Settings) -> None:
     parse_target(body.webhook_url, allow_private=settings.webhook_allow_private)
 
 
-def body_digest(body: ImagesRequest) -> str:
+def body_digest(body: DrawRequest) -> str:
     """Hash what the client asked for; its key is no part of that."""
     asked = body.model_dump(mode="json", exclude_unset=True, exclude={"idempotency_key"})
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -94,6 +94,22 @@ def keep(record: RequestRecord, caller: Caller, *, lists: tuple[str, ...], event
     )
 
 
+def check_steps(steps: int, offered: tuple[int, ...]) -> int:
+    """Return the wanted number of steps.
+
+    Raises:
+        InvalidRequest: the student does not offer the number.
+    """
+    if steps not in offered:
+        numbers = ", ".join(map(str, offered))
+        raise InvalidRequest(
+            f"steps: expected a number that the student was trained for ({numbers}), got {steps}",
+            param="steps",
+            code="unsupported_value",
+        )
+    return steps
+
+
 def choose_steps(body: ImagesRequest, offered: tuple[int, ...], own: int) -> int:
     """Return the wanted number of steps, else the quality's as far as the student goes, else the student's own.
 
@@ -101,14 +117,7 @@ def choose_steps(body: ImagesRequest, offered: tuple[int, ...], own: int) -> int
         InvalidRequest: the student does not offer the number.
     """
     if body.steps is not None:
-        if body.steps not in offered:
-            numbers = ", ".join(map(str, offered))
-            raise InvalidRequest(
-                f"steps: expected a number that the student was trained for ({numbers}), got {body.steps}",
-                param="steps",
-                code="unsupported_value",
-            )
-        return body.steps
+        return check_steps(body.steps, offered)
     if body.quality == "auto":
         return own
     reachable = [steps for steps in offered if steps <= QUALITY_STEPS[body.quality]]
@@ -118,39 +127,52 @@ def choose_steps(body: ImagesRequest, offered: tuple[int, ...], own: int) -> int
 def _jobs(
     body: ImagesRequest, model: Model, record: RequestRecord, caller: Caller, settings: Settings
 ) -> tuple[NewJob, ...]:
+    def task(index: int) -> ImageTask:
+        return ImageTask(
+            prompt=body.prompt,
+            seed=record.seed,
+            index=index,
+            width=record.width,
+            height=record.height,
+            steps=record.steps,
+            partial_images=min(body.partial_images, record.steps - 1),
+            bundle_sha256=model.bundle.sha256,
+            image_format=body.output_format,
+            quality=body.output_compression,
+            request_id=current_request_id(),
+            traceparent=current_traceparent(),
+        )
+
+    return tuple(make_job(body, model, task(index), caller, settings) for index in range(body.n))
+
+
+def make_job(body: DrawRequest, model: Model, task: ImageTask, caller: Caller, settings: Settings) -> NewJob:
+    """Make the job of one picture or video."""
     manifest = model.bundle.manifest
+    steps = task.steps or len(manifest.time_steps)
     lane = choose_lane(manifest.task, exporter_times(manifest, settings.backend))
     slo_s = settings.slo_long_s if lane == LONG else settings.slo_s
-    smallest = min(width * height for width, height in model.sizes)
-    return tuple(
-        NewJob(
-            model=model.id,
-            bucket=bucket_name(model.id, record.width, record.height, record.steps, lane),
-            payload=ImageTask(
-                prompt=body.prompt,
-                seed=record.seed,
-                index=index,
-                width=record.width,
-                height=record.height,
-                steps=record.steps,
-                partial_images=min(body.partial_images, record.steps - 1),
-                bundle_sha256=model.bundle.sha256,
-                image_format=body.output_format,
-                quality=body.output_compression,
-                request_id=current_request_id(),
-                traceparent=current_traceparent(),
-            ).to_bytes(),
-            tenant=caller.tenant,
-            cost=record.width * record.height / smallest,
-            weight=caller.weight,
-            priority_ms=body.priority * PRIORITY_MS,
-            deadline_s=slo_s if body.deadline_ms is None else body.deadline_ms / 1000,
-        )
-        for index in range(body.n)
+    tokens = count_tokens(task.width, task.height, task.frames, steps)
+    return NewJob(
+        model=model.id,
+        bucket=bucket_name(model.id, task.width, task.height, steps, lane, frames=task.frames),
+        payload=task.to_bytes(),
+        tenant=caller.tenant,
+        cost=tokens / min(row_tokens(manifest)),
+        weight=caller.weight,
+        priority_ms=body.priority * PRIORITY_MS,
+        deadline_s=slo_s if body.deadline_ms is None else body.deadline_ms / 1000,
+        wire=task.wire,
     )
 
 
-def _check_prompt(prompt: str, max_chars: int) -> None:
+def check_words(body: DrawRequest, max_chars: int) -> None:
+    """Refuse a prompt of blanks or of too many characters, and a negative prompt.
+
+    Raises:
+        InvalidRequest: it is one of these.
+    """
+    prompt = body.prompt
     if not prompt.strip():
         raise InvalidRequest("prompt: expected words, got only blanks", param="prompt", code="empty_string")
     if len(prompt) > max_chars:
@@ -158,6 +180,12 @@ def _check_prompt(prompt: str, max_chars: int) -> None:
             f"prompt: expected at most {max_chars} characters, got {len(prompt)}: shorten it",
             param="prompt",
             code="string_above_max_length",
+        )
+    if body.negative_prompt:
+        raise InvalidRequest(
+            "negative_prompt: not offered, since guidance was distilled into the student: leave it out",
+            param="negative_prompt",
+            code="unsupported_value",
         )
 
 
@@ -175,15 +203,14 @@ def _check_values(body: ImagesRequest) -> None:
             param="background",
             code="unsupported_value",
         )
-    if body.negative_prompt:
-        raise InvalidRequest(
-            "negative_prompt: not offered, since guidance was distilled into the student: leave it out",
-            param="negative_prompt",
-            code="unsupported_value",
-        )
 
 
-def _check_guidance(body: ImagesRequest, model: Model) -> None:
+def check_guidance(body: DrawRequest, model: Model) -> None:
+    """Refuse another guidance scale than the one that the student has learnt.
+
+    Raises:
+        InvalidRequest: it is another one.
+    """
     guidance = model.bundle.manifest.guidance
     if body.guidance_scale is not None and body.guidance_scale != guidance.scale:
         raise InvalidRequest(

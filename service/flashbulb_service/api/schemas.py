@@ -31,36 +31,26 @@ ALIASES = {
 HINTS = {
     "width": "use size='WIDTHxHEIGHT'",
     "height": "use size='WIDTHxHEIGHT'",
-    "num_frames": "this route draws still pictures",
-    "fps": "this route draws still pictures",
+    "num_frames": "this route draws still pictures; videos are made at POST /v1/videos",
+    "fps": "this route draws still pictures; videos are made at POST /v1/videos",
+    "seconds": "this route draws still pictures; videos are made at POST /v1/videos",
 }
 
 
-class ImagesRequest(BaseModel):
-    """What to draw. A field set to null counts as left out; a field nobody defines is an error."""
+class DrawRequest(BaseModel):
+    """What every route that draws understands. A field set to null counts as left out; an unknown one is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str = Field(min_length=1)
     model: str | None = Field(default=None, max_length=200)
-    n: int = Field(default=1, ge=1, le=MAX_IMAGES, strict=True)
     size: str = Field(default="auto", max_length=32)
-    response_format: Literal["b64_json", "url"] = "b64_json"
-    output_format: ImageFormat = "png"
-    output_compression: int = Field(default=100, ge=0, le=100, strict=True)
-    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = "auto"
-    background: Literal["auto", "opaque", "transparent"] = "auto"
-    moderation: Literal["auto", "low"] | None = None
-    style: Literal["vivid", "natural"] | None = None
-    stream: bool = Field(default=False, strict=True)
-    partial_images: int = Field(default=0, ge=0, le=3, strict=True)
     user: str | None = Field(default=None, max_length=512)
     safety_identifier: str | None = Field(default=None, max_length=512)
 
     # ours
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, strict=True)
     steps: int | None = Field(default=None, ge=1, le=1000, strict=True)
-    size_policy: Literal["exact", "nearest"] = "exact"
     guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     negative_prompt: str | None = None
     deadline_ms: int | None = Field(default=None, ge=1, le=MAX_DEADLINE_MS, strict=True)
@@ -71,12 +61,6 @@ class ImagesRequest(BaseModel):
         default=("job.completed", "job.failed", "job.cancelled"), min_length=1, max_length=3
     )
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=MAX_KEY_CHARS)
-
-    # OpenAI's, without effect
-    complexity: Any = None
-    frame_count: Any = None
-    frame_duration_ms: Any = None
-    svg: Any = None
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +98,28 @@ class ImagesRequest(BaseModel):
                 )
         return value
 
+
+class ImagesRequest(DrawRequest):
+    """Pictures to draw."""
+
+    n: int = Field(default=1, ge=1, le=MAX_IMAGES, strict=True)
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: ImageFormat = "png"
+    output_compression: int = Field(default=100, ge=0, le=100, strict=True)
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = "auto"
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    moderation: Literal["auto", "low"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    stream: bool = Field(default=False, strict=True)
+    partial_images: int = Field(default=0, ge=0, le=3, strict=True)
+    size_policy: Literal["exact", "nearest"] = "exact"  # ours
+
+    # OpenAI's, without effect
+    complexity: Any = None
+    frame_count: Any = None
+    frame_duration_ms: Any = None
+    svg: Any = None
+
     @property
     def ignored(self) -> tuple[str, ...]:
         """Return the fields that were sent and have no effect on any student."""
@@ -124,6 +130,25 @@ class JobRequest(ImagesRequest):
     """A job: what to draw, and as which task."""
 
     task: Literal["text-to-image"] = "text-to-image"
+
+
+class VideosRequest(DrawRequest):
+    """A video to make. `seconds` is text in OpenAI's clients; a number is taken as well."""
+
+    seconds: str | int | float | None = Field(default=None)
+    input_reference: Any = None
+
+    # ours
+    fps: float | None = Field(default=None, gt=0, le=1000, allow_inf_nan=False)
+    num_frames: int | None = Field(default=None, ge=1, le=100_000, strict=True)
+
+
+class RemixRequest(BaseModel):
+    """The same video again with another prompt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str = Field(min_length=1)
 
 
 class ErrorDetail(BaseModel):
@@ -147,12 +172,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         400: "The request cannot be served as written",
         401: "There is no API key, or none that is good",
         403: "The API key may not do this",
-        404: "No such model, job, picture or key",
+        404: "No such model, job, video, picture or key",
         405: "Another method is expected",
         408: "The request did not arrive in time",
         409: "The key was used for another request, or the job was cancelled",
         413: "The body is too large",
         415: "The body is of a type that is not read here",
+        416: "The range lies outside the file",
         421: "The Host header names another server",
         429: "The queue is full, or the API key has used up what it may: see retry-after",
         500: "The work failed, or the server did",

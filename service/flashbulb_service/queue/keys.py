@@ -114,6 +114,10 @@ class Keys:
         """Sorted set of a bucket's queued jobs of all tenants."""
         return TEMPLATES["due"] % (self.tag, model, bucket)
 
+    def speed(self, model: str, bucket: str) -> str:
+        """Hash of the times that workers have published of a bucket."""
+        return TEMPLATES["speed"] % (self.tag, model, bucket)
+
     def wake(self, model: str) -> str:
         """List that sleeping workers of a model block on."""
         return TEMPLATES["wake"] % (self.tag, model)

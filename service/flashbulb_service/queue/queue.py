@@ -48,7 +48,7 @@ from flashbulb_service.queue.completions import Completions, Expected
 from flashbulb_service.queue.events import Event, Events
 from flashbulb_service.queue.keys import Keys, digest
 from flashbulb_service.queue.views import VIEW_FIELDS, make_view
-from flashbulb_service.queue.windows import Lone, bucket_window, claimed_job, read_token, used_ms
+from flashbulb_service.queue.windows import Lone, bucket_window, claimed_job, read_times, read_token, used_ms
 from flashbulb_service.scheduler import BucketFacts, Plan, Window, plan_batch
 from flashbulb_service.timing import Tau
 
@@ -572,6 +572,15 @@ class Queue:
         ]
         await self._run("publish", _time(now), worker_id, _ms(alive_s), *rows)
 
+    async def known_times(self, model: str, bucket: str) -> tuple[float, list[tuple[Tau, int]]]:
+        """Return the server's time in seconds, and of every live worker that serves a bucket its time model and cap."""
+        async with _unavailable(), self._client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.hvals(self.keys.speed(model, bucket))
+            (seconds, micros), entries = await pipe.execute()
+        now = seconds + micros / 1e6
+        return now, read_times(entries, now * 1000)
+
     async def wait_for_work(self, models: Sequence[str], timeout_s: float) -> Wake | None:
         """Block until a model may have work; claim next in either case.
 
@@ -679,7 +688,7 @@ class Queue:
         *,
         now: float | None = None,
     ) -> tuple[set[str], bool]:
-        """Tell those who watch running jobs which step is done; `last_step` returns it from then on.
+        """Tell those who watch running jobs which step is done, if data says so; `last_step` returns it from then on.
 
         Returns:
             ids that are no longer this worker's, and whether jobs of any of the models wait.

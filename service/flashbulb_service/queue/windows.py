@@ -7,6 +7,7 @@ from typing import Any
 
 from flashbulb_service.jobs import Job
 from flashbulb_service.scheduler import SHORT, BucketWindow, Waiting, Window, lane_of
+from flashbulb_service.timing import Tau
 
 
 def bucket_window(reply: Sequence[Any]) -> BucketWindow:
@@ -79,6 +80,16 @@ def claimed_job(row: Sequence[Any]) -> Job:
         enqueued_at=enqueued_ms / 1000,
         awaited=bool(awaited),
     )
+
+
+def read_times(entries: Sequence[bytes], now_ms: float) -> list[tuple[Tau, int]]:
+    """Read what publish.lua wrote of a bucket: time model and batch cap of each worker that is still alive."""
+    found = []
+    for entry in entries:
+        alive_ms, floor_ms, base_ms, row_ms, cap = entry.split()
+        if float(alive_ms) > now_ms:
+            found.append((Tau(float(floor_ms), float(base_ms), float(row_ms)), int(cap)))
+    return found
 
 
 def pairs(flat: Sequence[bytes]) -> list[tuple[bytes, bytes]]:

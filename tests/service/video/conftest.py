@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+from openai import OpenAI
 
 from flashbulb_distill.bundle import Bundle, open_bundle
 from flashbulb_service.backends import Backend, Embeddings, ImageRequest, OnStep, Student
@@ -23,6 +24,7 @@ from flashbulb_service.results import ResultStore
 from flashbulb_service.scheduler import LONG, bucket_name
 from flashbulb_service.tasks import ImageTask
 from flashbulb_service.worker import Worker
+from support.serving import Serving
 from support.tiny_bundle import FPS, FRAMES, make_tiny_bundle, make_tiny_video_bundle
 
 STEPS = 4
@@ -151,3 +153,32 @@ def video_job_fixture() -> Callable[..., NewJob]:
 @pytest.fixture(name="image_job")
 def image_job_fixture() -> Callable[..., NewJob]:
     return image_job
+
+
+@pytest.fixture(scope="session")
+def server_url(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with Serving(models_dir, tmp_path_factory.mktemp("served") / "data") as serving:
+        yield serving.url
+
+
+SLOW = '{"floor_ms": 5, "base_ms": 4, "row_ms": 1, "frame_ms": 20}'  # a step of the video takes about 120 ms
+
+
+@pytest.fixture(scope="session")
+def slow_url(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose device sleeps: time to look at a video while it is made."""
+    data = tmp_path_factory.mktemp("slow") / "data"
+    with Serving(models_dir, data, "--backend", "synthetic", synthetic=SLOW, max_batch="2") as serving:
+        yield serving.url
+
+
+@pytest.fixture
+def client(server_url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server_url}/v1", api_key="none", max_retries=0) as openai:
+        yield openai
+
+
+@pytest.fixture
+def slow_client(slow_url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{slow_url}/v1", api_key="none", max_retries=0) as openai:
+        yield openai
