@@ -233,7 +233,7 @@ class Pipeline:
             free_at = max(
                 time.monotonic(), self._free_at, self._step_end if self._step_end < math.inf else 0.0
             )
-            self._free_at = free_at + self._known_s.get((model.id, len(jobs)), 0.0)
+            self._free_at = free_at + self._expected_s(claim)
         task = asyncio.create_task(self._run(claim, lend))
         self._claims[task] = claim
         task.add_done_callback(self._ended)
@@ -464,9 +464,15 @@ class Pipeline:
     def _foresee(self) -> None:
         """Tell anew when the short lane will be free, after it has drawn a claim or will never draw it."""
         waiting = [claim for claim in self._claims.values() if claim.lane == SHORT and not claim.drawn]
-        self._free_at = time.monotonic() + sum(
-            self._known_s.get((claim.model.id, len(claim.jobs)), 0.0) for claim in waiting
-        )
+        self._free_at = time.monotonic() + sum(map(self._expected_s, waiting))
+
+    def _expected_s(self, claim: Claim) -> float:
+        """Return how long a claim takes to be drawn: as one of its size did, else by the time model; 0 if unknown."""
+        rows = len(claim.jobs)
+        known = self._known_s.get((claim.model.id, rows))
+        if known is None:
+            known = (self._scheduler.predicted_ms(claim.model.id, claim.jobs[0].bucket, rows) or 0.0) / 1000
+        return known
 
     def _watch(
         self,

@@ -394,6 +394,11 @@ class Scheduler:
             self._times[key] = TimeModel(self._models[model].calibration_of(bucket))
         return self._times[key]
 
+    def predicted_ms(self, model: str, bucket: str, num_rows: int) -> float | None:
+        """Predict the time of a batch; None when it is not known, or the model is gone."""
+        tau = self.times(model, bucket).tau if model in self._models else None
+        return tau(num_rows) if tau else None
+
     def observe(self, model: str, bucket: str, num_rows: int, ms: float) -> float | None:
         """Learn from a batch that ran; return measured over calibrated time (median), None without calibration."""
         if model not in self._models:

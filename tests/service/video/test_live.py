@@ -16,16 +16,18 @@ from flashbulb_service.model_pool import LoadedModel, ModelPool
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Kept
 from flashbulb_service.results import ResultStore
+from flashbulb_service.tasks import StepDone
 from flashbulb_service.worker import Worker
 from support.serving import FLASHBULB, clean_env
 from support.tiny_bundle import FRAMES
 
 STEPS = 4
 # Slow enough that a busy machine's own delays are small beside it.
-DEVICE = SyntheticDevice(floor_ms=100, base_ms=20, row_ms=25, frame_ms=15)
-STEP_MS = FRAMES * DEVICE.frame_ms + 100 / STEPS  # 115 of one row
+DEVICE = SyntheticDevice(floor_ms=300, base_ms=60, row_ms=75, frame_ms=45)
+STEP_MS = FRAMES * DEVICE.frame_ms + 300 / STEPS  # 345 of one row
 CAP = 8
-CAPACITY = 1000 * CAP / (20 + 25 * CAP)  # 36 pictures a second
+CAPACITY = 1000 * CAP / (60 + 75 * CAP)  # 12 pictures a second
+NOISE_MS = 150
 
 
 @pytest.fixture
@@ -47,30 +49,32 @@ async def synthetic(make_queue, redis_url, namespace, bundles, tmp_path):
     await presence.aclose()
 
 
-async def p95_ms(queue, image_job, count):
-    """The 95 % point of the latency of pictures that come at half the capacity, by the queue's clock."""
+async def p90_ms(queue, image_job, count):
+    """The 90 % point of the latency of pictures that come at half the capacity, by the queue's clock."""
     draw, ids = random.Random(1), []
     for seed in range(count):
         ids += (await queue.enqueue([image_job(seed=seed)])).ids
         await asyncio.sleep(draw.expovariate(0.5 * CAPACITY))
     views = await queue.wait(ids, 60)
     assert {view.state for view in views} == {JobState.DONE}
-    return statistics.quantiles([(view.finished_at - view.enqueued_at) * 1000 for view in views], n=20)[18]
+    return statistics.quantiles([(view.finished_at - view.enqueued_at) * 1000 for view in views], n=10)[8]
 
 
 async def test_videos_back_to_back_keep_a_picture_by_no_more_than_a_step(synthetic, image_job, video_job):
-    await p95_ms(synthetic, image_job, 20)  # times are learnt
-    alone = await p95_ms(synthetic, image_job, 100)
-    videos = (await synthetic.enqueue([video_job(seed=seed) for seed in range(200)])).ids
-    beside = await p95_ms(synthetic, image_job, 100)
-    done = [view for view in await synthetic.views(videos) if view.state is JobState.DONE]
-    for job_id in videos:
-        await synthetic.cancel(job_id)
-    assert len(done) >= 3, "the videos go on meanwhile"
-    # The machine has other work than this test: what it adds to a picture is measured beside it and allowed for.
-
-    assert beside <= alone + STEP_MS + 30, (alone, beside)
-    assert STEPS * STEP_MS > STEP_MS + 130, "a whole video would be seen"
+    await p90_ms(synthetic, image_job, 8)  # times are learnt
+    for _ in range(2):  # a busy machine only ever adds
+        alone = await p90_ms(synthetic, image_job, 30)
+        videos = (await synthetic.enqueue([video_job(seed=seed) for seed in range(20)])).ids
+        beside = await p90_ms(synthetic, image_job, 30)
+        told = await synthetic.last_step(videos[0])
+        for job_id in videos:
+            await synthetic.cancel(job_id)
+        assert told is not None and StepDone.from_bytes(told.encode()).step >= 2, "videos go on meanwhile"
+        if beside <= alone + STEP_MS + NOISE_MS:
+            break
+    else:
+        pytest.fail(f"p90 of pictures: {alone:.0f} ms alone, {beside:.0f} ms beside videos")
+    assert STEPS * STEP_MS > STEP_MS + NOISE_MS + 500, "a whole video would be seen"
 
 
 async def test_a_video_whose_worker_is_killed_is_made_again_once(
@@ -133,5 +137,5 @@ async def test_a_cancelled_video_leaves_a_live_device_within_a_step(synthetic, v
         return (await synthetic.get(second)).state is JobState.RUNNING
 
     await wait_until(other_runs)
-    assert time.monotonic() - start < (STEP_MS + 100) / 1000
+    assert time.monotonic() - start < (STEP_MS + NOISE_MS) / 1000
     await synthetic.cancel(second)
