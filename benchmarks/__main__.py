@@ -7,6 +7,7 @@ saturate    pictures/s of the whole server beside a bare onnxruntime loop
 overhead    what the server adds to a picture at light load
 stages      where that time goes, by the stages of API and worker
 decide      a decision and a claim with a thousand requests waiting
+capacity    workers and p99 that `flashbulb plan-capacity` predicts, beside what `bench serve` measures
 live        goodput of the server on a synthetic device, beside the simulation
 chaos       2,000 jobs while workers, APIs and Valkey are killed: lost, doubled, different
 fuzz        thousands of requests drawn from the OpenAPI document
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "overhead": ("overhead.py", SERVICE_TESTS),
     "stages": ("stages.py", SERVICE_TESTS),
     "decide": ("decide.py", ("tests/service/queue", "tests/service/test_scheduler.py")),
+    "capacity": ("capacity.py", ("tests/service/test_capacity.py", "tests/service/test_simulate.py")),
     "live": ("live.py", (*SERVICE_TESTS, "tests/service/test_simulate.py")),
     "chaos": ("chaos.py", ("tests/service/chaos", "tests/service/queue")),
     "fuzz": ("fuzz.py", ("tests/service/api/test_errors.py", "tests/service/api/test_fuzz.py")),

@@ -31,7 +31,9 @@ COMMIT = subprocess.run(  # when the run starts: the checkout may move on before
 class Server:
     """`flashbulb serve` in a folder of its own, with the process ids of its parts."""
 
-    def __init__(self, folder: Path, models: Path, *, threads: int, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, models: Path, *, threads: int, settings: Mapping[str, str], workers: int = 1
+    ) -> None:
         self.data = folder / "data"
         self._log = (folder / "server.log").open("wb")
         env = clean_environment()
@@ -39,7 +41,7 @@ class Server:
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "flashbulb_service.cli", "serve", "--models", models),
-                *("--data", self.data, "--port", "0", "--workers", "1", "--threads", str(threads)),
+                *("--data", self.data, "--port", "0", "--workers", str(workers), "--threads", str(threads)),
             ],
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -79,14 +81,14 @@ class Server:
 
 
 @contextmanager
-def serving(bundle: Path, *, threads: int, **settings: str) -> Iterator[Server]:
+def serving(bundle: Path, *, threads: int, workers: int = 1, **settings: str) -> Iterator[Server]:
     """Serve one bundle while this is open."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = folder / "models" / bundle.parent.name
         models.mkdir(parents=True)
         (models / bundle.name).symlink_to(bundle.resolve(), target_is_directory=True)
-        server = Server(folder, folder / "models", threads=threads, settings=settings)
+        server = Server(folder, folder / "models", threads=threads, settings=settings, workers=workers)
         try:
             yield server
         finally:

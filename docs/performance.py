@@ -107,6 +107,24 @@ def _live(result: Result) -> list[str]:
     return _table(["load", "live goodput/s", "simulated", "live over simulated", "answers on time"], rows)
 
 
+def _capacity(result: Result) -> list[str]:
+    rows = [
+        [
+            f"{point['rate_per_s']:.1f}",
+            point["planned"]["workers"],
+            *(f"{point[who]['share_on_time']:.1%}" for who in ("planned", "same_arrivals", "measured")),
+            *(f"{point[who]['p99_ms']:.0f}" for who in ("planned", "same_arrivals", "measured")),
+        ]
+        for point in result["points"]
+    ]
+    head = ["requests/s", "workers", "on time: planned", "simulated on these arrivals", "measured"]
+    told = (
+        f"Objective: 99 % within {result['objective_ms']:g} ms; a device does {result['capacity_rps']:g}/s at most. "
+        "Planned is the mean of 20,000 requests; a measurement has a few hundred."
+    )
+    return [told, "", *_table([*head, "p99, ms: planned", "on these", "measured"], rows)]
+
+
 def _verdict(result: Result) -> list[str]:
     rows = [[key.replace("_", " "), value] for key, value in result["verdict"].items()]
     return _table(["verdict", ""], rows)
@@ -170,6 +188,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     ),
     "stages": ("The way of a picture", _stages),
     "decide": ("Decisions under a backlog", _decide),
+    "capacity": ("The capacity planner beside a measurement", _capacity),
     "live": ("The live server beside the simulation", _live),
     "chaos": ("Chaos", _chaos),
     "fuzz": ("Requests drawn from the OpenAPI document", _verdict),
