@@ -51,9 +51,12 @@ def run(
     no_doctor: Annotated[
         bool, typer.Option("--no-doctor", help="begin without examining the teacher first")
     ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="write scalars for TensorBoard too, under <out>/tensorboard")
+    ] = False,
 ) -> None:
     """Run the recipe's stages: doctor, pairs, regression, adp, adm, evaluate, export with its parity gate."""
-    with _started(recipe, set_, out, resume=resume, device=device) as started:
+    with _started(recipe, set_, out, resume=resume, device=device, tensorboard=tensorboard) as started:
         if not no_doctor:
             _examine(started, again=False)
         parity = started.export()
@@ -75,7 +78,13 @@ def run(
 
 @contextmanager
 def _started(
-    recipe: Path, overrides: list[str] | None, out: Path | None, *, resume: bool, device: str
+    recipe: Path,
+    overrides: list[str] | None,
+    out: Path | None,
+    *,
+    resume: bool,
+    device: str,
+    tensorboard: bool = False,
 ) -> Iterator["Run"]:
     """Join the other processes, if torchrun started several, and prepare the run."""
     from .ranks import joined, own_device
@@ -86,7 +95,7 @@ def _started(
     where = own_device(device)
     folder = out or Path("runs") / loaded.name
     with joined(where) as ranks:
-        yield start_run(loaded, folder, resume=resume, ranks=ranks, device=where)
+        yield start_run(loaded, folder, resume=resume, ranks=ranks, device=where, tensorboard=tensorboard)
 
 
 @app.command(

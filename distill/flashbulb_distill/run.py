@@ -31,6 +31,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .board import Board
 from .bundle import BundleError, hash_file, open_bundle
 from .core.draws import Draws
 from .doctor.examine import Record, examine
@@ -72,6 +73,7 @@ class Run:
     progress: Progress
     ranks: Ranks = ALONE
     device: torch.device = CPU
+    board: Board | None = None
 
     # Inputs.
 
@@ -236,7 +238,7 @@ class Run:
             ema=section.ema,
             identity=folder.identity,
             average_from=section.average_from,
-            report=self.progress,
+            report=self._logged,
             ranks=self.ranks,
             guard=self._guard(stage),
         )
@@ -245,6 +247,11 @@ class Run:
             self._save_lora(folder.path, averages)
         self.ranks.first(folder.finish)
         return folder.identity
+
+    def _logged(self, stage: str, step: int, steps: int, logs: dict[str, float]) -> None:
+        self.progress(stage, step, steps, logs)
+        if self.board is not None:
+            self.board.write(stage, step, logs)
 
     def _guard(self, stage: str) -> Guard | None:
         """Return what watches over a stage, with a few of the training prompts."""
@@ -437,16 +444,25 @@ class Run:
 
 
 def start_run(
-    recipe: Recipe, out: Path, *, resume: bool, ranks: Ranks = ALONE, device: torch.device = CPU
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool,
+    ranks: Ranks = ALONE,
+    device: torch.device = CPU,
+    tensorboard: bool = False,
 ) -> Run:
     """Prepare a run's folder and write what is needed to repeat the run.
 
+    Args:
+        tensorboard: write logged scalars for it too, under <out>/tensorboard.
     Raises:
         RecipeError: the folder holds a run and `resume` was not asked for.
     """
+    board = Board(out / "tensorboard") if tensorboard and ranks.is_first else None
     ranks.first(lambda: _prepare(recipe, out, resume=resume))
     torch.manual_seed(recipe.seed)
-    return Run(recipe, out, Progress(), ranks, device)
+    return Run(recipe, out, Progress(), ranks, device, board)
 
 
 def _prepare(recipe: Recipe, out: Path, *, resume: bool) -> None:
