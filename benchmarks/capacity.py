@@ -74,25 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for plan in plans[-2:]:
             points.append({"load": f"{text}x", **compare(args, settings, rate, tau, plan, overhead_ms)})
             rig.say(short(points[-1]))
-    enough, few = (
-        [one for one in points if one["planned"]["is_enough"] is is_enough] for is_enough in (True, False)
-    )
-    verdict = {
-        "planned_is_enough": all(
-            one["measured"]["share_on_time"] >= SHARE_ON_TIME - SCATTER for one in enough
-        ),
-        "fewer_is_not": all(one["measured"]["share_on_time"] < SHARE_ON_TIME for one in few),
-        "p99_follows": all(
-            abs(one["measured"]["p99_ms"] / one["same_arrivals"]["p99_ms"] - 1) <= args.tolerance
-            for one in points
-        ),
-        "share_follows": all(
-            abs(one["measured"]["share_on_time"] - one["same_arrivals"]["share_on_time"])
-            <= args.tolerance / 5
-            for one in points
-        ),
-        "generator_kept_up": not any(one["measured"]["invalid"] for one in points),
-    }
+    verdict = judge(points, args.tolerance)
     result = {
         "verdict": {"good": all(verdict.values()), **verdict},
         "objective_ms": args.p99_ms,
@@ -103,6 +85,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     rig.finish(NAME, result, write=args.write)
     return 0 if result["verdict"]["good"] else 1
+
+
+def judge(points: Sequence[dict[str, Any]], tolerance: float) -> dict[str, bool]:
+    """Say of each promise of the planner whether the measurements bear it out."""
+    enough, few = (
+        [one for one in points if one["planned"]["is_enough"] is is_enough] for is_enough in (True, False)
+    )
+    return {
+        "planned_is_enough": all(
+            one["measured"]["share_on_time"] >= SHARE_ON_TIME - SCATTER for one in enough
+        ),
+        "fewer_is_not": all(one["measured"]["share_on_time"] < SHARE_ON_TIME for one in few),
+        "p99_follows": all(
+            abs(one["measured"]["p99_ms"] / one["same_arrivals"]["p99_ms"] - 1) <= tolerance for one in points
+        ),
+        "share_follows": all(
+            abs(one["measured"]["share_on_time"] - one["same_arrivals"]["share_on_time"]) <= tolerance / 5
+            for one in points
+        ),
+        "generator_kept_up": not any(one["measured"]["invalid"] for one in points),
+    }
 
 
 def calibrated(bundle: Path, settings: dict[str, str]) -> Tau:

@@ -1,5 +1,9 @@
 """The planner against arithmetic and queueing theory; the work that a queue holds."""
 
+import math
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 
 from flashbulb_service.capacity import parse_ms, parse_rate, plan_workers, work_seconds
@@ -73,3 +77,52 @@ def test_what_is_no_rate_is_refused(text: str) -> None:
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match="expected a value such as 300ms"):
         parse_ms(text)
+
+
+def test_one_worker_without_batches_is_the_queue_of_the_textbook() -> None:
+    """M/D/1: Erlang's distribution of the wait, P(W <= t) = (1 - r) sum_k (-l(t - kD))^k / k! e^(l(t - kD))."""
+    service_ms, load = 10.0, 0.7
+    rate = load / service_ms
+
+    def at_most(t: float) -> float:
+        terms = range(int(t // service_ms) + 1)
+        left = [(k, rate * (t - k * service_ms)) for k in terms]
+        return (1 - load) * math.fsum((-x) ** k / math.factorial(k) * math.exp(x) for k, x in left)
+
+    low, high = 0.0, 20 * service_ms
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        low, high = (middle, high) if at_most(middle) < 0.99 else (low, middle)
+    tau = Tau(floor_ms=service_ms, base_ms=0.0, row_ms=0.0, margin=1.0)
+    (plan,) = plan_workers(
+        tau, 1, rate_per_s=1000 * rate, p99_ms=10_000.0, overhead_ms=3.0, noise=0.0, requests=30_000
+    )
+    assert plan.p99_ms == pytest.approx(low + service_ms + 3.0, rel=0.05)
+    assert plan.busy == pytest.approx(load, rel=0.02)
+
+
+GOOD = {
+    "planned": {"is_enough": True},
+    "same_arrivals": {"share_on_time": 0.995, "p99_ms": 100.0},
+    "measured": {"share_on_time": 0.992, "p99_ms": 105.0, "invalid": []},
+}
+
+
+@pytest.mark.parametrize(
+    ("planted", "part"),
+    [
+        ({"measured": {"share_on_time": 0.975, "p99_ms": 105.0, "invalid": []}}, "planned_is_enough"),
+        ({"planned": {"is_enough": False}}, "fewer_is_not"),
+        ({"measured": {"share_on_time": 0.992, "p99_ms": 140.0, "invalid": []}}, "p99_follows"),
+        ({"same_arrivals": {"share_on_time": 0.9, "p99_ms": 100.0}}, "share_follows"),
+        ({"measured": {"share_on_time": 0.992, "p99_ms": 105.0, "invalid": ["late"]}}, "generator_kept_up"),
+    ],
+)
+def test_a_planner_that_lies_spoils_the_benchmarks_verdict(
+    planted: dict[str, object], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    capacity = import_module("capacity")
+    assert all(capacity.judge([GOOD], 0.15).values())
+    verdict = capacity.judge([{**GOOD, **planted}], 0.15)
+    assert [name for name, good in verdict.items() if not good] == [part]
