@@ -148,6 +148,7 @@ def main() -> None:
     if args.export:
         load_parameters(denoiser, averages)
         denoiser.transformer.half().save_pretrained(args.export / "transformer")
+        codec.register_to_config(_name_or_path="")  # of this machine
         codec.half().save_pretrained(args.export / "codec")
 
 

@@ -36,6 +36,11 @@ CASES = {
 }
 
 
+def paths_of(origin, bundle):
+    """Return the files of a bundle that name a folder of this machine."""
+    return [path for path in bundle.rglob("*.json") if str(origin) in path.read_text()]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_video_demos_teacher_becomes_a_bundle_of_clips(tmp_path):
@@ -69,6 +74,7 @@ def test_the_video_demos_teacher_becomes_a_bundle_of_clips(tmp_path):
     assert wanted.std() > 1
     assert np.abs(drawn.astype(int) - wanted.astype(int)).max() <= 1
     assert len(verify_bundle(run.bundle_folder)) == 4
+    assert not paths_of(tmp_path, run.bundle_folder)
 
 
 @pytest.mark.slow
@@ -90,6 +96,8 @@ def test_a_teacher_that_people_own_becomes_a_bundle_that_the_service_draws_with(
         assert json.loads(lines[-1])["student_norm"] > 0, stage
     taught = dict(run.teacher.new_denoiser(bf16=False).named_parameters())
     assert any(not value.equal(taught[key]) for key, value in run.student.named_parameters())
+
+    assert not paths_of(tmp_path, run.bundle_folder)
 
     # The bundle says what it was made from, and draws by the service's backend what the student draws in torch.
     bundle = open_bundle(run.bundle_folder)

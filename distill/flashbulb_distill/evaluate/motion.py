@@ -4,7 +4,6 @@ Each frame is read as ink, its distance from white. The ink's centre and spread 
 motion's amplitude is read off the track, in parts of what the clips that were trained on show.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,35 +72,6 @@ def name_motion(clip: NDArray[np.uint8]) -> str | None:
     found = amplitudes(track_subject(clip))
     name = max(found, key=found.__getitem__)
     return name if found[name] >= UNMOVED else None
-
-
-def motion_figures(clips: NDArray[np.uint8], asked: list[str]) -> Mapping[str, float]:
-    """Measure clips, uint8 [n, frames, h, w, 3], against the motions that were asked for.
-
-    Returns:
-        motion_correct: the share of clips that show the asked motion most strongly.
-        motion_amplitude: the mean amplitude of the asked motion, 1 as in training.
-        still: the share in which nothing moves.
-        flicker: the mean change of a track's step from one frame to the next, in sides: 0 for even motion.
-
-    Raises:
-        ValueError: not one motion for each clip, or one that is not known.
-    """
-    if len(clips) != len(asked) or not asked:
-        raise ValueError(f"expected a motion for each clip, got {len(asked)} for {len(clips)}")
-    tracks = [track_subject(clip) for clip in clips]
-    found = [amplitudes(track) for track in tracks]
-    unknown = set(asked) - set(found[0])
-    if unknown:
-        raise ValueError(f"expected motions among {', '.join(found[0])}, got {sorted(unknown)}")
-    named = [name_motion(clip) for clip in clips]
-    bends = [np.abs(np.diff(part, n=2)).mean() for track in tracks for part in (track.x, track.y)]
-    return {
-        "motion_correct": float(np.mean([name == want for name, want in zip(named, asked, strict=True)])),
-        "motion_amplitude": float(np.mean([one[want] for one, want in zip(found, asked, strict=True)])),
-        "still": float(np.mean([name is None for name in named])),
-        "flicker": float(np.mean(bends)),
-    }
 
 
 def _change(values: Track) -> float:

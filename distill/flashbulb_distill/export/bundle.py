@@ -19,6 +19,7 @@ from ..teachers.sd3 import Sd3Denoiser
 from ..teachers.text import MAX_LENGTH, model_folder, tokenise
 from .draft import draft
 from .external import place_weights
+from .folder import forget_origin
 from .graph import save_graph, trace_graph
 from .measure import Parts, batch_times_ms, is_batch_invariant
 from .parity import Parity, check_component
@@ -142,6 +143,8 @@ def _write(
 ) -> tuple[list[Parity], Parts]:
     """Write weights and graphs; return the parity of each, and inputs of `max_batch` rows to measure them with."""
     # What is exported is what was stored: the weights go through float16 first, and come back.
+    for part in (student.transformer, teacher.codec):
+        forget_origin(part)
     student.transformer.half().save_pretrained(work / "transformer")
     student.transformer.float()
     teacher.codec.half().save_pretrained(work / "codec")

@@ -12,7 +12,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.configuration_utils import ConfigMixin
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..bundle import Betas
 from ..teachers.codec import VaeCodec
@@ -37,8 +39,21 @@ def save_student(
         ValueError: the parts are not of one family, or predict what the family's scheduler cannot say.
     """
     pipeline = _pipeline(denoiser, codec, prompts)
+    for part in pipeline.components.values():
+        forget_origin(part)
     pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD)
     return {part: folder / name for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def forget_origin(part: Any) -> None:
+    """Make a network, tokenizer or scheduler forget the folder it was loaded from, which its configuration names."""
+    if isinstance(part, ConfigMixin):
+        part.register_to_config(_name_or_path="")
+    elif isinstance(part, PreTrainedModel):
+        part.config.name_or_path = ""
+    elif isinstance(part, PreTrainedTokenizerBase):
+        part.name_or_path = ""
+        part.init_kwargs.pop("name_or_path", None)
 
 
 def _pipeline(denoiser: Denoiser, codec: VaeCodec, prompts: PromptEncoder) -> DiffusionPipeline:
