@@ -1,6 +1,7 @@
-"""Model time of one picture: the one-step student beside its teacher's guided sampling, in one run.
+"""Model time of one picture or clip: the few-step student beside its teacher's guided sampling, in one run.
 
     python benchmarks/student_vs_teacher.py [--bundle models/emoji/1] [--teacher examples/emoji/teacher] [--rounds 15]
+    python benchmarks/student_vs_teacher.py --bundle models/emoji-motion/1 --teacher examples/emoji_motion/teacher
 
 CPU time of this process on one thread, medians, the two sides by turns. Each side is whole: text encoder, network,
 decoder. The teacher is measured twice: as it is sampled in torch, and with its network on the same runtime as the
@@ -26,10 +27,11 @@ from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample, sample_ode
 from flashbulb_distill.export.generate import teacher_images
-from flashbulb_distill.teachers.emoji import load_emoji_teacher
-from flashbulb_distill.teachers.text import tokenise
+from flashbulb_distill.teachers.open import open_teacher
+from flashbulb_distill.teachers.text import load_tokenizer, tokenise
 
-PROMPT, STEPS, GUIDANCE = "red apple", 50, 2.0
+PROMPTS = {"emoji": "red apple", "emoji-motion": "rocket flying up"}
+STEPS, GUIDANCE = 50, 2.0
 
 
 def main() -> None:
@@ -43,7 +45,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     bundle = open_bundle(args.bundle)
-    teacher = load_emoji_teacher(args.teacher)
+    manifest, family = bundle.manifest, bundle.manifest.family
+    prompt = PROMPTS[family]
+    teacher = open_teacher(family, str(args.teacher))
+    tokenizer, takes_pooled = load_tokenizer(), family == "emoji"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     sessions = {
@@ -54,7 +59,7 @@ def main() -> None:
     }
 
     def text(prompts: list[str]) -> list[np.ndarray]:
-        ids, mask = tokenise(teacher.tokenizer, prompts)
+        ids, mask = tokenise(tokenizer, prompts)
         return sessions["text_encoder"].run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
 
     def network(latents: np.ndarray, t: float, tokens: np.ndarray, pooled: np.ndarray) -> np.ndarray:
@@ -63,25 +68,30 @@ def main() -> None:
             "latents": latents,
             "timestep": times,
             "prompt_embeds": tokens,
-            "pooled_prompt_embeds": pooled,
-        }
+        } | ({"pooled_prompt_embeds": pooled} if takes_pooled else {})
         return sessions["denoiser"].run(None, inputs)[0]
 
     noise = draw_noise(0, 0, teacher.latent_shape)[None]
-    schedule = {"prediction": "x0", "schedule": "rectified-flow"}
+    schedule = {"prediction": manifest.prediction, "schedule": manifest.schedule}
     empty = text([""])
 
     def student() -> None:
-        tokens, pooled = text([PROMPT])
+        tokens, pooled = text([prompt])
         steps = bundle.manifest.time_steps
-        x0 = sample(lambda xt, t: network(xt, t, tokens, pooled), noise, steps, **schedule)
-        sessions["decoder"].run(None, {"latents": x0})
+        x0 = sample(
+            lambda xt, t: network(xt.astype(np.float32), t, tokens, pooled),
+            noise,
+            steps,
+            renoise=lambda step: draw_noise(0, 0, teacher.latent_shape, step)[None],
+            **schedule,
+        )
+        sessions["decoder"].run(None, {"latents": x0.astype(np.float32)})
 
     def teacher_same_runtime() -> None:
-        tokens, pooled = (np.concatenate(pair) for pair in zip(text([PROMPT]), empty, strict=True))
+        tokens, pooled = (np.concatenate(pair) for pair in zip(text([prompt]), empty, strict=True))
 
         def guided(xt: np.ndarray, t: float) -> np.ndarray:
-            cond, uncond = network(np.concatenate([xt, xt]), t, tokens, pooled)
+            cond, uncond = network(np.concatenate([xt, xt]).astype(np.float32), t, tokens, pooled)
             return (uncond + GUIDANCE * (cond - uncond))[None]
 
         x0 = sample_ode(guided, noise, STEPS, **schedule)
@@ -91,7 +101,7 @@ def main() -> None:
     sides = {
         "student": student,
         "teacher, same runtime": teacher_same_runtime,
-        "teacher, torch": lambda: in_torch([PROMPT], [0]),
+        "teacher, torch": lambda: in_torch([prompt], [0]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.rounds + 1):  # the first round warms up
@@ -107,6 +117,7 @@ def main() -> None:
         "cpu_ms": {name: round(value, 2) for name, value in medians.items()},
         "ratio_same_runtime": round(medians["teacher, same runtime"] / medians["student"], 1),
         "ratio_torch": round(medians["teacher, torch"] / medians["student"], 1),
+        "student": f"{manifest.name}@{manifest.version}, {len(manifest.time_steps)} steps",
         "steps": STEPS,
         "guidance": GUIDANCE,
         "rounds": args.rounds,

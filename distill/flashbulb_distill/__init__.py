@@ -1,4 +1,4 @@
-"""Turn a slow diffusion teacher into a one-step or few-step student."""
+"""Distil a diffusion teacher into a one-step or few-step student."""
 
 import os
 
