@@ -20,6 +20,7 @@ from flashbulb_service.models_cli import models_app
 if TYPE_CHECKING:
     from flashbulb_distill.bundle import Bundle
     from flashbulb_service.settings import Settings
+    from flashbulb_service.tasks import Task
 
 COMMAND_GROUP = "flashbulb.commands"
 VERIFIER_GROUP = (
@@ -154,7 +155,9 @@ def worker(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help=".png, .jpg or .webp")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="FILE", help=".png, .jpg or .webp; a video .mp4 or .webp")
+    ],
     models: Models = None,
     model: Annotated[
         str | None, typer.Option("--model", help="name, name@version or a bundle's folder")
@@ -165,20 +168,23 @@ def generate(
     backend: BackendOption = None,
     threads: Threads = None,
 ) -> None:
-    """Draw pictures into files, with no server. Equal seeds give equal bytes."""
+    """Draw pictures or videos into files, with no server. Equal seeds give equal bytes.
+
+    Examples: "red apple" -o a.png, or --model emoji-motion "rocket flying up" -o r.mp4
+    """
     import secrets
 
     from flashbulb_service.calibration import load_student
     from flashbulb_service.catalog import Model, choose_size
     from flashbulb_service.errors import InvalidRequest
-    from flashbulb_service.generate import choose_format, resolve_bundle, write_pictures
+    from flashbulb_service.generate import choose_format, resolve_bundle, task_of, write_pictures
     from flashbulb_service.provenance import Marker
 
     settings = _settings(models=models, backend=backend, threads=threads)
     if not prompt.strip():
         raise InvalidRequest("expected a prompt of at least one word, got an empty one", param="PROMPT")
-    choose_format(out)
-    bundle = resolve_bundle(settings.models, model or _default_model(settings), verify=True)
+    task = task_of(choose_format(out))
+    bundle = resolve_bundle(settings.models, model or _default_model(settings, task), verify=True)
     chosen = Model(bundle.manifest.name, bundle.manifest.version, bundle)
     width, height = choose_size(chosen, size)
     marker = Marker.from_settings(settings)
@@ -193,7 +199,9 @@ def generate(
     for file in report.files:
         typer.echo(str(file))
     typer.echo(
-        f"{chosen.id}, {width}x{height}, seed {seed}, {report.model_ms / count:.1f} ms per picture", err=True
+        f"{chosen.id}, {width}x{height}, seed {seed}, {report.model_ms / count:.1f} ms per "
+        f"{'video' if bundle.manifest.is_video else 'picture'}",
+        err=True,
     )
 
 
@@ -388,10 +396,11 @@ def _check_backend(settings: "Settings") -> None:
         backend_of(model.bundle, settings)
 
 
-def _default_model(settings: "Settings") -> str:
+def _default_model(settings: "Settings", task: "Task | None" = None) -> str:
     from flashbulb_service.catalog import Catalog
 
-    return Catalog.load(settings.models, verify=False, default=settings.default_model).find(None).id
+    catalog = Catalog.load(settings.models, verify=False, default=settings.default_model)
+    return catalog.find(None, task=task).id
 
 
 def _settings(**given: object) -> "Settings":

@@ -1,4 +1,4 @@
-"""Pictures with no server: a bundle, a backend, files."""
+"""Pictures and videos with no server: a bundle, a backend, files."""
 
 import os
 import tempfile
@@ -7,15 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from flashbulb_distill.bundle import Bundle, BundleError, find_model, list_models, open_bundle
 from flashbulb_service.backends import ImageRequest, Student
 from flashbulb_service.errors import BundleRejected, InvalidRequest, UnknownModel
-from flashbulb_service.formats import ImageFormat
+from flashbulb_service.formats import FileFormat
 from flashbulb_service.images import encode_image
 from flashbulb_service.provenance import Marker, Origin
 from flashbulb_service.scheduler import in_chunks
+from flashbulb_service.tasks import Task
+from flashbulb_service.video import encode_animation, encode_video
 
-_SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+_SUFFIXES: dict[str, FileFormat] = {
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+    ".mp4": "mp4",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ def resolve_bundle(models_dir: Path, reference: str, *, verify: bool) -> Bundle:
         raise BundleRejected(str(error)) from error
 
 
-def choose_format(out: Path) -> ImageFormat:
+def choose_format(out: Path) -> FileFormat:
     """Return the format that a file name asks for.
 
     Raises:
@@ -61,6 +71,11 @@ def choose_format(out: Path) -> ImageFormat:
             f"expected a file name ending in {', '.join(_SUFFIXES)}, got {out.name!r}", param="-o"
         )
     return _SUFFIXES[out.suffix.lower()]
+
+
+def task_of(file_format: FileFormat) -> Task | None:
+    """Return what a format is of; None where it may be either: WebP holds pictures and moving ones."""
+    return {"mp4": "text-to-video", "webp": None}.get(file_format, "text-to-image")
 
 
 def file_names(out: Path, count: int) -> tuple[Path, ...]:
@@ -81,36 +96,52 @@ def write_pictures(
     count: int,
     marker: Marker | None = None,
 ) -> Report:
-    """Draw pictures and write them; each file appears whole or not at all.
+    """Draw pictures or videos and write them; each file appears whole or not at all.
 
-    Picture i is drawn from (seed, i) and marked as the server does it.
+    Number i is drawn from (seed, i) and marked as the server does it. A video is the first that the student offers of
+    this size; as .webp it moves as well.
 
     Raises:
+        InvalidRequest: the student does not make what the file is of.
+        ImportError: videos cannot be written here.
         OSError: the folder of `out` is missing or not writable.
     """
-    image_format = choose_format(out)
+    file_format, manifest = choose_format(out), bundle.manifest
+    if task_of(file_format) not in (None, manifest.task):
+        made = "videos: expected a file name ending in .mp4 or .webp"
+        made = made if manifest.is_video else "pictures: expected a file name ending in .png, .jpg or .webp"
+        raise InvalidRequest(f"{manifest.name} makes {made}, got {out.name!r}", param="-o")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"expected the folder {out.parent} to exist: create it, or choose another -o")
     start = time.perf_counter()
-    requests = [ImageRequest(prompt, seed, index, *size) for index in range(count)]
+    shape = next(one for one in manifest.shapes if (one.width, one.height) == size)
+    requests = [ImageRequest(prompt, seed, index, *size, frames=shape.frames) for index in range(count)]
     pictures = [
         picture
-        for chunk in in_chunks(requests, bundle.manifest.max_batch)
+        for chunk in in_chunks(requests, manifest.max_batch)
         for picture in student.generate(chunk).images
     ]
     model_ms = (time.perf_counter() - start) * 1000
     files = file_names(out, count)
     marker = marker or Marker()
-    name = f"{bundle.manifest.name}@{bundle.manifest.version}"
+    name = f"{manifest.name}@{manifest.version}"
     origins = [Origin(name, bundle.sha256, seed, index, prompt) for index in range(count)]
     _write_all(
         files,
         [
-            marker.apply(encode_image(picture, image_format), image_format, origin)
+            marker.apply(_encode(picture, file_format, manifest.fps), file_format, origin)
             for picture, origin in zip(pictures, origins, strict=True)
         ],
     )
     return Report(files, model_ms)
+
+
+def _encode(pixels: np.ndarray, file_format: FileFormat, fps: float | None) -> bytes:
+    """Encode a picture, or with fps a video."""
+    if fps is not None:
+        return encode_video(pixels, fps) if file_format == "mp4" else encode_animation(pixels, fps)
+    assert file_format != "mp4"
+    return encode_image(pixels, file_format)
 
 
 def _write_all(files: Sequence[Path], contents: Sequence[bytes]) -> None:
