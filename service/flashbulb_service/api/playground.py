@@ -5,10 +5,10 @@ from importlib.resources import files
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-# Only our own files run, connect or show; pictures arrive as data: from the API's JSON.
+# Only our own files run, connect or show; pictures and videos arrive as data: from the API.
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PAGE_HEADERS = {
     "content-security-policy": POLICY,
@@ -21,6 +21,7 @@ FILES = {
     "/ui/server.js": ("server.js", "text/javascript"),
     "/ui/request.js": ("request.js", "text/javascript"),
     "/ui/run.js": ("run.js", "text/javascript"),
+    "/ui/video.js": ("video.js", "text/javascript"),
     "/ui/playground.css": ("playground.css", "text/css"),
     "/ui/icon.svg": ("icon.svg", "image/svg+xml"),
 }

@@ -2,13 +2,39 @@
 // what stands on the page.
 
 import { ask, askJson, dropKey, hasKey, keepKey, Refusal, refusalOf } from "/ui/server.js";
-import { asCurl, asPython, bodyOf, MAX_SEEDS, parseSeeds } from "/ui/request.js";
+import {
+  asCurl,
+  asPython,
+  bodyOf,
+  MAX_SEEDS,
+  parseSeeds,
+  videoAsCurl,
+  videoAsPython,
+  videoBodyOf,
+} from "/ui/request.js";
 import { element, Run } from "/ui/run.js";
+import { VideoRun } from "/ui/video.js";
 
 const MAX_HISTORY = 24;
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 let models = [];
+let tab = "images"; // or "videos"
+
+// What differs between the tabs.
+const TABS = {
+  images: { task: "text-to-image", Run, body: bodyOf, curl: asCurl, python: asPython, draw: "Draw", busy: "Drawing …", title: "Pictures" },
+  videos: {
+    task: "text-to-video",
+    Run: VideoRun,
+    body: videoBodyOf,
+    curl: videoAsCurl,
+    python: videoAsPython,
+    draw: "Make video",
+    busy: "Working …",
+    title: "Videos",
+  },
+};
 let running = null; // { run, controller } under way
 let shown = null; // the finished run that stands in the result
 
@@ -44,7 +70,12 @@ function choice() {
     prompt: $("prompt").value.trim(),
     count: Number($("count").value) || 1,
     size: $("size").value,
+    seconds: $("seconds").value,
   };
+}
+
+function fitting() {
+  return models.filter((model) => model.task === TABS[tab].task);
 }
 
 function checkSeeds() {
@@ -54,19 +85,37 @@ function checkSeeds() {
 }
 
 function showRequest(bodies) {
-  $("curl").textContent = asCurl(location.origin, bodies, hasKey());
-  $("python").textContent = asPython(location.origin, bodies, hasKey());
+  $("curl").textContent = TABS[tab].curl(location.origin, bodies, hasKey());
+  $("python").textContent = TABS[tab].python(location.origin, bodies, hasKey());
 }
 
 function refreshRequest() {
   const seeds = checkSeeds() ?? [];
   const asked = { ...choice(), prompt: choice().prompt || $("prompt").placeholder };
-  showRequest((seeds.length ? seeds : [undefined]).map((seed) => bodyOf(asked, seed)));
+  showRequest((seeds.length ? seeds : [undefined]).map((seed) => TABS[tab].body(asked, seed)));
+}
+
+function showTab(name) {
+  tab = name;
+  for (const other of Object.keys(TABS)) {
+    $(`tab-${other}`).setAttribute("aria-selected", String(other === tab));
+    $(`tab-${other}`).tabIndex = other === tab ? 0 : -1;
+  }
+  $("count-field").hidden = tab === "videos";
+  $("seconds-field").hidden = tab === "images";
+  $("prompt").placeholder = tab === "videos" ? "rocket flying up" : "red apple";
+  form.setAttribute("aria-label", tab === "videos" ? "Make videos" : "Draw pictures");
+  if (!running) $("draw").textContent = TABS[tab].draw;
+  $("model").replaceChildren(...fitting().map((model) => element("option", model.id, { value: model.id })));
+  fillSizes();
+  refreshRequest();
 }
 
 function fillSizes() {
   const sizes = chosenModel()?.sizes ?? [];
   $("size").replaceChildren(...sizes.map((size) => element("option", size.replace("x", " × "), { value: size })));
+  const lengths = chosenModel()?.seconds ?? [];
+  $("seconds").replaceChildren(...lengths.map((length) => element("option", `${length} s`, { value: length })));
 }
 
 // ------------------------------------------------------------------------------------------ the run
@@ -74,7 +123,8 @@ function fillSizes() {
 async function draw() {
   const given = checkSeeds();
   const seeds = given.length ? given : [Math.floor(Math.random() * 2 ** 31)];
-  const run = new Run(choice(), seeds, showProgress);
+  const run = new TABS[tab].Run(choice(), seeds, showProgress);
+  run.tab = tab;
   const controller = new AbortController();
   keepShown();
   running = { run, controller };
@@ -82,7 +132,8 @@ async function draw() {
   $("empty").hidden = true;
   $("timings").hidden = true;
   $("pictures").replaceChildren(run.grid);
-  showRequest(seeds.map((seed) => bodyOf(run.choice, seed)));
+  $("result-title").textContent = TABS[tab].title;
+  showRequest(seeds.map((seed) => TABS[tab].body(run.choice, seed)));
   setBusy(true);
   showProgress(run);
   try {
@@ -114,20 +165,20 @@ function finish(run) {
   if (!run.done) {
     $("pictures").replaceChildren();
     $("empty").hidden = false;
-    if (run.stopped) $("live").textContent = "Stopped before a picture was drawn.";
+    if (run.stopped) $("live").textContent = `Stopped before a ${run.noun} was ${run.verb}.`;
     return;
   }
   shown = run;
   $("live").textContent = run.stopped
-    ? `Stopped: ${run.done} of ${run.total} pictures drawn.`
-    : `${run.done} picture${run.done === 1 ? "" : "s"} drawn.`;
+    ? `Stopped: ${run.done} of ${run.total} ${run.noun}s ${run.verb}.`
+    : `${run.done} ${run.noun}${run.done === 1 ? "" : "s"} ${run.verb}.`;
   showTimings(run);
 }
 
 function showProgress(run) {
   if (running?.run !== run) return;
   $("bar").max = run.total;
-  $("bar").value = run.done;
+  $("bar").value = run.fraction;
   $("status").textContent = run.status;
 }
 
@@ -139,7 +190,7 @@ function showTimings(run) {
     ["Encoding", encode],
     ["In all", total],
   ].map(([name, ms]) => [name, `${ms < 100 ? ms.toFixed(1) : Math.round(ms)} ms`]);
-  lines.push(["Batch", `${rows} picture${rows === 1 ? "" : "s"}`]);
+  lines.push(["Batch", `${rows} ${run.noun}${rows === 1 ? "" : "s"}`]);
   lines.push(["Model used", [...run.jobs.values()][0].model]);
   lines.push([run.seeds.length > 1 ? "Seeds" : "Seed", run.seeds.join(", ")]);
   $("timings").replaceChildren(
@@ -163,7 +214,7 @@ async function stop() {
 function setBusy(busy) {
   $("result").setAttribute("aria-busy", String(busy));
   $("draw").disabled = busy || models.length === 0;
-  $("draw").textContent = busy ? "Drawing …" : "Draw";
+  $("draw").textContent = busy ? TABS[tab].busy : TABS[tab].draw;
   $("stop").hidden = !busy;
   $("stop").disabled = false;
   $("progress").hidden = !busy;
@@ -180,16 +231,18 @@ function keepShown() {
   const entry = element("li");
   const strip = element("div", undefined, { class: "strip" });
   for (const [key, source] of run.images) {
-    strip.append(element("img", undefined, { src: source, alt: `${prompt}, ${key.replace("/", ", picture ")}` }));
+    strip.append(element("img", undefined, { src: source, alt: `${prompt}, ${String(key).replace("/", ", picture ")}` }));
   }
   const text = element("div", undefined, { class: "what" });
   text.append(element("strong", prompt), element("small", `${model}, ${size}, seed ${run.seeds.join(", ")}`));
   const again = element("button", "Use again", { type: "button", "aria-label": `Use again: ${prompt}` });
   again.addEventListener("click", () => {
+    showTab(run.tab);
     $("prompt").value = prompt;
     $("model").value = model;
     fillSizes();
     $("size").value = size;
+    if (run.choice.seconds) $("seconds").value = run.choice.seconds;
     $("count").value = count;
     $("seed").value = run.seeds.join(", ");
     refreshRequest();
@@ -217,9 +270,9 @@ async function start() {
     showError("The list of models could not be read.", "Reload the page when the server runs again.");
     return;
   }
-  $("model").replaceChildren(...models.map((model) => element("option", model.id, { value: model.id })));
-  fillSizes();
-  refreshRequest();
+  const offered = Object.keys(TABS).filter((name) => models.some((model) => model.task === TABS[name].task));
+  $("tabs").hidden = offered.length < 2;
+  showTab(offered.includes(tab) ? tab : (offered[0] ?? tab));
   setBusy(false);
   await checkReady();
 }
@@ -264,6 +317,14 @@ addEventListener("focus", () => {
   if ($("state").textContent === "no worker") checkReady(); // one may have come meanwhile
 });
 $("stop").addEventListener("click", stop);
+for (const name of Object.keys(TABS)) {
+  $(`tab-${name}`).addEventListener("click", () => showTab(name));
+  $(`tab-${name}`).addEventListener("keydown", (event) => {
+    if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
+    showTab(tab === "images" ? "videos" : "images");
+    $(`tab-${tab}`).focus();
+  });
+}
 $("clear").addEventListener("click", () => {
   $("runs").replaceChildren();
   $("history").hidden = true;

@@ -23,6 +23,53 @@ export function bodyOf({ model, prompt, count, size }, seed) {
   return body;
 }
 
+export function videoBodyOf({ model, prompt, size, seconds }, seed) {
+  const body = { model, prompt, size: size || "auto" };
+  if (seconds) body.seconds = seconds;
+  if (seed !== undefined) body.seed = seed;
+  return body;
+}
+
+// Make a video, wait for the end of its events, fetch its file.
+export function videoAsCurl(origin, bodies, withKey) {
+  const key = withKey ? ` -H "Authorization: Bearer $FLASHBULB_API_KEY"` : "";
+  return bodies
+    .map((body) =>
+      [
+        `id=$(curl -s ${origin}/v1/videos${key} \\`,
+        `  -H 'Content-Type: application/json' \\`,
+        `  -d ${shellText(JSON.stringify(body))} | grep -o 'video_[0-9a-f]*' | head -n 1)`,
+        `curl -sN ${origin}/v1/jobs/$id/events${key} > /dev/null`,
+        `curl -s ${origin}/v1/videos/$id/content${key} -o video${body.seed === undefined ? "" : `-${body.seed}`}.mp4`,
+      ].join("\n"),
+    )
+    .join("\n");
+}
+
+export function videoAsPython(origin, bodies, withKey) {
+  const [body] = bodies;
+  const seeds = bodies.map((one) => one.seed).filter((seed) => seed !== undefined);
+  const many = seeds.length > 1;
+  const pad = many ? "    " : "";
+  const key = withKey ? 'os.environ["FLASHBULB_API_KEY"]' : '"none"'; // named, never shown
+  const lines = [
+    ...(withKey ? ["import os"] : []),
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url=${pythonText(`${origin}/v1`)}, api_key=${key})`,
+    ...(many ? [`for seed in [${seeds.join(", ")}]:`] : []),
+    `${pad}video = client.videos.create_and_poll(`,
+    `${pad}    model=${pythonText(body.model)},`,
+    `${pad}    prompt=${pythonText(body.prompt)},`,
+    `${pad}    size=${pythonText(body.size)},`,
+    ...(body.seconds ? [`${pad}    seconds=${pythonText(body.seconds)},`] : []),
+    ...(seeds.length ? [`${pad}    extra_body={"seed": ${many ? "seed" : seeds[0]}},`] : []),
+    `${pad})`,
+    `${pad}client.videos.download_content(video.id).write_to_file(${many ? 'f"video-{seed}.mp4"' : '"video.mp4"'})`,
+  ];
+  return lines.join("\n");
+}
+
 export function asCurl(origin, bodies, withKey) {
   return bodies
     .map((body) =>

@@ -97,8 +97,20 @@ export class Run {
     for (const figure of this.figures.values()) if (!figure.querySelector("img:not(.preview)")) figure.remove();
   }
 
+  get noun() {
+    return "picture";
+  }
+
+  get verb() {
+    return "drawn";
+  }
+
   get done() {
     return this.images.size;
+  }
+
+  get fraction() {
+    return this.done;
   }
 
   get total() {
