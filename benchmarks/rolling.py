@@ -186,6 +186,7 @@ async def roll(
     (folder / "results").mkdir()
     parts = [start("worker", old, folder, settings) for _ in range(2)]
     parts += [start("api", old, folder, settings) for _ in range(2)]
+    started = list(parts)
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=60)
     async with (
@@ -206,6 +207,7 @@ async def roll(
                 enumerate(list(parts)), key=lambda one: (one[1].kind == "api") != apis_first
             ):
                 parts[index] = await asyncio.to_thread(start, part.kind, new, folder, settings)
+                started.append(parts[index])
                 if part.kind == "worker":
                     await until_workers(http, balancer, 3)
                 else:
@@ -225,9 +227,10 @@ async def roll(
         finally:
             watching.cancel()
             await runner.cleanup()
-            for part in parts:
-                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    await asyncio.to_thread(part.stop)
+            for part in started:
+                if part.process.poll() is None:
+                    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                        await asyncio.to_thread(part.stop)
 
 
 async def listen(balancer: Balancer) -> tuple[web.AppRunner, str]:
