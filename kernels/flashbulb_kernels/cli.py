@@ -102,7 +102,7 @@ def inspect(
     from .aot import compile_variants, default_cache
     from .errors import GateFailed
     from .inspect import inspect as describe
-    from .static_table import current, markdown, read_csv, roofline_markdown, write_csv
+    from .static_table import current, markdown, read_csv, replace_file, roofline_markdown, write_csv
 
     if roofline:
         typer.echo(roofline_markdown())
@@ -111,20 +111,19 @@ def inspect(
     known = {}
     if write is not None and write.exists():
         known = {row.name: row for row in current(read_csv(write.read_text(encoding="utf-8")))}
+        replace_file(write, write_csv(known.values()))  # without what is stale
     rows = [known[str(variant)] for variant in variants if str(variant) in known]
     missing = [variant for variant in variants if str(variant) not in known]
     if rows:
         typer.echo(f"{len(rows)} of {len(variants)} kernels are in {write} as they are", err=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix="flashbulb-inspect-") as scratch:
-            results = compile_variants(missing, cache_dir or default_cache(), jobs)
-            for row in describe(results, Path(scratch), jobs):
-                rows.append(row)
-                said = "; ".join(row.faults) or "ok"
-                typer.echo(f"{len(rows)}/{len(variants)} {row.name}: {said}", err=True)
-    finally:  # an interrupted run goes on where it was
-        if write is not None:
-            write.write_text(write_csv((known | {row.name: row for row in rows}).values()), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="flashbulb-inspect-") as scratch:
+        results = compile_variants(missing, cache_dir or default_cache(), jobs)
+        for row in describe(results, Path(scratch), jobs):
+            rows.append(row)
+            typer.echo(f"{len(rows)}/{len(variants)} {row.name}: {'; '.join(row.faults) or 'ok'}", err=True)
+            if write is not None:  # each time: a run that is interrupted goes on where it was
+                known[row.name] = row
+                replace_file(write, write_csv(known.values()))
     typer.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else markdown(rows))
     red = [row for row in rows if row.faults]
     if check and red:

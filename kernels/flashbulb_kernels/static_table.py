@@ -7,6 +7,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from .aot import Variant, content_key, shipped_variants
@@ -33,6 +34,13 @@ def write_csv(rows: Iterable[Row]) -> str:
         values = [getattr(row, name) for name in COLUMNS[:-1]]
         writer.writerow([*values, "; ".join(row.faults)])
     return out.getvalue()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file as a whole: whoever reads or kills in between finds the old one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_csv(text: str) -> list[Row]:

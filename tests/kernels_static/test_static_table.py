@@ -1,5 +1,6 @@
 """The committed table: green, and of the kernels as they are."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 from flashbulb_kernels.aot import ARCHS, FORMS, compile_variants, shipped_variants
 from flashbulb_kernels.cli import app
 from flashbulb_kernels.inspect import Row, faults, inspect
-from flashbulb_kernels.static_table import current, read_csv, stale
+from flashbulb_kernels.static_table import current, read_csv, stale, write_csv
 
 TABLE = Path(__file__).parents[2] / "kernels" / "static-table.csv"
 
@@ -62,6 +63,30 @@ def test_a_table_that_is_up_to_date_is_neither_compiled_nor_changed(tmp_path: Pa
     assert "2 of 2 kernels are in" in run.output
     assert table.read_bytes() == TABLE.read_bytes()
     assert not (tmp_path / "no").exists()
+
+
+def test_each_row_is_in_the_table_before_the_next_is_made(
+    rows: list[Row], tmp_path: Path, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    """A run that is killed keeps what it had; a row that is stale goes at once."""
+    table = tmp_path / "table.csv"
+    table.write_text(write_csv([replace(rows[0], key="0" * 12), rows[5]]), encoding="utf-8")
+    asked = [row for row in rows if (row.entry, row.dtype, row.head_dim) == ("delta", "fp16", 64)]
+    seen = []
+
+    def describe(results: object, scratch: Path, jobs: int) -> Iterator[Row]:
+        for row in asked:
+            seen.append(len(read_csv(table.read_text(encoding="utf-8"))))
+            yield row
+
+    monkeypatch.setattr("flashbulb_kernels.inspect.inspect", describe)
+    monkeypatch.setattr("flashbulb_kernels.aot.compile_variants", lambda *a: iter(()))
+    options = ["--entry", "delta", "--dtype", "fp16", "--head-dim", "64", "--write", str(table)]
+    assert CliRunner().invoke(app, ["inspect", *options]).exit_code == 0
+    assert seen == [1 + done for done in range(len(asked))]
+    assert read_csv(table.read_text(encoding="utf-8")) == sorted(
+        [rows[5], *asked], key=lambda row: rows.index(row)
+    )
 
 
 @pytest.mark.slow

@@ -73,7 +73,8 @@ class SdxlDenoiser(nn.Module):
     ) -> Tensor:
         """Run the network once."""
         dtype = _dtype(self.unet)
-        extra = {"text_embeds": pooled.to(dtype), "time_ids": time_ids.to(dtype)}
+        # float32 as the sizes' embeddings that they are joined with: an ONNX Concat takes one type
+        extra = {"text_embeds": pooled, "time_ids": time_ids}
         out = self.unet(
             latents.to(dtype), timestep, prompt_embeds.to(dtype), added_cond_kwargs=extra, return_dict=False
         )[0]

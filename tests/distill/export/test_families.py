@@ -19,8 +19,6 @@ from support.tiny_families import make_tiny_family
 
 pytestmark = [pytest.mark.timeout(600)]
 
-WITHOUT_ATTENTION = {("sd3", "text_encoder_3"), ("cogvideox-5b", "vae_decoder")}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), COMPONENTS)
@@ -35,15 +33,15 @@ def test_a_graph_computes_what_its_module_does_at_every_shape(family, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), COMPONENTS)
 def test_a_half_precision_graph_of_opset_23_is_as_near_as_torch_is_in_half_precision(family, name):
-    """And keeps attention whole, where there is any: T5 adds positions to its scores, which the exporter spells out."""
+    """And keeps attention whole. In SDXL's UNet, sizes in float32 were once joined with embeddings in float16."""
     exported = export_tiny(family, name, opset=23, dtype=torch.float16)
     found = check_component(name, exported.path, exported.component.module, exported.cases)
     assert 1e-4 < found.tolerance < 0.5
     graph = onnx.load(exported.path, load_external_data=False).graph
     weights = {t.data_type for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
     assert weights == {onnx.TensorProto.FLOAT16}
-    has_attention = "Attention" in {node.op_type for node in graph.node}
-    assert has_attention == ((family, name) not in WITHOUT_ATTENTION)
+    if name in ("transformer", "unet"):
+        assert "Attention" in {node.op_type for node in graph.node}
 
 
 @pytest.mark.slow
