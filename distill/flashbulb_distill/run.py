@@ -5,7 +5,8 @@
     <out>/embeddings/           of prompts, where a family's text encoders are large
     <out>/pairs/                index.jsonl, shards
     <out>/regression/, <out>/adp/, <out>/adm/
-                                metrics.jsonl, checkpoint-*.safetensors, student.safetensors
+                                metrics.jsonl, guard.json, checkpoint-*.safetensors, student.safetensors,
+                                samples/ of the demo families: what the guard's probe drew
     <out>/teacher/              evaluation.json: the teacher's own figures
     <out>/evaluation/           teacher.json, student.json, table.md, grid.png
     <out>/bundle/<name>/<version>/
@@ -21,7 +22,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from .bundle import BundleError, hash_file, open_bundle
 from .core.draws import Draws
 from .doctor.examine import Record, examine
 from .doctor.subject import subject_of
-from .export.generate import Generate, student_images, teacher_images
+from .evaluate.grid import save_grid
+from .export.generate import Generate, student_images, teacher_images, to_images
 from .export.parity import Parity
 from .export.run import export_run
 from .measure import Measurement, measurement_of
@@ -55,7 +57,7 @@ from .teachers.teacher import Teacher
 from .train.build import Inputs, build, student_of
 from .train.checkpoint import read_module
 from .train.guard import Guard, load_bands
-from .train.probe import Probe
+from .train.probe import Probe, evenly
 from .train.recipe import PairsRecipe, Recipe, RecipeError, digest
 from .train.trainer import train
 
@@ -253,15 +255,26 @@ class Run:
         if self.board is not None:
             self.board.write(stage, step, logs)
 
+    def _show(self, stage: str, prompts: list[str], step: int, samples: Tensor) -> None:
+        """Keep what the guard's probe drew, pixels [prompts, seeds, 3, h, w]; latents and clips are no pictures."""
+        if not self.recipe.is_demo or self.recipe.is_video:
+            return
+        folder = self.out / stage / "samples"
+        folder.mkdir(exist_ok=True)
+        rows = [(f"seed {seed}", list(to_images(samples[:, seed]))) for seed in range(samples.shape[1])]
+        save_grid(rows, prompts, folder / f"{step:08d}.png")
+        if self.board is not None:
+            self.board.picture(stage, step, folder / f"{step:08d}.png")
+
     def _guard(self, stage: str) -> Guard | None:
         """Return what watches over a stage, with a few of the training prompts."""
         recipe = self.recipe.guard
         if recipe is None:
             return None
-        few = list({prompt: row for row, prompt in reversed([*enumerate(self.prompts)])}.values())
+        rows = evenly(self.prompts, recipe.prompts)
         probe = Probe(
             teacher=self.trained_teacher.denoiser,
-            cond=self.condition.take(torch.tensor(sorted(few)[: recipe.prompts])).to(self.device),
+            cond=self.condition.take(torch.tensor(rows)).to(self.device),
             uncond=self.uncond,
             latent_shape=self.teacher.latent_shape,
             time_steps=self.recipe.time_steps,
@@ -270,6 +283,7 @@ class Run:
             seeds=recipe.seeds,
             # Large VAEs stay off the training's device: latents are compared as they are.
             decode=self.trained_teacher.codec.decode if self.recipe.is_demo else None,
+            show=partial(self._show, stage, [self.prompts[row] for row in rows]),
         )
         return Guard(recipe, load_bands(recipe.bands, stage), probe)
 

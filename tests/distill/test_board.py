@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from PIL import Image
 
 from flashbulb_distill.board import Board
 
@@ -25,8 +26,11 @@ def test_scalars_are_there_by_stage_and_those_that_come_again_replace_the_others
     for step in (10, 20, 30):
         board.write("adm", step, {"loss": step / 10, "dmd": 0.5})
     board.write("adp", 10, {"loss": 9.0})
+    Image.new("RGB", (5, 4), "red").save(tmp_path / "grid.png")
+    board.picture("adm", 30, tmp_path / "grid.png")
     board.write("adm", 20, {"loss": 7.0})  # the guard went back
     board.close()
+    assert [len(list((tmp_path / stage).iterdir())) for stage in ("adm", "adp")] == [2, 1]
     assert read(tmp_path / "adm")["loss"] == [(10, 1.0), (20, 7.0)]
     assert read(tmp_path / "adp") == {"loss": [(10, 9.0)]}
 

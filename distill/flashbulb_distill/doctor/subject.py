@@ -14,6 +14,7 @@ from ..pairs.generate import sample_teacher
 from ..teachers.denoiser import Condition, Denoiser
 from ..teachers.pretrained import PretrainedTeacher
 from ..teachers.teacher import Codec, Teacher
+from ..train.probe import evenly
 from ..train.recipe import Recipe
 
 PROMPTS = 4
@@ -85,7 +86,7 @@ class Subject:
 def subject_of(recipe: Recipe, teacher: Teacher, prompts: Sequence[str]) -> Subject:
     """Return what a recipe's training would use of its teacher, with a few of its prompts."""
     device = next(teacher.denoiser.parameters()).device
-    few = list(dict.fromkeys(prompts))[:PROMPTS]
+    few = [prompts[place] for place in evenly(prompts, PROMPTS)]
     steps = recipe.pairs.num_steps if recipe.pairs is not None else STEPS
     return Subject(
         denoiser=teacher.denoiser,

@@ -25,6 +25,7 @@ pre { overflow-x: auto; border: 1px solid var(--line); padding: .7rem; border-ra
 table.pictures td, table.pictures th { padding: 2px; border: 0; vertical-align: middle; }
 table.pictures th { font-weight: normal; font-size: 12px; color: var(--soft); max-width: 8rem; }
 table.pictures img { display: block; image-rendering: auto; min-width: 64px; max-width: 220px; }
+.prompts { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: .6rem; }
 svg { width: 100%; height: auto; } svg .title { font-size: 12px; fill: var(--ink); }
 svg .tick { font-size: 9px; fill: var(--soft); } svg .end { text-anchor: end; } svg .grid { stroke: var(--line); }
@@ -78,11 +79,13 @@ def _pictures(drawn: Sequence[Drawn], prompts: Sequence[str], seeds: Sequence[in
             rows.append(f"<tr><th>{escape(model.name)}<br>{_steps(model.steps)}</th>{cells}</tr>")
         heads = "".join(f"<th>seed {seed}</th>" for seed in seeds)
         blocks.append(
-            f'<h3>{escape(prompt)}</h3><div class="wide"><table class="pictures"><tr><th></th>{heads}</tr>'
+            f'<div class="wide"><h3>{escape(prompt)}</h3><table class="pictures"><tr><th></th>{heads}</tr>'
             f"{''.join(rows)}</table></div>"
         )
-    told = "The first training prompts and seeds 0, 1, …: nothing was picked. A column is one noise."
-    return f"<h2>Pictures</h2><p class='soft'>{told}</p>{''.join(blocks)}"
+    told = (
+        "Prompts evenly through the training's and seeds 0, 1, …: nothing was picked. A column is one noise."
+    )
+    return f"<h2>Pictures</h2><p class='soft'>{told}</p><div class='prompts'>{''.join(blocks)}</div>"
 
 
 def _metrics(contents: Contents) -> str:

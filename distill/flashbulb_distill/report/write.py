@@ -11,6 +11,7 @@ from ..export.generate import Generate, student_images, teacher_images
 from ..teachers.teacher import Teacher
 from ..train.build import student_of
 from ..train.checkpoint import read_module
+from ..train.probe import evenly
 from ..train.recipe import Recipe, ReportRecipe
 from .collect import collect
 from .page import page
@@ -29,7 +30,8 @@ def write_report(
 ) -> Path:
     """Write the report of a run whose stages are done, and return its path."""
     asked = recipe.report or ReportRecipe(prompts=0)
-    chosen, seeds = list(dict.fromkeys(prompts))[: asked.prompts], range(asked.seeds)
+    chosen = [prompts[place] for place in evenly(prompts, asked.prompts)] if asked.prompts else []
+    seeds = range(asked.seeds)
     drawn: list[Drawn] = []
     if chosen:
         drawn = draw(_models(out, recipe, teacher, asked.teacher_steps), chosen, seeds, progress)

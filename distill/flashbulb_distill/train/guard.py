@@ -182,22 +182,22 @@ class Guard:
     """The guard of one stage, as the training loop uses it.
 
     Args:
-        probe: figures of the student's samples.
+        probe: (step, student) -> figures of its samples.
     """
 
     recipe: GuardRecipe
     bands: Sequence[Band]
-    probe: Callable[[Any], dict[str, float]]
+    probe: Callable[[int, Any], dict[str, float]]
     state: GuardState = field(default_factory=GuardState)
 
     def begin(self, student: nn.Module) -> GuardState:
         """Return the state before the first step: what the student draws then is what it must not lose."""
-        start = Look(step=0, figures=figures_of(self.state, self.probe(student)))
+        start = Look(step=0, figures=figures_of(self.state, self.probe(0, student)))
         return self.state.model_copy(update={"looks": (start,)})
 
     def look(self, step: int, student: nn.Module) -> tuple[Action, GuardState]:
         """Look at the student after `step` steps; return what to do and the state to go on with."""
-        figures = figures_of(self.state, self.probe(student))
+        figures = figures_of(self.state, self.probe(step, student))
         return decide(self.state, step, figures, self.bands, self.recipe)
 
     def write(self, folder: Path) -> None:

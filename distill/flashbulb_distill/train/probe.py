@@ -15,6 +15,13 @@ from ..teachers.denoiser import Condition, Denoiser
 TEACHER_STEPS = 10
 
 
+def evenly(prompts: Sequence[str], count: int) -> list[int]:
+    """Return the places of `count` distinct prompts, evenly through the list: a list is often sorted by subject."""
+    places = sorted({prompt: place for place, prompt in reversed([*enumerate(prompts)])}.values())
+    count = min(count, len(places))
+    return [places[index * len(places) // count] for index in range(count)]
+
+
 def compare_samples(student: Tensor, teacher: Tensor) -> dict[str, float]:
     """Compare samples [prompts, seeds, channels, ...] of the same prompts and seeds.
 
@@ -51,6 +58,7 @@ class Probe:
     Args:
         cond: the prompts, one row each.   seeds: how many of each.
         decode: latents to what is compared; the latents themselves for None.
+        show: gets the step and the student's samples [prompts, seeds, ...] each time.
     """
 
     teacher: Denoiser
@@ -62,10 +70,14 @@ class Probe:
     draws: Draws
     seeds: int = 4
     decode: Callable[[Tensor], Tensor] | None = None
+    show: Callable[[int, Tensor], None] | None = None
 
-    def __call__(self, student: Denoiser) -> dict[str, float]:
-        """Return the figures of `compare_samples`."""
-        return compare_samples(self._sample(student), self._by_teacher)
+    def __call__(self, step: int, student: Denoiser) -> dict[str, float]:
+        """Return the figures of `compare_samples` for the student after a step."""
+        samples = self._sample(student)
+        if self.show is not None:
+            self.show(step, samples)
+        return compare_samples(samples, self._by_teacher)
 
     @cached_property
     def _by_teacher(self) -> Tensor:

@@ -167,7 +167,7 @@ class GuardRecipe(Strict):
     """When the health guard looks, and what it does about what it sees."""
 
     every: int = Field(default=100, ge=1, description="steps from look to look")
-    prompts: int = Field(default=4, ge=1, description="of the probe: the first distinct ones of the training")
+    prompts: int = Field(default=4, ge=1, description="of the probe: evenly through the training's")
     seeds: int = Field(default=4, ge=2, description="of each of the probe's prompts")
     patience: int = Field(default=2, ge=1, description="looks in a row out of band before it acts")
     reduce: float = Field(default=0.5, gt=0, lt=1, description="factor of all learning rates when it acts")
@@ -215,7 +215,7 @@ class EvaluateRecipe(Strict):
 
 
 class ReportRecipe(Strict):
-    """What the report draws: the first training prompts with seeds 0, 1, ..."""
+    """What the report draws: prompts evenly through the training's, with seeds 0, 1, ..."""
 
     prompts: int = Field(default=4, ge=0, description="how many; 0 draws nothing")
     seeds: int = Field(default=4, ge=2, description="of each prompt")

@@ -29,7 +29,7 @@ from flashbulb_distill.train.guard import (
     load_bands,
     note,
 )
-from flashbulb_distill.train.probe import Probe, compare_samples
+from flashbulb_distill.train.probe import Probe, compare_samples, evenly
 from flashbulb_distill.train.recipe import AdmRecipe, GuardRecipe, Rates, RecipeError
 from flashbulb_distill.train.trainer import train
 
@@ -151,6 +151,12 @@ def prepared():
         loss.backward()
         optimizer.step()
     return student.state_dict(), fake.state_dict()
+
+
+def test_prompts_are_taken_evenly_and_each_once():
+    prompts = ["a", "a", "b", "c", "b", "d", "e", "f"]
+    assert [prompts[place] for place in evenly(prompts, 3)] == ["a", "c", "e"]
+    assert evenly(prompts, 99) == [0, 2, 3, 5, 6, 7]
 
 
 def adm(prepared, student_rate=1e-4, steps=60):
