@@ -6,9 +6,9 @@ from typing import Any
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
+    DDIMScheduler,
     DiffusionPipeline,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
 )
@@ -66,7 +66,13 @@ def _pipeline(denoiser: Denoiser, codec: VaeCodec, prompts: PromptEncoder) -> Di
             tokenizer=prompts.tokenizers[0],
             tokenizer_2=prompts.tokenizers[1],
             unet=denoiser.unet,
-            scheduler=EulerDiscreteScheduler(**_noise_levels(denoiser), steps_offset=1),
+            # Not re-noised between steps: the same as our sampler for one step only, see docs/export.md.
+            scheduler=DDIMScheduler(
+                **_noise_levels(denoiser),
+                timestep_spacing="trailing",
+                clip_sample=False,
+                set_alpha_to_one=True,
+            ),
             force_zeros_for_empty_prompt=prompts.zero_uncond,
             add_watermarker=False,
         )
@@ -75,7 +81,7 @@ def _pipeline(denoiser: Denoiser, codec: VaeCodec, prompts: PromptEncoder) -> Di
             raise ValueError(f"expected a student of SD3 that predicts flow, got {denoiser.prediction!r}")
         return StableDiffusion3Pipeline(
             transformer=denoiser.transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=denoiser.shift),
+            scheduler=FlowMatchLCMScheduler(shift=1.0),  # a student's times are told outright
             vae=vae,
             text_encoder=prompts.clip_l,
             tokenizer=prompts.tokenizers[0],

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from flashbulb_distill.bundle import (
     BundleError,
@@ -97,6 +98,39 @@ def test_the_services_backend_draws_what_torch_draws(family, tmp_path):
     alone = backend.denoise(requests[1:2], backend.encode_prompts(PROMPTS[1:2]))
     np.testing.assert_allclose(alone[0], latents[1], atol=1e-4 * size)
     check_what_verify_says(bundle.path)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("family", "times"), [("sdxl", (1.0,)), ("sd3", (1.0, 0.9, 0.5))])
+def test_diffusers_own_pipeline_draws_from_the_bundles_folder_what_the_service_draws(
+    family, times, tmp_path, monkeypatch
+):
+    source = open_source(make_tiny_pipeline(tmp_path / "teacher", family))
+    bundle = export(tmp_path / "bundle", source, times)
+    backend = OnnxBackend(threads=1)
+    backend.load(bundle)
+    request = ImageRequest("a red dog", 3, 0, WIDTH, HEIGHT)
+    served = backend.decode(backend.denoise([request], backend.encode_prompts(["a red dog"])))[0]
+    shape = source.codec().latent_shape(WIDTH, HEIGHT)
+    fresh = iter([torch.from_numpy(draw_noise(3, 0, shape, step))[None] for step in range(1, 9)])
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_flow_match_lcm.randn_tensor", lambda *args, **options: next(fresh)
+    )
+    pipeline = DiffusionPipeline.from_pretrained(bundle.path)
+    pipeline.set_progress_bar_config(disable=True)
+    # As docs/export.md says that a student's folder is called.
+    steps = {"num_inference_steps": 1} if family == "sdxl" else {"sigmas": list(times)}
+    drawn = pipeline(
+        "a red dog",
+        guidance_scale=1.0,
+        width=WIDTH,
+        height=HEIGHT,
+        latents=torch.from_numpy(draw_noise(3, 0, shape))[None],
+        output_type="np",
+        **steps,
+    ).images[0]
+    assert served.std() > 1
+    assert np.abs(np.rint(drawn * 255).astype(int) - served.astype(int)).max() <= 1
 
 
 def check_what_verify_says(path):
