@@ -80,7 +80,9 @@ class MixtureRace:
                     average_from=warmup,
                     save_every=10**9,
                     log_every=100,
-                    report=lambda stage, step, steps, logs: report(f"{entry.name} {stage}", step, steps),
+                    report=lambda stage, step, steps, logs: report(
+                        f"seed {self.seed} {entry.name} {stage}", step, steps
+                    ),
                 )
         return self.sample(weights), time.process_time() - began
 

@@ -158,7 +158,7 @@ class PictureRace:
         return train(
             build(name, inputs),
             folder,
-            stage=f"{entry.name} {stage}",
+            stage=f"{entry.name} seed {seed} {stage}",
             steps=steps,
             ema=section.ema,
             identity=recipe.sha256(),
