@@ -185,8 +185,8 @@ def compare(
 ) -> None:
     """Race the methods on one teacher: a mixture of Gaussians whose score is exact, or a recipe's own.
 
-    A1 regression, A5 ADP, B1 ADM, B2 DMD, B3 ADP then DMD, B4 ADP then ADM (DMDX), DMD2, LADD, LCM: the same start,
-    pairs and number of student updates. Writes race.json, table.md and, on the mixture, points.png.
+    A1 regression, A5 ADP, B1 ADM, B2 DMD, B3 ADP then DMD, B4 ADP then ADM (DMDX), B4h with ADP's heads, DMD2, LADD,
+    LCM: the same start, pairs and number of student updates. Writes race.json, table.md and, of the mixture, a picture.
     """
     from .provenance import code_version
     from .race.entries import find_entries

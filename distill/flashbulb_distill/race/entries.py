@@ -8,14 +8,19 @@ Stage = Literal["regression", "adp", "adm", "dmd", "dmd2", "ladd", "lcm"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One runner: a short name, what it is, and its stages in order."""
+    """One runner: a short name, what it is, and its stages in order.
+
+    carry_heads: ADM starts from the latent heads of the stage before instead of new ones.
+    """
 
     name: str
     title: str
     stages: tuple[Stage, ...]
+    carry_heads: bool = False
 
 
-# A and B as in Table 4 of arXiv 2507.18569, then the methods that one would use instead.
+# A and B as in Table 4 of arXiv 2507.18569, which does not say where ADM's heads start after ADP: B4 and B4h. Then the
+# methods that one would use instead.
 ENTRIES = (
     Entry("A1", "regression on the pairs", ("regression",)),
     Entry("A5", "ADP alone", ("adp",)),
@@ -23,6 +28,7 @@ ENTRIES = (
     Entry("B2", "DMD without ADP", ("dmd",)),
     Entry("B3", "DMD after ADP", ("adp", "dmd")),
     Entry("B4", "DMDX: ADM after ADP", ("adp", "adm")),
+    Entry("B4h", "the same with ADP's heads", ("adp", "adm"), carry_heads=True),
     Entry("DMD2", "DMD with a GAN term", ("dmd2",)),
     Entry("LADD", "latent adversarial distillation", ("ladd",)),
     Entry("LCM", "latent consistency", ("lcm",)),

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ..core.draws import BatchDraws
@@ -22,6 +22,7 @@ from ..losses import velocity_loss
 from ..pairs.generate import sample_teacher
 from ..pairs.store import Pairs
 from ..teachers.denoiser import spread
+from ..train.build import load_parameters
 from ..train.trainer import train
 from .course import COLUMNS, Course, Figures, judge_points
 from .entries import Entry
@@ -64,12 +65,15 @@ class MixtureRace:
     def run(self, entry: Entry, report: Report) -> tuple[Tensor, float]:
         """Train an entry from the start; return its points [n, 2] and its seconds of CPU."""
         weights, began = self.start, time.process_time()
+        heads: Weights = {}
         moves = self.course.moves // len(entry.stages)
         with TemporaryDirectory() as scratch:
             for stage in entry.stages:
                 method, warmup = build_for_points(
                     stage, self.course, self.seed, self.pairs, self.start, weights
                 )
+                if entry.carry_heads and heads:
+                    load_parameters(method.modules["latent"], heads)
                 weights = train(
                     method,
                     Path(scratch) / stage,
@@ -84,6 +88,7 @@ class MixtureRace:
                         f"seed {self.seed} {entry.name} {stage}", step, steps
                     ),
                 )
+                heads = dict(method.modules.get("latent", nn.Identity()).named_parameters())
         return self.sample(weights), time.process_time() - began
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from ..export.generate import student_images
 from ..pairs.store import read_pairs
 from ..run import STUDENT, Run
 from ..train.build import Inputs, build, student_of
+from ..train.checkpoint import read_module
 from ..train.recipe import (
     AdversarialRecipe,
     DmdRecipe,
@@ -131,21 +132,29 @@ class PictureRace:
     def _race(self, entry: Entry, seed: int, start: Mapping[str, Tensor] | None) -> RunResult:
         folder = self.run.out / "race" / entry.name / str(seed)
         weights, seconds = start, 0.0
+        heads: dict[str, Tensor] | None = None
         for stage in entry.stages:
             path = folder / stage
             if not (path / STUDENT).exists():
                 began = time.process_time()
-                weights = self._train(entry, stage, seed, weights, path)
+                weights = self._train(entry, stage, seed, weights, heads, path)
                 (path / "cpu_seconds").write_text(str(time.process_time() - began))
                 save_file({name: value.contiguous() for name, value in weights.items()}, path / STUDENT)
             weights = load_file(path / STUDENT)
             seconds += float((path / "cpu_seconds").read_text())
+            heads = read_module(path, "latent") if entry.carry_heads else None
         assert weights is not None
         found = self._measure(folder, weights, entry.name)
         return _result(entry.name, entry.title, seed, seconds, found)
 
     def _train(
-        self, entry: Entry, stage: Stage, seed: int, start: Mapping[str, Tensor] | None, folder: Path
+        self,
+        entry: Entry,
+        stage: Stage,
+        seed: int,
+        start: Mapping[str, Tensor] | None,
+        heads: Mapping[str, Tensor] | None,
+        folder: Path,
     ) -> dict[str, Tensor]:
         run = self.run
         name, section = section_of(run.recipe, stage)
@@ -154,7 +163,7 @@ class PictureRace:
         section = section.model_copy(update={"steps": steps})
         recipe = run.recipe.model_copy(update={name: section, "seed": seed})
         pairs = read_pairs(run.out / "pairs")
-        inputs = Inputs(recipe, run.trained_teacher, run.condition, run.uncond, pairs, start)
+        inputs = Inputs(recipe, run.trained_teacher, run.condition, run.uncond, pairs, start, heads)
         return train(
             build(name, inputs),
             folder,

@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from flashbulb_distill.cli import app
+from flashbulb_distill.race import mixture
 from flashbulb_distill.race.course import Course, judge_points
 from flashbulb_distill.race.entries import ENTRIES, find_entries
 from flashbulb_distill.race.mixture import MixtureRace
@@ -144,7 +145,7 @@ def test_the_table_leaves_out_what_was_not_measured_and_averages_over_seeds():
 def test_an_unknown_method_is_refused_in_one_line():
     assert [entry.name for entry in find_entries("b4, DMD2,b4")] == ["B4", "DMD2"]
     with pytest.raises(
-        ValueError, match="expected some of A1, A5, B1, B2, B3, B4, DMD2, LADD, LCM, got 'A9'"
+        ValueError, match="expected some of A1, A5, B1, B2, B3, B4, B4h, DMD2, LADD, LCM, got 'A9'"
     ):
         find_entries("A9")
 
@@ -153,3 +154,23 @@ def test_a_picture_of_points_has_them_where_they_are_and_y_upwards():
     image = draw_points(np.array([[2.9, 2.9]] * 50), 3.0, side=30)
     dark = np.argwhere(image[..., 0] < 128)
     assert dark.tolist() == [[0, 29]]
+
+
+def test_an_entry_that_carries_heads_over_hands_adps_to_adm(race, monkeypatch):
+    """Both entries are one but for the heads at the start of ADM."""
+
+    def train(method, folder, **options):
+        if folder.name == "adm":
+            seen.append(torch.cat([p.detach().flatten() for p in method.modules["latent"].parameters()]))
+        averages = plain(method, folder, **options)
+        if folder.name == "adp":
+            ends.append(torch.cat([p.detach().flatten() for p in method.modules["latent"].parameters()]))
+        return averages
+
+    plain, seen, ends = mixture.train, [], []
+    monkeypatch.setattr(mixture, "train", train)
+    for name in ("B4", "B4h"):
+        race.run(*find_entries(name), lambda *_: None)
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(seen[1], ends[1])
+    assert not torch.equal(seen[0], ends[0])
