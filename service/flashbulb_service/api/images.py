@@ -31,8 +31,7 @@ from flashbulb_service.api.plan import Plan, body_digest, check_webhook, keep, m
 from flashbulb_service.api.schemas import ERRORS, MAX_KEY_CHARS, DrawRequest, ImagesRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound, QueueUnavailable, ServiceError
 from flashbulb_service.jobs import JobView
-from flashbulb_service.queue import Expected
-from flashbulb_service.queue.queue import KeyMode
+from flashbulb_service.queue import Expected, KeyMode
 from flashbulb_service.results import media_type
 from flashbulb_service.safety import check_prompt
 from flashbulb_service.tasks import RequestRecord

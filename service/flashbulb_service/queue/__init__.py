@@ -2,12 +2,13 @@
 
 from flashbulb_service.queue.completions import Expected
 from flashbulb_service.queue.events import Event
-from flashbulb_service.queue.queue import (
+from flashbulb_service.queue.queue import Queue
+from flashbulb_service.queue.values import (
     Enqueued,
     Gate,
     Kept,
+    KeyMode,
     Limits,
-    Queue,
     QueueStats,
     RequestView,
     Taken,
@@ -21,6 +22,7 @@ __all__ = [
     "Expected",
     "Gate",
     "Kept",
+    "KeyMode",
     "Limits",
     "Lone",
     "Queue",

@@ -12,41 +12,37 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, NoReturn, Self, cast
+from typing import Any, Self, cast
 
-from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import (
-    ConnectionError as RedisConnectionError,
-)
-from redis.exceptions import (
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-)
-from redis.exceptions import (
-    TimeoutError as RedisTimeoutError,
-)
+from redis.asyncio import Redis
 
 from flashbulb_service.errors import (
-    ConcurrencyExceeded,
-    DeadlineUnreachable,
     IdempotencyConflict,
     InvalidRequest,
     JobNotFound,
     ModelDraining,
-    QueueFull,
     QueueUnavailable,
 )
 from flashbulb_service.jobs import Job, JobError, JobState, JobView, NewJob
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.queue import scripts
 from flashbulb_service.queue.completions import Completions, Expected
+from flashbulb_service.queue.connection import CONNECT_TIMEOUT_S, open_client, patient_client, unavailable
 from flashbulb_service.queue.events import Event, Events
 from flashbulb_service.queue.keys import Keys, digest
+from flashbulb_service.queue.refusals import too_late, too_many
+from flashbulb_service.queue.values import (
+    Enqueued,
+    Gate,
+    Kept,
+    KeyMode,
+    Limits,
+    QueueStats,
+    RequestView,
+    Taken,
+    Wake,
+)
 from flashbulb_service.queue.views import VIEW_FIELDS, make_view
 from flashbulb_service.queue.windows import Lone, bucket_window, claimed_job, read_times, read_token, used_ms
 from flashbulb_service.scheduler import BucketFacts, Plan, Window, plan_batch
@@ -54,98 +50,10 @@ from flashbulb_service.timing import Tau
 
 log = logging.getLogger(__name__)
 
-CALL_TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 5.0
-MAX_BLOCKING = 32  # calls that wait for the server to tell something; a process has a handful
 MAX_WINDOW_ROWS = 512  # of one bucket, that one look at the queue returns
 REAP_LIMIT = 200  # jobs moved per script call: the server serves nobody else meanwhile
 MAX_MESSAGE_CHARS = 2_000
 MAX_GATES = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much the queue holds and for how long. Live = queued, delayed or running."""
-
-    max_queued: int = 10_000  # live jobs of all tenants
-    max_queued_per_tenant: int = 2_000  # live jobs of one tenant
-    result_ttl_s: float = 24 * 3600.0  # a finished job can be read for this long
-    idempotency_ttl_s: float = 24 * 3600.0
-    dead_ttl_s: float = 7 * 24 * 3600.0  # a failed job can be replayed for this long
-    max_dead: int = 1_000
-    max_priority_ms: int = 60_000  # |priority_ms| is clamped to this, so nothing starves
-    default_slo_s: float = 60.0  # orders jobs without a deadline, which are never dropped for being late
-    backoff_s: float = 0.5  # first retry; doubles each time
-    max_backoff_s: float = 60.0
-    default_retry_after_s: float = 1.0  # told to refused callers while no finish rate is known
-    max_retry_after_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Enqueued:
-    """ids: one per job, in the order given. created: False when an idempotency key replayed them.
-
-    expected: hears of their end from before they were stored; pass it to `Queue.wait`.
-    """
-
-    ids: tuple[str, ...]
-    created: bool
-    expected: Expected | None = field(default=None, repr=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """The jobs of a claim, and whether more work waited when it was made."""
-
-    jobs: list[Job]
-    more: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """A model may have work. lone: the one job that waited, if that was all; `Queue.take` it before it is yours."""
-
-    lone: Lone | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What is kept of a request as a whole, as long as its first job.
-
-    record: opaque bytes for whoever reads the request back.
-    owner: who may read it back. lists: names of those that it appears in. events: what happens is written down.
-    """
-
-    record: bytes
-    owner: str
-    lists: tuple[str, ...] = ()
-    events: bool = False
-    hook: bool = False  # a delivery is due when the last job has ended
-
-
-@dataclass(frozen=True, slots=True)
-class RequestView:
-    """A kept request, by the id of its first job."""
-
-    id: str
-    owner: str
-    record: bytes
-    rows: tuple[str, ...]
-
-
-KeyMode = Literal["replay", "record", "attach"]
-Gate = Literal["paused", "draining"]
-
-
-@dataclass(frozen=True, slots=True)
-class QueueStats:
-    """Numbers for metrics and autoscaling, of one instant."""
-
-    queued: Mapping[str, int]  # model -> jobs waiting for a worker; models without any are left out
-    running: int
-    delayed: int
-    dead: int
-    oldest_age_s: float  # of the job that has been queued longest; 0.0 when none is queued
 
 
 class Queue:
@@ -165,16 +73,7 @@ class Queue:
         max_connections: int = 64,
     ) -> Self:
         """Make a queue on `redis://host:port/db` or `unix:///path/to/socket`; connects lazily."""
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=max_connections,
-            # With a socket_timeout redis-py goes through asyncio.wait_for, which on Python 3.11 now and then
-            # swallows a cancellation; calls are bounded by asyncio.timeout instead.
-            socket_timeout=None,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 3),
-        )
-        return cls(Redis.from_pool(pool), namespace=namespace, limits=limits)
+        return cls(open_client(url, max_connections), namespace=namespace, limits=limits)
 
     def __init__(
         self, client: "Redis", *, namespace: str = "flashbulb", limits: Limits | None = None
@@ -183,7 +82,7 @@ class Queue:
         self.keys = Keys(namespace)
         self.instance = secrets.token_hex(8)  # names this process to those who end its jobs
         self._client = client
-        self._patient = _patient_client(client)
+        self._patient = patient_client(client)
         # Scripts are short and the server runs one at a time: a connection of their own costs less than a choice
         # among many.
         self._scripting = Redis(connection_pool=client.connection_pool, single_connection_client=True)
@@ -214,13 +113,13 @@ class Queue:
         script = self._scripts.get(source)
         if script is None:
             script = self._scripts[source] = self._scripting.register_script(source)
-        async with _unavailable():
+        async with unavailable():
             return await script(keys=[self.keys.tag], args=args)
 
     @asynccontextmanager
     async def commands(self) -> AsyncIterator["Redis"]:
         """Yield the client for plain commands; what goes wrong inside is told in the queue's words."""
-        async with _unavailable():
+        async with unavailable():
             yield self._client
 
     async def ping(self) -> None:
@@ -229,7 +128,7 @@ class Queue:
         Raises:
             QueueUnavailable: it does not.
         """
-        async with _unavailable():
+        async with unavailable():
             await self._client.ping()
 
     # producers
@@ -314,9 +213,9 @@ class Queue:
         if outcome == b"draining":
             raise ModelDraining(rest[0].decode())
         if outcome == b"late":
-            self._raise_late(*rest)
+            raise too_late(self.limits, *rest)
         if outcome == b"full":
-            self._raise_full(jobs[0].tenant, *rest)
+            raise too_many(self.limits, jobs[0].tenant, *rest)
         created = outcome == b"created"
         return Enqueued(tuple(job_id.decode() for job_id in rest), created, expected if created else None)
 
@@ -330,7 +229,7 @@ class Queue:
 
     async def request(self, request_id: str) -> RequestView | None:
         """Read a kept request; None when there is none, or it has expired."""
-        async with _unavailable():
+        async with unavailable():
             fields = await self._client.hmget(self.keys.job(request_id), ["record", "owner", "rows"])
         record, owner, rows = cast(list[bytes | None], fields)
         if record is None or owner is None or rows is None:
@@ -346,7 +245,7 @@ class Queue:
             JobNotFound: `after` is not in the list.
         """
         key = self.keys.listing(name)
-        async with _unavailable():
+        async with unavailable():
             start = 0
             if after is not None:
                 rank = await (self._client.zrevrank if newest_first else self._client.zrank)(key, after)
@@ -367,13 +266,13 @@ class Queue:
 
     async def position(self, view: JobView) -> int | None:
         """Tell how many jobs of its bucket are before a queued one; None when it is not queued."""
-        async with _unavailable():
+        async with unavailable():
             rank = await self._client.zrank(self.keys.due(view.model, view.bucket), view.id)
         return cast(int | None, rank)
 
     async def last_step(self, job_id: str) -> str | None:
         """Return what the worker of a job last told of a step; None while there is nothing."""
-        async with _unavailable():
+        async with unavailable():
             told: Any = await self._client.hget(self.keys.job(job_id), "progress")
         return None if told is None else cast(bytes, told).decode()
 
@@ -383,7 +282,7 @@ class Queue:
 
     async def past_events(self, request_id: str, *, after: str) -> list[Event]:
         """Return a request's events behind `after` that have been written already."""
-        async with _unavailable():
+        async with unavailable():
             return await self.events.past(request_id, after=after)
 
     async def wait(
@@ -454,7 +353,7 @@ class Queue:
 
     async def wait_for_hooks(self, timeout_s: float) -> None:
         """Block until a hook may be due."""
-        async with _unavailable(timeout_s + CONNECT_TIMEOUT_S):
+        async with unavailable(timeout_s + CONNECT_TIMEOUT_S):
             await self._patient.blpop([self.keys.hooks_wake()], timeout=timeout_s)
 
     # workers
@@ -574,7 +473,7 @@ class Queue:
 
     async def known_times(self, model: str, bucket: str) -> tuple[float, list[tuple[Tau, int]]]:
         """Return the server's time in seconds, and of every live worker that serves a bucket its time model and cap."""
-        async with _unavailable(), self._client.pipeline(transaction=False) as pipe:
+        async with unavailable(), self._client.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.hvals(self.keys.speed(model, bucket))
             (seconds, micros), entries = await pipe.execute()
@@ -590,7 +489,7 @@ class Queue:
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be > 0 (0 would block for ever), got {timeout_s}")
         # The margin ends a wait on a connection that died without a word.
-        async with _unavailable(timeout_s + CONNECT_TIMEOUT_S):
+        async with unavailable(timeout_s + CONNECT_TIMEOUT_S):
             found: Any = await self._patient.blpop(
                 [self.keys.wake(model) for model in models], timeout=timeout_s
             )
@@ -743,7 +642,7 @@ class Queue:
 
     async def dead_letters(self, *, limit: int = 50, offset: int = 0) -> list[JobView]:
         """Return jobs that failed and can be replayed, the newest first."""
-        async with _unavailable():
+        async with unavailable():
             ids: Any = await self._client.zrevrange(self.keys.dead, offset, offset + limit - 1)
         views = await self._views([job_id.decode() for job_id in ids]) if ids else []
         return [view for view in views if view is not None and view.state is JobState.FAILED]
@@ -761,7 +660,7 @@ class Queue:
 
     async def gates(self) -> dict[str, Gate]:
         """Return the models (name@version) that are paused or draining."""
-        async with _unavailable():
+        async with unavailable():
             found: Any = await self._client.hgetall(self.keys.gates)
         return {
             model.decode(): "paused" if gate == b"paused" else "draining" for model, gate in found.items()
@@ -777,7 +676,7 @@ class Queue:
     # inside
 
     async def _run(self, script: str, *args: str | bytes | float) -> Any:
-        async with _unavailable():
+        async with unavailable():
             return await self._scripts[script](keys=[self.keys.tag], args=args)
 
     def _expiry(self) -> tuple[int, int, int]:
@@ -792,73 +691,16 @@ class Queue:
         }
 
     async def _views(self, ids: Sequence[str]) -> list[JobView | None]:
-        async with _unavailable(), self._client.pipeline(transaction=False) as pipe:
+        async with unavailable(), self._client.pipeline(transaction=False) as pipe:
             for job_id in ids:
                 pipe.hmget(self.keys.job(job_id), VIEW_FIELDS)
             rows = await pipe.execute()
         return [make_view(job_id, row) for job_id, row in zip(ids, rows, strict=True)]
 
-    def _raise_late(self, predicted_ms: int, allowed_ms: int) -> NoReturn:
-        """Tell the caller when the queue will be short enough, if nothing else comes."""
-        wait_s = (predicted_ms - allowed_ms) / 1000
-        retry_after_s = min(max(wait_s, 0.1), self.limits.max_retry_after_s)
-        raise DeadlineUnreachable(
-            f"expected to finish within {allowed_ms} ms, but it would take about {predicted_ms} ms; "
-            f"try again in {retry_after_s:.1f} s, or allow more time",
-            retry_after_s=retry_after_s,
-        )
-
-    def _raise_full(
-        self, tenant: str, scope: bytes, live: int, missing: int, finished: int, window_ms: int, limit: int
-    ) -> NoReturn:
-        """Tell the caller when enough jobs will have ended, at the rate of the last seconds."""
-        limits = self.limits
-        rate = finished / window_ms * 1000
-        wait_s = missing / rate if rate > 0 else limits.default_retry_after_s
-        who = "the queue" if scope == b"total" else f"the share of tenant {tenant!r}"
-        retry_after_s = min(max(wait_s, 0.1), limits.max_retry_after_s)
-        kind = ConcurrencyExceeded if scope == b"key" else QueueFull
-        raise kind(
-            f"{who} is full: {live} jobs of at most {limit}; try again in {retry_after_s:.1f} s",
-            retry_after_s=retry_after_s,
-            scope=scope.decode(),
-        )
-
-
-# Redis itself is well but refuses to write: full, a replica, or its disk is failing.
-_REFUSALS = ("MISCONF", "NOREPLICAS", "OOM", "READONLY", "LOADING", "MASTERDOWN")
-
 
 def new_id() -> str:
     """Make a job id: unguessable, and sorted by time so that ties in a queue are served in order."""
     return f"{time.time_ns():016x}{secrets.token_hex(8)}"
-
-
-def _patient_client(client: "Redis") -> "Redis":
-    """Copy a client for calls that block: their own connections, and no limit on reading."""
-    pool = client.connection_pool
-    kwargs = {**pool.connection_kwargs, "socket_timeout": None, "socket_connect_timeout": CONNECT_TIMEOUT_S}
-    return Redis.from_pool(
-        ConnectionPool(connection_class=pool.connection_class, max_connections=MAX_BLOCKING, **kwargs)
-    )
-
-
-@asynccontextmanager
-async def _unavailable(timeout_s: float = CALL_TIMEOUT_S) -> AsyncIterator[None]:
-    """Bound a call, and say in our words that the server cannot be used; let bugs through as they are."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            yield
-    except TimeoutError as error:
-        raise QueueUnavailable(
-            f"the queue's Redis or Valkey server did not answer within {timeout_s:g} s"
-        ) from error
-    except (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError) as error:
-        raise QueueUnavailable(f"the queue's Redis or Valkey server cannot be used: {error}") from error
-    except ResponseError as error:
-        if not str(error).startswith(_REFUSALS):
-            raise
-        raise QueueUnavailable(f"the queue's Redis or Valkey server refuses writes: {error}") from error
 
 
 def _ms(seconds: float) -> int:
