@@ -14,6 +14,7 @@ from ..pairs.generate import sample_teacher
 from ..teachers.denoiser import Condition, Denoiser
 from ..teachers.pretrained import PretrainedTeacher
 from ..teachers.teacher import Codec, Teacher
+from ..train.build import Inputs
 from ..train.probe import evenly
 from ..train.recipe import Recipe
 
@@ -35,6 +36,7 @@ class Subject:
 
     Args:
         new_denoiser: makes a trainable copy of the teacher that computes in bfloat16 where asked to.
+        new_fake: makes the fake score as the training does: a copy, or an adapter on the teacher itself.
         bf16: whether the training does.
         cond: a few of the training prompts, one row each, distinct.   uncond: one row.
         scheduler: its configuration as diffusers writes it; None for a family without a pipeline.
@@ -45,6 +47,7 @@ class Subject:
     denoiser: Denoiser
     codec: TwoWayCodec
     new_denoiser: Callable[[bool], Denoiser]
+    new_fake: Callable[[], Denoiser]
     cond: Condition
     uncond: Condition
     latent_shape: tuple[int, ...]
@@ -87,13 +90,15 @@ def subject_of(recipe: Recipe, teacher: Teacher, prompts: Sequence[str]) -> Subj
     """Return what a recipe's training would use of its teacher, with a few of its prompts."""
     device = next(teacher.denoiser.parameters()).device
     few = [prompts[place] for place in evenly(prompts, PROMPTS)]
+    cond, uncond = teacher.encode(few).to(device), teacher.encode_uncond().to(device)
     steps = recipe.pairs.num_steps if recipe.pairs is not None else STEPS
     return Subject(
         denoiser=teacher.denoiser,
         codec=cast(TwoWayCodec, teacher.codec),
         new_denoiser=lambda bf16: teacher.new_denoiser(bf16=bf16),
-        cond=teacher.encode(few).to(device),
-        uncond=teacher.encode_uncond().to(device),
+        new_fake=Inputs(recipe, teacher, cond, uncond).fake,
+        cond=cond,
+        uncond=uncond,
         latent_shape=teacher.latent_shape,
         scheduler=teacher.source.scheduler() if isinstance(teacher, PretrainedTeacher) else None,
         guidance=recipe.guidance,

@@ -10,10 +10,11 @@ import torch
 from flashbulb_distill.cli import _examine
 from flashbulb_distill.doctor import checks
 from flashbulb_distill.doctor.examine import CHECKS, Record, Unfit, examine
-from flashbulb_distill.doctor.subject import Subject
+from flashbulb_distill.doctor.subject import Subject, subject_of
 from flashbulb_distill.run import start_run
 from flashbulb_distill.teachers.emoji import load_emoji_teacher
 from flashbulb_distill.teachers.load import open_source
+from flashbulb_distill.teachers.open import open_teacher
 from flashbulb_distill.train.recipe import load_recipe
 from support.tiny_pipelines import make_tiny_pipeline
 
@@ -30,6 +31,7 @@ def emoji():
         denoiser=teacher.denoiser,
         codec=teacher.codec,
         new_denoiser=lambda bf16: teacher.new_denoiser(bf16=bf16),
+        new_fake=lambda: teacher.new_denoiser(bf16=True),
         bf16=True,
         cond=teacher.encode(["a red apple", "cat face", "rocket"]),
         uncond=teacher.encode([""]),
@@ -53,6 +55,7 @@ def tiny(tmp_path_factory):
                 denoiser=source.denoiser(),
                 codec=vae,
                 new_denoiser=lambda bf16: source.denoiser().requires_grad_(True),
+                new_fake=lambda: source.denoiser().requires_grad_(True),
                 cond=prompts.encode(["a red dog", "dog"]),
                 uncond=prompts.encode_uncond(),
                 latent_shape=vae.latent_shape(width=64, height=32, frames=9),
@@ -153,15 +156,36 @@ def test_text_that_does_not_arrive_is_caught_by_guidance(emoji):
 
 
 def test_a_fake_score_that_is_not_the_teacher_is_caught_by_zero_signal(emoji):
-    def rounded(bf16):
-        fake = emoji.new_denoiser(bf16)
+    def rounded():
+        fake = emoji.new_denoiser(True)
         with torch.no_grad():
             for parameter in fake.parameters():
                 parameter.copy_(parameter.bfloat16())
         return fake
 
     with pytest.raises(checks.Fault, match="precision or loading differs"):
-        checks.zero_signal(dataclasses.replace(emoji, new_denoiser=rounded))
+        checks.zero_signal(dataclasses.replace(emoji, new_fake=rounded))
+
+
+def test_an_adapter_of_the_recipe_is_the_fake_score_that_is_examined(tmp_path):
+    """It shares the teacher's weights, so even bfloat16 weights give nothing to see, until the adapter is no zero."""
+    teacher = make_tiny_pipeline(tmp_path, "sd3")
+    path = TEACHER.parents[2] / "distill/recipes/sd3_medium_4step.yaml"
+    size = ["shape.width=64", "shape.height=32", "variant=null", "adm.taps=[-1,0]", f"teacher={teacher}"]
+    recipe = load_recipe(path, [*size, "roles.student=lora", "roles.fake=lora", "precision=bfloat16"])
+    loaded = open_teacher(recipe.family, recipe.teacher, shape=recipe.shape, bf16=True)
+    subject = subject_of(recipe, loaded, ["a red dog", "dog"])
+    assert checks.zero_signal(subject) == "fake = teacher: ADM's steps equal bitwise, DMD's signal 0"
+
+    def moved():
+        fake = subject.new_fake()
+        with torch.no_grad():
+            for parameter in fake.parameters():
+                parameter += 0.3
+        return fake
+
+    with pytest.raises(checks.Fault):
+        checks.zero_signal(dataclasses.replace(subject, new_fake=moved))
 
 
 @pytest.mark.parametrize(("noise", "caught"), [(0.0, False), (0.2, True)])

@@ -17,9 +17,17 @@ from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from support.tiny_pipelines import make_tiny_pipeline
 
 RECIPES = Path(__file__).parents[3] / "distill" / "recipes"
-# Measured (-s shows it): emoji -0.2 %, emoji adp -0.2 %, sdxl -1.0 %, sd35-large -0.4 %, cogvideox-5b -9.3 %: there the
-# CPU's three-dimensional convolutions take scratch memory of their own, which tiny networks notice.
-TOLERANCES = {"emoji": 0.03, "emoji adp": 0.03, "sdxl": 0.03, "sd35-large": 0.03, "cogvideox-5b": 0.12}
+# Measured (-s shows it): emoji -0.2 %, emoji adp -0.2 %, sdxl -1.0 %, sd35-large -0.8 %, sd3 as adapters with
+# recomputed blocks 0.8 %, cogvideox-5b -9.3 %: there the CPU's three-dimensional convolutions take scratch memory of
+# their own, which tiny networks notice.
+TOLERANCES = {
+    "emoji": 0.03,
+    "emoji adp": 0.03,
+    "sdxl": 0.03,
+    "sd35-large": 0.03,
+    "cogvideox-5b": 0.12,
+    "sd3": 0.9,
+}
 
 
 def measured(recipe, stage):
@@ -57,6 +65,11 @@ CASES = {
     "sdxl": ("sdxl_1step", "adm", IMAGE),
     "sd35-large": ("sd35_large_4step", "adm", IMAGE),
     "cogvideox-5b": ("cogvideox_5b_8step", "adm", VIDEO),
+    "sd3": (
+        "sd3_medium_4step",
+        "adm",
+        [*IMAGE, "roles.student=lora", "roles.fake=lora", "lora.rank=4", "memory.checkpointing=true"],
+    ),
 }
 
 
@@ -75,6 +88,7 @@ def recipe_of(case, tmp_path, *overrides):
         ("sdxl", "bfloat16"),
         ("sd35-large", "float32"),
         ("cogvideox-5b", "float32"),
+        ("sd3", "float32"),
     ],
 )
 def test_the_predicted_peak_is_the_measured_one(case, precision, tmp_path):
