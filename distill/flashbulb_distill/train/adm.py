@@ -4,7 +4,7 @@ ODE steps are told apart by a discriminator, and the student is trained to make 
 Source: arXiv 2507.18569, adversarial distribution matching. No data, no regression, no further term.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,10 @@ from ..core.times import adm_times, logit_normal_times
 from ..losses import discriminator_hinge, generator_hinge
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
-from .fake import pull, update_fake
+from .fake import Samples, pull, update_fake
 from .recipe import AdmRecipe
 from .simulate import simulate_student
-from .step import accuracy_by_time, device_of, judge, ordered, sender, shaken, update
+from .step import accuracy_by_time, device_of, judge, ordered, sender, shaken, update_by_parts
 
 
 def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -53,6 +53,7 @@ class Adm:
     latent: nn.Module
     optimizers: Mapping[str, Optimizer]
     ranks: Ranks = ALONE
+    micro_batch: int | None = None  # rows that are computed at once; None is all
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -61,39 +62,58 @@ class Adm:
 
     def step(self, step: int) -> dict[str, float]:
         """Update the fake score and the heads, and the student after the warm-up, every `update_ratio` steps."""
-        recipe, draws = self.recipe, self.draws
-        rows, send = self.ranks.rows(recipe.batch_size), sender(device_of(self.student))
+        recipe = self.recipe
+        rows = self.ranks.rows(recipe.batch_size)
         moves = step >= recipe.warmup_steps and step % recipe.update_ratio == 0
+        size = min(self.micro_batch or len(rows), len(rows))
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        whole = (
+            len(parts) == 1
+        )  # then the samples keep their graph until the student's turn; else they are made again
 
-        picks = torch.from_numpy(draws.integers("adm/prompt", step, rows, len(self.cond)))
+        samples = [self._simulate(step, part, gradient=moves and whole) for part in parts]
+        logs = update_fake(
+            self.fake,
+            self.optimizers["fake"],
+            samples,
+            draws=self.draws,
+            purpose="adm",
+            step=step,
+            updates=recipe.fake_updates,
+            clip=recipe.clip,
+            ranks=self.ranks,
+        )
+        pairs = [self._pair(step, some, gradient=moves and whole) for some in samples]
+        # Not trained on: the paper reports that this falls all the same (its Figure 3).
+        logs["dmd"] = torch.cat([pair.gap for pair in pairs]).mean().item()
+        logs |= self._update_heads(step, pairs)
+        if moves:
+            logs |= self._update_student(step, pairs, again=not whole)
+            if recipe.ida > 0:
+                pull(self.fake, self.student, recipe.ida)
+        return logs
+
+    def _simulate(self, step: int, rows: range, *, gradient: bool) -> Samples:
+        """Sample the student for some rows of the batch."""
+        picks = torch.from_numpy(self.draws.integers("adm/prompt", step, rows, len(self.cond)))
         cond = self.cond.take(picks).to(device_of(self.student))
-        with torch.set_grad_enabled(moves):
+        with torch.set_grad_enabled(gradient):
             x_0 = simulate_student(
                 self.student,
                 cond,
-                draws=draws,
+                draws=self.draws,
                 purpose="adm",
                 step=step,
                 rows=rows,
                 latent_shape=self.latent_shape,
                 time_steps=self.time_steps,
             )
+        return Samples(rows, cond, x_0)
 
-        logs = update_fake(
-            self.fake,
-            self.optimizers["fake"],
-            x_0.detach(),
-            cond,
-            draws=draws,
-            purpose="adm",
-            step=step,
-            rows=rows,
-            updates=recipe.fake_updates,
-            clip=recipe.clip,
-            ranks=self.ranks,
-        )
-
-        # One noised student sample, two short steps down the flow: by the teacher and by the fake score.
+    def _pair(self, step: int, samples: Samples, *, gradient: bool) -> "_Pair":
+        """Noise the samples and take two short steps down the flow: by the teacher and by the fake score."""
+        recipe, draws, rows, cond, x_0 = self.recipe, self.draws, samples.rows, samples.cond, samples.x_0
+        send = sender(x_0.device)
         low, high = recipe.time_range
         uniform = draws.uniform("adm/time", step, rows)
         low = max(low, recipe.delta_t)
@@ -110,34 +130,72 @@ class Adm:
         with torch.no_grad():
             real_x0 = guided_x0(self.teacher, xt, t, cond, self.uncond, recipe.guidance)
             x_real = self._advance(real_x0, xt, t, s)
-        with torch.set_grad_enabled(moves and recipe.jacobian == "full"):
+        with torch.set_grad_enabled(gradient and recipe.jacobian == "full"):
             fake_x0 = self.fake.x0(xt, t, cond)
             x_fake = self._advance(fake_x0, xt, t, s)
         if recipe.jacobian == "detach":
             at, to = spread(t, xt), spread(s, xt)
             x_fake = keep_position(self.teacher.schedule, xt, x_fake, at, to)
-        # Not trained on: the paper reports that this falls all the same (its Figure 3).
-        logs["dmd"] = (fake_x0.detach() - real_x0).square().mean().item()
+        gap = (fake_x0.detach() - real_x0).square().flatten(1).mean(1)
+        return _Pair(rows, cond, x_real, x_fake, s, gap)
 
-        # Discriminator: both sides in one batch, so that the arithmetic's own noise is common to them.
-        real, guess = judge(self.latent, x_real, x_fake.detach(), s, cond)
-        loss = hinge = discriminator_hinge(real, guess)
-        if recipe.r1_weight > 0:
-            noise = recipe.r1_std * send(draws.normal("adm/r1", step, rows, x_0.shape[1:]))
-            loss = loss + recipe.r1_weight * shaken(self.latent, x_real, real, s, cond, noise)
-        norm = update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
-        logs |= {"heads_norm": norm, "latent_hinge": hinge.item(), "margin": (real - guess).mean().item()}
+    def _update_heads(self, step: int, pairs: "Sequence[_Pair]") -> dict[str, float]:
+        """Teach the heads to tell the teacher's steps from the fake score's; return what to log."""
+        recipe, count = self.recipe, sum(len(pair.rows) for pair in pairs)
+        judged: list[tuple[Tensor, Tensor]] = []
+        hinges: list[float] = []
+
+        def losses() -> Iterator[tuple[float, Tensor]]:
+            for pair in pairs:
+                share = len(pair.rows) / count
+                # Both sides in one batch, so that the arithmetic's own noise is common to them.
+                real, guess = judge(self.latent, pair.x_real, pair.x_fake.detach(), pair.s, pair.cond)
+                loss = hinge = discriminator_hinge(real, guess)
+                if recipe.r1_weight > 0:
+                    drawn = self.draws.normal("adm/r1", step, pair.rows, pair.x_real.shape[1:])
+                    noise = recipe.r1_std * sender(pair.x_real.device)(drawn)
+                    penalty = shaken(self.latent, pair.x_real, real, pair.s, pair.cond, noise)
+                    loss = loss + recipe.r1_weight * penalty
+                judged.append((real.detach(), guess.detach()))
+                hinges.append(share * hinge.item())
+                yield share, loss
+
+        norm = update_by_parts(losses(), [self.optimizers["latent"]], recipe.clip, self.ranks)
+        real, guess = (torch.cat(side) for side in zip(*judged, strict=True))
+        logs = {"heads_norm": norm, "latent_hinge": sum(hinges), "margin": (real - guess).mean().item()}
         logs["ordered"] = ordered(real, guess)
-        logs |= accuracy_by_time(real, guess, s)
+        return logs | accuracy_by_time(real, guess, torch.cat([pair.s for pair in pairs]))
 
-        if moves:
-            adversarial = generator_hinge(self.latent(x_fake, s, cond))
-            logs["student_norm"] = update(adversarial, [self.optimizers["student"]], recipe.clip, self.ranks)
-            logs["student_loss"] = adversarial.item()
-            if recipe.ida > 0:
-                pull(self.fake, self.student, recipe.ida)
-        return logs
+    def _update_student(self, step: int, pairs: "Sequence[_Pair]", *, again: bool) -> dict[str, float]:
+        """Move the student to where the discriminator takes its steps for the teacher's; return what to log."""
+        count = sum(len(pair.rows) for pair in pairs)
+        values: list[float] = []
+
+        def losses() -> Iterator[tuple[float, Tensor]]:
+            for made in pairs:
+                pair = made
+                if again:
+                    pair = self._pair(step, self._simulate(step, made.rows, gradient=True), gradient=True)
+                loss = generator_hinge(self.latent(pair.x_fake, pair.s, pair.cond))
+                share = len(pair.rows) / count
+                values.append(share * loss.item())
+                yield share, loss
+
+        norm = update_by_parts(losses(), [self.optimizers["student"]], self.recipe.clip, self.ranks)
+        return {"student_norm": norm, "student_loss": sum(values)}
 
     def _advance(self, x0_hat: Tensor, xt: Tensor, t: Tensor, s: Tensor) -> Tensor:
         xs: Tensor = ode_step(self.teacher.schedule, x0_hat, xt, spread(t, xt), spread(s, xt))
         return xs
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Some rows of a batch after both short steps, at their times s [b]."""
+
+    rows: range
+    cond: Condition
+    x_real: Tensor
+    x_fake: Tensor
+    s: Tensor
+    gap: Tensor  # [b] squared distance of the two estimates: the DMD loss

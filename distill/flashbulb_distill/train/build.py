@@ -176,6 +176,7 @@ def build_adm(inputs: Inputs) -> Adm:
         latent=latent,
         optimizers=inputs.optimizers({"student": student, "fake": fake, "latent": latent}, stage.rates),
         ranks=inputs.ranks,
+        micro_batch=recipe.memory.micro_batch,
     )
 
 

@@ -20,7 +20,7 @@ from ..losses import discriminator_softplus, dmd_gradient, dmd_loss, generator_s
 from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
-from .fake import pull, update_fake
+from .fake import Samples, pull, update_fake
 from .recipe import DmdRecipe
 from .simulate import simulate_student
 from .step import accuracy_by_time, device_of, judge, sender, shaken, update
@@ -75,12 +75,10 @@ class Dmd:
         logs = update_fake(
             self.fake,
             self.optimizers["fake"],
-            x_0.detach(),
-            cond,
+            [Samples(rows, cond, x_0)],
             draws=draws,
             purpose="dmd",
             step=step,
-            rows=rows,
             updates=recipe.fake_updates,
             clip=recipe.clip,
             ranks=self.ranks,

@@ -1,5 +1,8 @@
 """The fake score: a network that is kept at denoising whatever the student makes just now."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -9,19 +12,26 @@ from ..core.schedule import add_noise, alpha_sigma
 from ..losses import velocity_loss
 from ..ranks import Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
-from .step import sender, update
+from .step import sender, update_by_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Some rows of a batch: the student's samples x_0 [b, ...] with the conditions that they were made for."""
+
+    rows: range
+    cond: Condition
+    x_0: Tensor
 
 
 def update_fake(
     fake: Denoiser,
     optimizer: Optimizer,
-    x_0: Tensor,
-    cond: Condition,
+    parts: Sequence[Samples],
     *,
     draws: Draws,
     purpose: str,
     step: int,
-    rows: range,
     updates: int,
     clip: float,
     ranks: Ranks,
@@ -29,18 +39,25 @@ def update_fake(
     """Train the fake score on the student's samples by the teacher's own denoising loss; return means to log.
 
     Args:
-        x_0: [b, ...] samples, detached.   purpose: names the draws, like "adm".
+        parts: of the batch, computed one after another.   purpose: names the draws, like "adm".
     """
-    losses, norms, send = [], [], sender(x_0.device)
+    losses: list[float] = []
+    norms: list[float] = []
+    count = sum(len(part.rows) for part in parts)
+
+    def part_losses(name: str) -> Iterator[tuple[float, Tensor]]:
+        for part in parts:
+            x_0, send = part.x_0.detach(), sender(part.x_0.device)
+            t = send(draws.uniform(f"{name}/time", step, part.rows)).float().clamp(min=1e-3)
+            eps = send(draws.normal(f"{name}/noise", step, part.rows, x_0.shape[1:]))
+            xt = add_noise(fake.schedule, x_0, eps, spread(t, x_0))
+            sigma = alpha_sigma(fake.schedule, t)[1]
+            loss, share = velocity_loss(fake.x0(xt, t, part.cond), x_0, sigma), len(part.rows) / count
+            losses.append(share * loss.item())
+            yield share, loss
+
     for index in range(updates):
-        name = f"{purpose}/fake/{index}"
-        t = send(draws.uniform(f"{name}/time", step, rows)).float().clamp(min=1e-3)
-        eps = send(draws.normal(f"{name}/noise", step, rows, x_0.shape[1:]))
-        xt = add_noise(fake.schedule, x_0, eps, spread(t, x_0))
-        sigma = alpha_sigma(fake.schedule, t)[1]
-        loss = velocity_loss(fake.x0(xt, t, cond), x_0, sigma)
-        norms.append(update(loss, [optimizer], clip, ranks))
-        losses.append(loss.item())
+        norms.append(update_by_parts(part_losses(f"{purpose}/fake/{index}"), [optimizer], clip, ranks))
     return {"fake_loss": sum(losses) / updates, "fake_norm": sum(norms) / updates}
 
 

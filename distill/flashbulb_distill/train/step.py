@@ -1,6 +1,6 @@
 """Pieces that the methods' steps share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -26,16 +26,32 @@ def sender(device: torch.device) -> Callable[[NDArray[np.generic]], Tensor]:
 
 
 def update(loss: Tensor, optimizers: Sequence[Optimizer], clip: float, ranks: Ranks = ALONE) -> float:
-    """Move the optimisers' parameters down the gradient of `loss`, and nothing else; return the gradient's norm.
+    """Move the optimisers' parameters down the gradient of `loss`, and nothing else; return the gradient's norm."""
+    return update_by_parts([(1.0, loss)], optimizers, clip, ranks)
+
+
+def update_by_parts(
+    parts: Iterable[tuple[float, Tensor]], optimizers: Sequence[Optimizer], clip: float, ranks: Ranks = ALONE
+) -> float:
+    """Move the optimisers' parameters down the gradient of a sum of losses; return the gradient's norm.
 
     Gradients are taken of those parameters only, so that a network which the loss merely passes through keeps none.
     With several ranks it is the gradient of the mean of their losses.
+
+    Args:
+        parts: (share, loss), made one after another: each one's graph is gone before the next is built.
     """
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    for share, loss in parts:
+        found = torch.autograd.grad(loss if share == 1 else share * loss, parameters, allow_unused=True)
+        for place, gradient in enumerate(found):
+            before = gradients[place]
+            if gradient is not None:
+                gradients[place] = gradient if before is None else before + gradient
     ranks.average(gradients)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+    for parameter, total in zip(parameters, gradients, strict=True):
+        parameter.grad = total
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     for optimizer in optimizers:
         optimizer.step()
