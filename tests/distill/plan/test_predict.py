@@ -26,7 +26,7 @@ TOLERANCES = {
     "sdxl": 0.03,
     "sd35-large": 0.03,
     "cogvideox-5b": 0.12,
-    "sd3": 0.9,
+    "sd3": 0.03,
 }
 
 
