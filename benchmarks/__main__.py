@@ -9,6 +9,7 @@ stages      where that time goes, by the stages of API and worker
 decide      a decision and a claim with a thousand requests waiting
 capacity    workers and p99 that `flashbulb plan-capacity` predicts, beside what `bench serve` measures
 live        goodput of the server on a synthetic device, beside the simulation
+mixed       p99 of pictures at half of the capacity, without and beside videos back to back
 chaos       2,000 jobs while workers, APIs and Valkey are killed: lost, doubled, different
 fuzz        thousands of requests drawn from the OpenAPI document
 soak        random cancels and disconnects: memory, queue and keys at the end
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "decide": ("decide.py", ("tests/service/queue", "tests/service/test_scheduler.py")),
     "capacity": ("capacity.py", ("tests/service/test_capacity.py", "tests/service/test_simulate.py")),
     "live": ("live.py", (*SERVICE_TESTS, "tests/service/test_simulate.py")),
+    "mixed": ("mixed.py", ("tests/service/video", "tests/service/test_turns.py")),
     "chaos": ("chaos.py", ("tests/service/chaos", "tests/service/queue")),
     "fuzz": ("fuzz.py", ("tests/service/api/test_errors.py", "tests/service/api/test_fuzz.py")),
     "soak": ("soak.py", SERVICE_TESTS),

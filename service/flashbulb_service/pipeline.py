@@ -176,6 +176,7 @@ class Pipeline:
             lane: deque(maxlen=KNOWN_DELIVERIES) for lane in (SHORT, LONG)
         }
         self._failure: BaseException | None = None
+        self.is_claiming = False  # short work is on its way from the queue, where it waits no more
 
     async def room(self, lane: str = SHORT) -> None:
         """Return when the next claim of a lane is due.
@@ -195,6 +196,10 @@ class Pipeline:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(due_s):
                     await changed.wait()
+
+    def has_room(self, lane: str) -> bool:
+        """Tell whether the next claim of a lane is due now."""
+        return self._due_s(lane) == 0
 
     def lead_ms(self, lane: str = SHORT) -> float:
         """Return what a batch claimed now takes besides its own time, as far as is known.
@@ -538,7 +543,9 @@ class Pipeline:
             log.warning("a step of job %s is not told: %s", jobs[0].id, error.message)
             return False
         claim.lost.update(lost)
-        return waits
+        return (
+            waits or self.is_claiming or any(c.lane == SHORT and not c.drawn for c in self._claims.values())
+        )
 
     def _show(self, claim: Claim, estimates: list[Estimate]) -> None:
         earlier = tuple(claim.previews)

@@ -183,13 +183,19 @@ class Worker:
                     await _unless(stop, asyncio.sleep(SCAN_INTERVAL_S))
                     continue
                 wake = None if more else await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
+                if wake and not self._pipeline.has_room(lane):  # a step of long work has begun since
+                    await _unless(stop, self._pipeline.room(lane))
                 if stop.is_set():
                     break
+                self._pipeline.is_claiming = self._pipeline.is_claiming or lane == SHORT
                 more = await self._claim(lane, wake.lone if wake else None)
                 outage.worked()
             except QueueUnavailable as error:
                 outage.failed(error)
                 await _unless(stop, asyncio.sleep(OUTAGE_BACKOFF_S))
+            finally:
+                if lane == SHORT:
+                    self._pipeline.is_claiming = False
 
     def _models_of(self, lane: str) -> dict[str, Served]:
         """Return the models whose work belongs to a lane, as they are now: a scan of the repository may change them."""
