@@ -76,8 +76,9 @@ class Balancer:
     async def watch(self) -> None:
         """Keep `ready` at those that say they are."""
         while True:
-            told = await asyncio.gather(*(self._is_ready(url) for url in self.apis))
-            self.ready = [url for url, ready in zip(self.apis, told, strict=True) if ready]
+            asked = list(self.apis)  # as it is now: one may come or go meanwhile
+            told = await asyncio.gather(*(self._is_ready(url) for url in asked))
+            self.ready = [url for url, ready in zip(asked, told, strict=True) if ready and url in self.apis]
             await asyncio.sleep(CHECK_S)
 
     async def forward(self, request: web.Request) -> web.Response:
