@@ -43,7 +43,7 @@ def make(kind, *, teacher=None, student=None, rate=1e-2, **settings):
         if kind == "dmd2":
             roles["latent"] = VectorDiscriminator(2)
             options["pairs"] = pairs_of(teacher)
-            shared["gan_weight"] = 0.1
+            shared |= {"gan_weight": 0.1, "taps": (-1,)}
         method, recipe = Dmd, DmdRecipe(**shared | settings)
     elif kind == "ladd":
         roles["latent"] = VectorDiscriminator(2)

@@ -25,7 +25,8 @@ ClientOf = Callable[..., httpx2.AsyncClient]
 
 OPEN = {
     "/", "/livez", "/readyz", "/openapi.json", "/v1/images/results/{name}",
-    "/ui/playground.js", "/ui/server.js", "/ui/request.js", "/ui/run.js", "/ui/playground.css", "/ui/icon.svg",
+    "/ui/playground.js", "/ui/server.js", "/ui/request.js", "/ui/run.js", "/ui/video.js",
+    "/ui/playground.css", "/ui/icon.svg",
 }  # fmt: skip
 
 
