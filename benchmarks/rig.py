@@ -80,15 +80,26 @@ class Server:
         self._log.close()
 
 
+def repository_of(folder: Path, bundle: Path) -> Path:
+    """Make a model repository of one bundle alone, and return it."""
+    models = folder / bundle.parent.name
+    models.mkdir(parents=True)
+    (models / bundle.name).symlink_to(bundle.resolve(), target_is_directory=True)
+    return folder
+
+
 @contextmanager
 def serving(bundle: Path, *, threads: int, workers: int = 1, **settings: str) -> Iterator[Server]:
     """Serve one bundle while this is open."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        models = folder / "models" / bundle.parent.name
-        models.mkdir(parents=True)
-        (models / bundle.name).symlink_to(bundle.resolve(), target_is_directory=True)
-        server = Server(folder, folder / "models", threads=threads, settings=settings, workers=workers)
+        server = Server(
+            folder,
+            repository_of(folder / "models", bundle),
+            threads=threads,
+            settings=settings,
+            workers=workers,
+        )
         try:
             yield server
         finally:

@@ -120,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         old = checkout(args.old, folder / "old")
+        models = rig.repository_of(
+            folder / "models", args.bundle
+        )  # the version before may not know the others
         runs = {}
         for first in args.first:
             rig.say(f"rolling: from {args.old} to this checkout, {first} first")
@@ -128,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with EmbeddedServer(place / "queue") as server:
                 settings = {
                     "redis": server.tcp_url,
-                    "models": str(args.bundle.resolve().parent.parent),
+                    "models": str(models),
                     "threads": str(args.threads),
                     "drain_notice_s": str(NOTICE_S),
                 }
