@@ -57,7 +57,7 @@ def measured(recipe, stage):
 
 
 SMALL = ["adm.batch_size=4", "adm.warmup_steps=0", "variant=null"]
-IMAGE = [*SMALL, "shape.width=128", "shape.height=128", "adm.taps=[-1,0,1]"]
+IMAGE = [*SMALL, "shape.width=128", "shape.height=128", "adm.taps=[-1,0,1]", "adm.carry_heads=false"]
 VIDEO = [*SMALL, "shape.width=64", "shape.height=64", "shape.frames=9", "adm.taps=[-1,1]"]
 CASES = {
     "emoji": ("emoji", "adm", SMALL[:2]),
