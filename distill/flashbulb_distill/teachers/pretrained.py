@@ -64,8 +64,13 @@ class PretrainedTeacher:
             temporary.replace(path)
         return Condition(**load_file(path))
 
+    @cached_property
+    def _text_sha256(self) -> dict[str, str]:
+        """The hashes of the text encoders, which are gigabytes: read once."""
+        return self.source.sha256(*self.source.text_parts)
+
     def _key(self, prompts: Sequence[str]) -> str:
-        made_of = [list(prompts), self.source.sha256(*self.source.text_parts), str(self.source.dtype)]
+        made_of = [list(prompts), self._text_sha256, str(self.source.dtype)]
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def encode_uncond(self) -> Condition:
