@@ -84,12 +84,17 @@ async def list_jobs(
     jobs = [
         described for view in found[:limit] for described in await _described_if_there(context, request, view)
     ]
+    return page_of(jobs, has_more=len(found) > limit)
+
+
+def page_of(described: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """Return one page of a list in the form of OpenAI's client."""
     return {
         "object": "list",
-        "data": jobs,
-        "first_id": jobs[0]["id"] if jobs else None,
-        "last_id": jobs[-1]["id"] if jobs else None,
-        "has_more": len(found) > limit,
+        "data": described,
+        "first_id": described[0]["id"] if described else None,
+        "last_id": described[-1]["id"] if described else None,
+        "has_more": has_more,
     }
 
 

@@ -19,7 +19,7 @@ from flashbulb_service.api.images import (
     choose_key,
     enqueue,
 )
-from flashbulb_service.api.jobs import describe_job, lead_of
+from flashbulb_service.api.jobs import describe_job, lead_of, page_of
 from flashbulb_service.api.media import expect_json
 from flashbulb_service.api.ranges import parse_range
 from flashbulb_service.api.schemas import ERRORS, RemixRequest, VideosRequest
@@ -81,13 +81,7 @@ async def list_videos(
             videos.append(await _describe(context, request, view))
         except JobNotFound:
             continue  # its time ended meanwhile
-    return {
-        "object": "list",
-        "data": videos,
-        "first_id": videos[0]["id"] if videos else None,
-        "last_id": videos[-1]["id"] if videos else None,
-        "has_more": len(found) > limit,
-    }
+    return page_of(videos, has_more=len(found) > limit)
 
 
 @router.post("/v1/videos/edits", summary="Change a video (no student here does)", openapi_extra=BODY)
