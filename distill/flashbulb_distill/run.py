@@ -195,6 +195,7 @@ class Run:
             count=pairs.count,
             num_steps=pairs.num_steps,
             guidance=pairs.guidance,
+            order=pairs.order,
             draws=Draws(self.recipe.seed),
             batch_size=pairs.batch_size,
             ranks=self.ranks,

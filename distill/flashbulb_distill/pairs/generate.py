@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,14 @@ from .store import add_to_index, start_store, write_shard
 
 @torch.no_grad()
 def sample_teacher(
-    denoiser: Denoiser, noise: Tensor, cond: Condition, uncond: Condition, *, num_steps: int, guidance: float
+    denoiser: Denoiser,
+    noise: Tensor,
+    cond: Condition,
+    uncond: Condition,
+    *,
+    num_steps: int,
+    guidance: float,
+    order: Literal[1, 2] = 1,
 ) -> Tensor:
     """Sample clean latents from unit noise [b, ...] by the teacher's guided probability-flow ODE."""
 
@@ -23,7 +31,13 @@ def sample_teacher(
         return guided_x0(denoiser, xt, torch.full((len(xt),), t, device=xt.device), cond, uncond, guidance)
 
     x_0: Tensor = sample_ode(
-        denoise, noise, num_steps, prediction="x0", schedule=denoiser.schedule, shift=denoiser.shift
+        denoise,
+        noise,
+        num_steps,
+        prediction="x0",
+        schedule=denoiser.schedule,
+        shift=denoiser.shift,
+        order=order,
     )
     return x_0
 
@@ -39,6 +53,7 @@ def generate_pairs(
     count: int,
     num_steps: int,
     guidance: float,
+    order: Literal[1, 2] = 1,
     draws: Draws,
     batch_size: int = 64,
     ranks: Ranks = ALONE,
@@ -62,7 +77,13 @@ def generate_pairs(
             prompt = torch.from_numpy(draws.integers("pairs/prompt", 0, samples, len(prompts)))
             x_T = torch.from_numpy(draws.normal("pairs/noise", 0, samples, latent_shape)).to(device)
             x_0 = sample_teacher(
-                denoiser, x_T, cond.take(prompt).to(device), uncond, num_steps=num_steps, guidance=guidance
+                denoiser,
+                x_T,
+                cond.take(prompt).to(device),
+                uncond,
+                num_steps=num_steps,
+                guidance=guidance,
+                order=order,
             )
             entry = write_shard(folder, num_shards + ranks.index, x_T, x_0, prompt)
         entries = [made for made in ranks.gather(entry) if made is not None]

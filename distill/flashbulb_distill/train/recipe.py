@@ -27,6 +27,10 @@ class PairsRecipe(Strict):
 
     count: int = Field(ge=1)
     num_steps: int = Field(ge=1)
+    order: Literal[1, 2] = Field(
+        default=1,
+        description="of the solver: 1 is Euler or DDIM, 2 is Adams-Bashforth: as exact in fewer steps",
+    )
     guidance: float = Field(ge=1)
     batch_size: int = Field(default=64, ge=1)
 
