@@ -7,11 +7,12 @@ is replaced in turn by one of the checkout's version, a new one up before an old
 for at times drawn beforehand (Poisson), some again under the idempotency key of an earlier one, and jobs are left in
 the queue and read by whichever API comes. It is done once with the workers first and once with the APIs first. The
 balancer never tries a request twice, so one refused connection would be one failed request. The verdict is good when
-every request was answered with a picture, every job completed, and equal seeds gave equal pixels from both versions.
+every request was answered with a picture, every job completed, one version drew one file for one seed, a replay was the
+file of the first answer, and the pictures of the two versions agree within a rounding: two versions may run a graph
+with other fusions, which moves last bits. How many differ, and by how much, is told.
 """
 
 import asyncio
-import hashlib
 import random
 import re
 import signal
@@ -22,7 +23,7 @@ import tempfile
 import time
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import rig
 from aiohttp import web
 from PIL import Image
@@ -43,6 +45,9 @@ CHECK_S = 0.1  # how often the balancer asks /readyz
 NOTICE_S = 0.5  # a stopping API says so this long before it takes no more connections
 SETTLE_S = 2.0  # load on a stable set, before and after
 SEEDS = 16
+# Of a channel of 255 between versions. The demo student with all of onnxruntime's fusions and with none differs by at
+# most 1 in 7 of 24 pictures; another seed by 250.
+TOLERANCE = 2
 READ_AGAIN_S = 1.0  # after a job was left, its state is read by the API whose turn it is
 READY = re.compile(r"API on (http://\S+)")
 
@@ -203,6 +208,7 @@ async def roll(
         load = Load(http, address, rate)
         try:
             await until_workers(http, balancer, 2)
+            load.old = await load.draw_each()
             running = asyncio.create_task(load.run())
             cleanup.callback(running.cancel)
             await asyncio.sleep(SETTLE_S)
@@ -224,6 +230,7 @@ async def roll(
                 else:
                     await until_workers(http, balancer, 2)
             load.phase = "after"
+            load.new = await load.draw_each()
             await asyncio.sleep(SETTLE_S)
             load.stop.set()
             await running
@@ -275,6 +282,58 @@ async def until(what: str, condition: Any, timeout_s: float = 60.0) -> None:
         await asyncio.sleep(CHECK_S)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A picture that a client got, and the phase of the restart when it was asked for and when it came."""
+
+    seed: int
+    file: bytes
+    keyed: bool = False
+    asked: str = "rolling"
+    came: str = "rolling"
+
+
+def judge_pictures(
+    drawn: Sequence[Drawn], old: Mapping[int, bytes], new: Mapping[int, bytes]
+) -> tuple[dict[str, bool], dict[str, Any]]:
+    """Compare what clients got with the files that each version alone drew: -> verdict, differences of the versions.
+
+    Args:
+        drawn: what clients got; a keyed one is a replay, by whichever version, of the first of its seed.
+        old, new: seed -> file.
+    """
+    first: dict[int, bytes] = {}
+    replays = [first.setdefault(one.seed, one.file) == one.file for one in drawn if one.keyed]
+    own = [one.file in _possible(one, old, new) for one in drawn]
+    apart = [_difference(old[seed], new[seed]) for seed in sorted(old.keys() & new.keys())]
+    verdict = {
+        "one_file_per_version": all(own),
+        "replays_equal": all(replays),
+        "versions_agree": bool(apart) and max(apart) <= TOLERANCE,
+    }
+    return verdict, {
+        "pictures": len(apart),
+        "differ": sum(largest > 0 for largest in apart),
+        "largest_of_255": max(apart, default=None),
+    }
+
+
+def _possible(one: Drawn, old: Mapping[int, bytes], new: Mapping[int, bytes]) -> set[bytes | None]:
+    """Return the files that a picture may be: of the one version in service, of either while they are mixed."""
+    if one.came == "before":
+        return {old.get(one.seed)}
+    if one.asked == "after" and not one.keyed:
+        return {new.get(one.seed)}
+    return {old.get(one.seed), new.get(one.seed)}
+
+
+def _difference(a: bytes, b: bytes) -> int:
+    """Return the largest difference of a channel between two files, of 255."""
+    with Image.open(BytesIO(a)) as left, Image.open(BytesIO(b)) as right:
+        pixels = [np.asarray(picture.convert("RGBA"), dtype=np.int16) for picture in (left, right)]
+    return 255 if pixels[0].shape != pixels[1].shape else int(np.abs(pixels[0] - pixels[1]).max())
+
+
 class Load:
     """Pictures at drawn times, and a job beside every fourth one that nobody waits for."""
 
@@ -282,16 +341,18 @@ class Load:
         self.phase = "before"
         self.stop = asyncio.Event()
         self.exits: list[int] = []
+        self.old: dict[int, bytes] = {}  # what each version draws alone: seed -> file
+        self.new: dict[int, bytes] = {}
         self._http, self._address, self._rate = http, address, rate
         self._answers: Counter[str] = Counter()
         self._times: dict[str, list[float]] = {}
-        self._pixels: dict[int, set[str]] = {}
+        self._drawn: list[Drawn] = []
         self._jobs: list[str] = []
 
     async def run(self) -> None:
         """Send until told to stop, then wait for every answer."""
         draws = random.Random(0)
-        sent: list[asyncio.Task[None]] = []
+        sent: list[asyncio.Task[Any]] = []
         try:
             while not self.stop.is_set():
                 seed = len(sent) % SEEDS
@@ -305,26 +366,33 @@ class Load:
             for task in sent:
                 task.cancel()
 
+    async def draw_each(self) -> dict[int, bytes]:
+        """Draw every seed once, by the version in service: -> seed -> file."""
+        files = [await self._picture(seed, keyed=False) for seed in range(SEEDS)]
+        return {seed: file for seed, file in enumerate(files) if file is not None}
+
     async def result(self) -> dict[str, Any]:
         """Wait for the jobs, and sum up."""
         states = Counter([await self._ended(job) for job in self._jobs])
+        pictures, versions = judge_pictures(self._drawn, self.old, self.new)
         verdict = {
             "no_request_failed": set(self._answers) == {"200"},
             "no_job_lost": set(states) == {"completed"},
-            "equal_pixels": all(len(found) == 1 for found in self._pixels.values()),
+            **pictures,
             "clean_exits": set(self.exits) == {0},
         }
         return {
             "verdict": {"good": all(verdict.values()), **verdict},
             "answers": dict(self._answers),
             "jobs": dict(states),
+            "versions": versions,
             "latency_ms": {
                 phase: {"p50": round(statistics.median(times), 1), "max": round(max(times), 1)}
                 for phase, times in self._times.items()
             },
         }
 
-    async def _picture(self, seed: int, *, keyed: bool) -> None:
+    async def _picture(self, seed: int, *, keyed: bool) -> bytes | None:
         body: dict[str, Any] = {"prompt": "red apple", "seed": seed}
         if keyed:  # the first of a seed is drawn, the others are its replays by either version
             body["idempotency_key"] = f"seed {seed}"
@@ -335,13 +403,14 @@ class Load:
                 self._answers[str(answer.status)] += 1
         except (aiohttp.ClientError, TimeoutError) as error:
             self._answers[type(error).__name__] += 1
-            return
+            return None
         if isinstance(data, str):
             print(f"rolling: {answer.status} {data[:200]}", file=sys.stderr)
-            return
+            return None
         self._times.setdefault(phase, []).append((time.monotonic() - started) * 1000)
-        with Image.open(BytesIO(b64decode(data["data"][0]["b64_json"]))) as picture:
-            self._pixels.setdefault(seed, set()).add(hashlib.sha256(picture.tobytes()).hexdigest())
+        file = b64decode(data["data"][0]["b64_json"])
+        self._drawn.append(Drawn(seed, file, keyed, asked=phase, came=self.phase))
+        return file
 
     async def _job(self, seed: int) -> None:
         body = {"task": "text-to-image", "prompt": "rocket", "seed": seed}

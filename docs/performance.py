@@ -139,11 +139,13 @@ def _rolling(result: Result) -> list[str]:
             f"{run['jobs'].get('completed', 0)} of {sum(run['jobs'].values())}",
             f"{run['latency_ms']['before']['p50']:.0f} / {run['latency_ms']['rolling']['p50']:.0f}",
             f"{sum(run['answers'].values())}",
+            "{differ} of {pictures}, by {largest_of_255}".format(**run["versions"]),
             run["verdict"]["good"],
         ]
         for what, run in runs.items()
     ]
-    head = ["replaced", "failed requests", "jobs completed", "p50 before / while, ms", "requests", "good"]
+    head = ["replaced", "failed requests", "jobs completed", "p50 before / while, ms", "requests"]
+    head += ["pictures that differ, of 255 at most", "good"]
     return [f"From `{result['old']}` to this version, two APIs and two workers.", "", *_table(head, rows)]
 
 
