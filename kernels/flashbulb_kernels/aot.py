@@ -5,9 +5,7 @@ Triton compiles in worker processes of its own (`aot_worker`), since TRITON_INTE
 imported there and may be set here. This module imports neither Triton nor torch.
 """
 
-import ast
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -17,12 +15,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .errors import CompilationFailed, KernelUnavailable
+from .signatures import ENTRIES
 from .tiles import HEAD_DIMS, Tile, has_tile, tile_for
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -43,12 +42,6 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
         "plain": {}
     },  # its tiles are tactics of the plugin: in no table, so not among what is shipped
 }
-# Where the source of an entry stands, besides attention/blocks.py.
-SOURCES = {
-    "forward": "forward", "fused": "fused", "delta": "backward", "dkdv": "backward", "dq": "backward",
-    "tensorrt": "tensorrt",
-}  # fmt: skip
-
 # Triton would write PTX 9.4 for sm_90 and up, which asks for a driver of CUDA 13.4; Hopper needs no more than 8.8.
 PTX_VERSIONS = {"sm_90": 88}
 
@@ -126,36 +119,29 @@ def shipped_variants(
     ]
 
 
-def jitted_source(text: str) -> str:
-    """Return the functions under `triton.jit` without comments and docstrings: what a compiler sees of a file."""
-    functions = []
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and any("jit" in ast.dump(mark) for mark in node.decorator_list):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-            functions.append(ast.dump(node))
-    return "\n".join(functions)
+def request(variant: Variant) -> dict[str, Any]:
+    """Return what the compiler is told of a variant: the kernel's place, types, constants, promises, options."""
+    entry = ENTRIES[variant.entry]
+    flags = FORMS[variant.entry][variant.form] | dict(variant.constants)
+    constants = entry.constants(variant.dtype, variant.head_dim, variant.tile, **flags)
+    options = {"num_warps": variant.tile.num_warps, "num_stages": variant.tile.num_stages}
+    if (ptx_version := PTX_VERSIONS.get(variant.arch)) is not None:
+        options["ptx_version"] = ptx_version
+    return {
+        "file": entry.file,
+        "function": entry.function,
+        "signature": entry.signature(variant.dtype, constants),
+        "constants": constants,
+        "aligned": sorted(entry.aligned - set(variant.unaligned) - constants.keys()),
+        "arch": variant.arch,
+        "options": options,
+    }
 
 
 def content_key(variant: Variant) -> str:
-    """Hash all that decides the machine code: jitted source, signature, tile, architecture, Triton's version."""
-    told = [
-        *_written(SOURCES[variant.entry]),
-        asdict(variant),
-        FORMS[variant.entry][variant.form],
-        _options(variant),
-        _triton(),
-    ]
+    """Hash what decides the machine code: the jitted source that a kernel reaches, the request, Triton's version."""
+    told = [ENTRIES[variant.entry].source, request(variant), _triton()]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _written(name: str) -> tuple[list[str], str]:
-    """Return the jitted source of a file and of what it shares, and the code of the signatures."""
-    folder = Path(__file__).parent / "attention"
-    source = [jitted_source((folder / f"{file}.py").read_text(encoding="utf-8")) for file in ("blocks", name)]
-    # The signatures are data in the body of a module, so all of its code counts.
-    return source, ast.dump(ast.parse((folder / "variants.py").read_text(encoding="utf-8")))
 
 
 def default_cache() -> Path:
@@ -218,13 +204,6 @@ def _triton() -> str:
         raise KernelUnavailable("Triton is not installed: pip install 'flashbulb[gpu]'") from None
 
 
-def _options(variant: Variant) -> dict[str, int]:
-    options = {"num_warps": variant.tile.num_warps, "num_stages": variant.tile.num_stages}
-    if (ptx_version := PTX_VERSIONS.get(variant.arch)) is not None:
-        options["ptx_version"] = ptx_version
-    return options
-
-
 def _worker(scratch: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | {
         "TRITON_DEFAULT_FP_FUSION": "1",  # multiply-adds are fused; the default changes with Triton's versions
@@ -266,12 +245,7 @@ def _compile(variant: Variant, worker: "subprocess.Popen[str]", cache: Path) -> 
     key = content_key(variant)
     target = cache / key
     with tempfile.TemporaryDirectory(prefix=".new-", dir=cache) as folder:
-        request = asdict(variant) | {
-            "flags": FORMS[variant.entry][variant.form] | dict(variant.constants),
-            "options": _options(variant),
-            "folder": folder,
-        }
-        worker.stdin.write(json.dumps(request) + "\n")
+        worker.stdin.write(json.dumps(request(variant) | {"folder": folder}) + "\n")
         worker.stdin.flush()
         answer = worker.stdout.readline()
         if not answer:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,13 @@ def compile_request(request: dict[str, Any]) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from .attention.variants import ENTRIES
-
-    entry = ENTRIES[request["entry"]]
-    tile = request["tile"]
-    flags = request["flags"] | {"RELOAD": tile["reload"]}
-    constants = entry.constants(
-        request["dtype"], request["head_dim"], tile["block_m"], tile["block_n"], **flags
-    )
-    names = entry.kernel.arg_names
-    aligned = entry.aligned - set(request["unaligned"])
+    kernel = getattr(import_module(f".attention.{request['file']}", __package__), request["function"])
+    names = list(request["signature"])
     source = ASTSource(
-        fn=entry.kernel,
-        signature=entry.signature(request["dtype"], constants),
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if name in aligned and name not in constants
-        },
+        fn=kernel,
+        signature=request["signature"],
+        constexprs={(names.index(name),): value for name, value in request["constants"].items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in request["aligned"]},
     )
     target = GPUTarget("cuda", int(request["arch"].removeprefix("sm_")), 32)
     log = io.StringIO()

@@ -62,6 +62,11 @@ def has_tile(entry: str, dtype: str, head_dim: int, arch: str) -> bool:
     return arch == "interpreter" or arch in row or "*" in row
 
 
+def block_d(head_dim: int) -> int:
+    """Return the power of two that holds a head: blocks have such sizes, and a matrix product needs 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 @functools.cache
 def _table() -> dict[str, Any]:
     table: dict[str, Any] = json.loads((Path(__file__).parent / "tiles.json").read_text(encoding="utf-8"))

@@ -1,11 +1,13 @@
 """What is read from PTX and logs, and what the gate objects to: planted faults, without a compiler."""
 
+import ast
 from dataclasses import replace
 
 import pytest
 
-from flashbulb_kernels.aot import Variant, jitted_source, shipped_variants
+from flashbulb_kernels.aot import Variant, shipped_variants
 from flashbulb_kernels.inspect import Row, faults, loops, ptxas_usage, refused, scalar_loads_in_loops
+from flashbulb_kernels.signatures import ENTRIES, jitted_functions
 from flashbulb_kernels.static_table import markdown, read_csv, roofline_markdown, write_csv
 from flashbulb_kernels.tiles import Tile
 
@@ -127,10 +129,30 @@ def test_the_roofline_names_every_gpu_and_layer() -> None:
 
 
 def test_comments_and_docstrings_do_not_change_what_is_compiled_and_code_does() -> None:
+    def seen(text: str) -> list[str]:
+        return [ast.unparse(function) for function in jitted_functions(text).values()]
+
     plain = "@triton.jit\ndef f(x):\n    return x + 1\n"
     told = '# why\n@triton.jit\ndef f(x):\n    """What."""\n    return x + 1  # one\n\n\ndef host(y):\n    return y\n'
-    assert jitted_source(plain) == jitted_source(told)
-    assert jitted_source(plain) != jitted_source(plain.replace("1", "2"))
+    assert seen(plain) == seen(told)
+    assert seen(plain) != seen(plain.replace("1", "2"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "reached", "others"),
+    [
+        ("delta", "load_rows", "dq_step"),
+        ("dq", "dq_step", "dkdv_step"),
+        ("forward", "softmax_step", "prepare_rows"),
+    ],
+)
+def test_a_kernel_is_hashed_with_the_functions_it_reaches_and_no_others(
+    entry: str, reached: str, others: str
+) -> None:
+    """So that a change to one kernel asks for no other to be compiled again."""
+    source = ENTRIES[entry].source
+    assert f"def {reached}(" in source
+    assert f"def {others}(" not in source
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:

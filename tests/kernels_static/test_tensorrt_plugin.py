@@ -262,8 +262,8 @@ def test_the_kernel_computes_attention(nq: int, nk: int, d: int) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if not triton.knobs.runtime.interpret:
         pytest.skip("Triton's interpreter is off: set TRITON_INTERPRET=1")
-    from flashbulb_kernels.attention.launch import block_d
     from flashbulb_kernels.attention.tensorrt import tensorrt_kernel
+    from flashbulb_kernels.tiles import block_d
 
     generator = torch.Generator().manual_seed(nq)
     q, k, v = (torch.randn(2, 3, n, d, generator=generator, dtype=torch.float16) for n in (nq, nk, nk))

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import Tile
+from ..tiles import Tile, block_d
 from .blocks import finish_softmax, load_rows, softmax_step, store_rows
-from .launch import aligned_rows, block_d, launch_on, mask_arguments, precision, strides
+from .launch import aligned_rows, launch_on, mask_arguments, precision, strides
 
 
 @triton.jit

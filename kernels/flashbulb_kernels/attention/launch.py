@@ -35,11 +35,6 @@ def mask_arguments(key_padding_mask: Tensor | None) -> tuple[Tensor | None, int]
     return dense.view(torch.uint8), dense.stride(0)
 
 
-def block_d(head_dim: int) -> int:
-    """Return the power of two that holds a head: blocks have such sizes, and a matrix product needs 16 at least."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 def precision(dtype: torch.dtype) -> str:
     """Return how tl.dot multiplies: fp32 as three tf32 products, which keeps fp32's accuracy on tensor cores."""
     return "tf32x3" if dtype == torch.float32 else "tf32"

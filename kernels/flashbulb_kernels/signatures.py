@@ -1,20 +1,20 @@
-"""Every kernel with the signature of its launches: what a compiler without a GPU needs to know.
+"""Every kernel with the signature of its launches, and what a compiler without a GPU is given of it.
 
-Importing it imports Triton. To compile, TRITON_INTERPRET must not be set.
+Data alone: neither Triton nor torch is imported, so that tables can be checked where neither is installed.
 """
 
+import ast
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .backward import delta_kernel, dkdv_kernel, dq_kernel
-from .forward import forward_kernel
-from .fused import fused_kernel
-from .launch import block_d
-from .tensorrt import tensorrt_kernel
+from .tiles import Tile, block_d
 
 # How the table of tiles, Triton's signatures and torch name a dtype, and how tl.dot multiplies it.
 PRECISIONS = {"fp16": "tf32", "bf16": "tf32", "fp32": "tf32x3"}
+FOLDER = Path(__file__).parent / "attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +22,22 @@ class Entry:
     """A kernel and the types of its arguments.
 
     Args:
-        kernel: the function under `triton.jit`.
+        file, function: where the kernel stands: a module of `attention`, and its name there.
         types: type of each run-time argument, in order; "*T" is a pointer to the elements.
         aligned: arguments that are multiples of 16 in every launch that is meant to be fast.
     """
 
-    kernel: Any
+    file: str
+    function: str
     types: Mapping[str, str]
     aligned: frozenset[str]
 
-    def constants(
-        self, dtype: str, head_dim: int, block_m: int, block_n: int, **flags: object
-    ) -> dict[str, Any]:
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Name every argument, in order."""
+        return tuple(argument.arg for argument in jitted(self.file)[self.function].args.args)
+
+    def constants(self, dtype: str, head_dim: int, tile: Tile, **flags: object) -> dict[str, Any]:
         """Return the value of every compile-time argument.
 
         `flags` are those that the launch chooses: HAS_MASK, and for the entry "fused" NORM ("none", "rms", "layer"),
@@ -42,9 +46,9 @@ class Entry:
         known: dict[str, Any] = {
             "D": head_dim,
             "BLOCK_D": block_d(head_dim),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "RELOAD": False,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "RELOAD": tile.reload,
             "HAS_MASK": False,
             "PRECISION": PRECISIONS[dtype],
             "NORM": "none",
@@ -57,15 +61,20 @@ class Entry:
             **dict.fromkeys(("p_q_bias", "p_k_bias"), known["NORM"] != "layer"),
             **dict.fromkeys(("p_cos", "p_sin"), not known["HAS_ROPE"]),
         }
-        values = {name: known[name] for name in self.kernel.arg_names if name not in self.types}
+        values = {name: known[name] for name in self.arguments if name not in self.types}
         return values | {name: None for name in self.types if unused.get(name)}
 
     def signature(self, dtype: str, constants: Mapping[str, Any]) -> dict[str, str]:
         """Return Triton's signature: the type of every argument, in order."""
         return {
             name: "constexpr" if name in constants else self.types[name].replace("*T", f"*{dtype}")
-            for name in self.kernel.arg_names
+            for name in self.arguments
         }
+
+    @property
+    def source(self) -> str:
+        """Return the kernel and every jitted function that it reaches, as a compiler sees them."""
+        return _source(self.file, self.function)
 
 
 def _strides(*tensors: str) -> tuple[str, ...]:
@@ -77,11 +86,12 @@ _SIZES = {"scale": "fp32", "H": "i32", "NQ": "i32", "NK": "i32"}
 
 
 def _entry(
-    kernel: Any, pointers: Mapping[str, str], strides: tuple[str, ...], sizes: Mapping[str, str]
+    file: str, function: str, pointers: Mapping[str, str], strides: tuple[str, ...], sizes: Mapping[str, str]
 ) -> Entry:
     # A mask is bytes of any batch stride, and lse and delta lie row by row: those are read along n, in small numbers.
     return Entry(
-        kernel=kernel,
+        file=file,
+        function=function,
         types={**pointers, **dict.fromkeys(strides, "i32"), **sizes},
         aligned=frozenset(pointers) - {"p_mask"} | frozenset(strides),
     )
@@ -89,13 +99,13 @@ def _entry(
 
 ENTRIES: dict[str, Entry] = {
     "forward": _entry(
-        forward_kernel,
+        "forward", "forward_kernel",
         {"p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_o": "*T", "p_lse": "*fp32"},
         (*_QKV, *_strides("o")),
         {"stride_mb": "i32"} | _SIZES,
     ),
     "fused": _entry(
-        fused_kernel,
+        "fused", "fused_kernel",
         {
             "p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8",
             **dict.fromkeys(("p_q_weight", "p_q_bias", "p_k_weight", "p_k_bias", "p_cos", "p_sin"), "*fp32"),
@@ -105,13 +115,13 @@ ENTRIES: dict[str, Entry] = {
         {"stride_mb": "i32", "scale": "fp32", "eps": "fp32", "split": "i32", "rope_start": "i32"} | _SIZES,
     ),
     "delta": _entry(
-        delta_kernel,
+        "backward", "delta_kernel",
         {"p_o": "*T", "p_do": "*T", "p_dlse": "*fp32", "p_delta": "*fp32"},
         _strides("o", "do"),
         {"H": "i32", "NQ": "i32"},
     ),
     "dkdv": _entry(
-        dkdv_kernel,
+        "backward", "dkdv_kernel",
         {
             "p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_do": "*T",
             "p_lse": "*fp32", "p_delta": "*fp32", "p_dk": "*T", "p_dv": "*T",
@@ -120,7 +130,7 @@ ENTRIES: dict[str, Entry] = {
         {"stride_mb": "i32"} | _SIZES,
     ),
     "dq": _entry(
-        dq_kernel,
+        "backward", "dq_kernel",
         {
             "p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_do": "*T",
             "p_lse": "*fp32", "p_delta": "*fp32", "p_dq": "*T",
@@ -129,8 +139,57 @@ ENTRIES: dict[str, Entry] = {
         {"stride_mb": "i32"} | _SIZES,
     ),
     "tensorrt": Entry(
-        kernel=tensorrt_kernel,
+        file="tensorrt",
+        function="tensorrt_kernel",
         types={"p_q": "*T", "p_k": "*T", "p_v": "*T", "NQ": "i32", "NK": "i32", "p_o": "*T"},
         aligned=frozenset(("p_q", "p_k", "p_v", "p_o")),
     ),
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ what a compiler sees
+
+
+@functools.cache
+def jitted(file: str) -> dict[str, ast.FunctionDef]:
+    """Return the functions under `triton.jit` of a module of `attention`, without docstrings."""
+    return jitted_functions((FOLDER / f"{file}.py").read_text(encoding="utf-8"))
+
+
+def jitted_functions(text: str) -> dict[str, ast.FunctionDef]:
+    """Return the functions under `triton.jit` of a text, by name, without docstrings."""
+    functions = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(m) for m in node.decorator_list):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+            functions[node.name] = node
+    return functions
+
+
+@functools.cache
+def _source(file: str, function: str) -> str:
+    """Return a jitted function and those that it names, here or in the modules that its file imports from."""
+    found: dict[str, str] = {}
+    waiting = [(file, function)]
+    while waiting:
+        file, function = waiting.pop()
+        node = jitted(file)[function]
+        found[f"{file}.{function}"] = ast.unparse(node)
+        home = dict.fromkeys(jitted(file), file) | _imported(file)
+        named = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} & home.keys()
+        waiting += [(home[name], name) for name in named if f"{home[name]}.{name}" not in found]
+    return "\n".join(found[name] for name in sorted(found))
+
+
+@functools.cache
+def _imported(file: str) -> dict[str, str]:
+    """Return the jitted functions that a module imports from its neighbours, with the module of each."""
+    tree = ast.parse((FOLDER / f"{file}.py").read_text(encoding="utf-8"))
+    return {
+        alias.name: node.module
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        for alias in node.names
+        if alias.name in jitted(node.module)
+    }
