@@ -20,7 +20,7 @@ API = (
     ("flashbulb_service.connections", "PromptHeads", "data_received", "request received", ""),
     ("flashbulb_service.api.middleware", "RequestFrame", "__call__", "HTTP parsed", ""),
     ("flashbulb_service.api.images", "", "make_plan", "body validated", "planned"),
-    ("redis.asyncio", "Redis", "evalsha", "enqueue sent", ""),
+    ("flashbulb_service.queue.line", "Line", "call", "enqueue sent", ""),
     ("flashbulb_service.queue.completions", "Completions", "_resolve", "end heard", ""),
     ("starlette.responses", "JSONResponse", "render", "answer made", "JSON written"),
 )
@@ -31,7 +31,7 @@ WORKER = (
     ("flashbulb_service.backends", "Student", "denoise", "", "denoised"),
     ("flashbulb_service.backends", "Student", "decode", "", "decoded"),
     ("flashbulb_service.finishing", "Finisher", "finish", "", "PNG stored"),
-    ("flashbulb_service.queue.queue", "Queue", "complete", "commit sent", ""),
+    ("flashbulb_service.queue.queue", "Queue", "complete_here", "commit sent", ""),
 )
 marks: list[tuple[int, str]] = []
 

@@ -5,6 +5,7 @@ a long silence, all waited-for jobs are read again, so a lost event costs time b
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from weakref import WeakValueDictionary
@@ -15,6 +16,7 @@ from redis.exceptions import RedisError
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.jobs import JobView
 from flashbulb_service.outages import OutageLog
+from flashbulb_service.queue.line import Line
 from flashbulb_service.queue.views import read_news
 
 log = logging.getLogger(__name__)
@@ -41,13 +43,14 @@ class Completions:
     """
 
     def __init__(self, client: "Redis", channel: str, read_ended: ReadEnded) -> None:
-        self._client = client
+        self._line = Line(client, hear=self._hear, lost=self._unsubscribed)
         self._channel = channel
         self._read_ended = read_ended
         self._waiters: dict[str, set[asyncio.Future[JobView | None]]] = {}
         self._expected: WeakValueDictionary[str, Expected] = WeakValueDictionary()
         self._subscriptions = 0  # that were made so far
         self._stands = False
+        self._again = asyncio.Event()  # an event was lost, or may have been
         self._reader: asyncio.Task[None] | None = None
 
     def expect(self, ids: Iterable[str]) -> Expected:
@@ -73,7 +76,8 @@ class Completions:
             else:
                 # Only now: a job that ends before the subscription stands is found when it does.
                 await self._look(futures)
-            await asyncio.gather(*futures.values())
+            for future in futures.values():
+                await future
             return {job_id: view for job_id, future in futures.items() if (view := future.result())}
         finally:
             for job_id, future in futures.items():
@@ -85,6 +89,7 @@ class Completions:
         if reader is not None:
             reader.cancel()
             await asyncio.wait([reader])
+        await self._line.aclose()
 
     def _forget(self, job_id: str, future: asyncio.Future[JobView | None]) -> None:
         future.cancel()
@@ -103,16 +108,20 @@ class Completions:
             if not future.done():
                 future.set_result(view)
 
-    async def _hear(self, message: bytes) -> None:
+    def _hear(self, message: bytes) -> None:
         try:
             view = read_news(message)
         except ValueError as error:  # of another release, perhaps: it says at least that something happened
             log.warning("event of an ended job not understood: %s", error)
-            await self._look(self._waiters)
+            self._again.set()
             return
         if (expected := self._expected.get(view.id)) is not None:
             expected.news[view.id] = view
         self._resolve(view.id, view)
+
+    def _unsubscribed(self) -> None:
+        self._stands = False
+        self._again.set()
 
     def _start_reader(self) -> None:
         if self._reader is None:
@@ -137,22 +146,19 @@ class Completions:
         outage = OutageLog(log, "completion events interrupted")
         while True:
             try:
-                async with self._client.pubsub() as subscription:
-                    await subscription.subscribe(self._channel)
-                    while True:
-                        message = await subscription.get_message(timeout=QUIET_S)
-                        if message is not None and message["type"] == "message":
-                            await self._hear(message["data"])
-                            continue
-                        if message is not None:  # subscribed, perhaps again
-                            self._subscriptions += 1
-                            self._stands = True
-                        if self._waiters:  # an event may have been lost before this, or by a dead connection
-                            await self._look(self._waiters)
-                        backoff_s = 0.05
-                        outage.worked()
-            except (RedisError, OSError, QueueUnavailable) as error:
-                self._stands = False
+                self._again.clear()
+                if not self._stands:
+                    await self._line.call("SUBSCRIBE", self._channel)
+                    self._subscriptions += 1
+                    self._stands = True
+                if self._waiters:  # an event may have been lost before this, or by a dead connection
+                    await self._look(self._waiters)
+                backoff_s = 0.05
+                outage.worked()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(QUIET_S):
+                        await self._again.wait()
+            except (RedisError, QueueUnavailable) as error:
                 outage.failed(error)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import hiredis
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
@@ -13,6 +15,7 @@ from redis.exceptions import (
 from redis.exceptions import (
     OutOfMemoryError,
     ReadOnlyError,
+    RedisError,
     ResponseError,
 )
 from redis.exceptions import (
@@ -20,6 +23,8 @@ from redis.exceptions import (
 )
 
 from flashbulb_service.errors import QueueUnavailable
+
+Part = str | bytes | int | float  # of a command
 
 CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
@@ -53,18 +58,38 @@ def patient_client(client: "Redis") -> "Redis":
 
 
 @asynccontextmanager
-async def unavailable(timeout_s: float = CALL_TIMEOUT_S) -> AsyncIterator[None]:
+async def unavailable(timeout_s: float | None = CALL_TIMEOUT_S) -> AsyncIterator[None]:
     """Bound a call, and say in our words that the server cannot be used; let bugs through as they are."""
     try:
         async with asyncio.timeout(timeout_s):
             yield
-    except TimeoutError as error:
-        raise QueueUnavailable(
-            f"the queue's Redis or Valkey server did not answer within {timeout_s:g} s"
-        ) from error
-    except (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError) as error:
-        raise QueueUnavailable(f"the queue's Redis or Valkey server cannot be used: {error}") from error
-    except ResponseError as error:
-        if not str(error).startswith(_REFUSALS):
+    except (TimeoutError, RedisError) as error:
+        told = in_our_words(error, timeout_s)
+        if told is error:
             raise
-        raise QueueUnavailable(f"the queue's Redis or Valkey server refuses writes: {error}") from error
+        raise told from error
+
+
+def in_our_words(error: Exception, timeout_s: float | None = CALL_TIMEOUT_S) -> Exception:
+    """Return what an error of a call means: that the server cannot be used, or a bug as it is."""
+    if isinstance(error, (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError)):
+        return QueueUnavailable(f"the queue's Redis or Valkey server cannot be used: {error}")
+    if isinstance(error, TimeoutError):
+        within = "in time" if timeout_s is None else f"within {timeout_s:g} s"
+        return QueueUnavailable(f"the queue's Redis or Valkey server did not answer {within}")
+    if isinstance(error, ResponseError) and str(error).startswith(_REFUSALS):
+        return QueueUnavailable(f"the queue's Redis or Valkey server refuses writes: {error}")
+    return error
+
+
+def pack(*command: Part) -> bytes:
+    """Write a command as the server reads it."""
+    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its hints say a tuple of one
+    return packed
+
+
+def greetings(to: AbstractConnection) -> list[bytes]:
+    """Return the commands that open a connection: who we are, and which database is meant."""
+    name = [to.username] if to.username else []
+    auth = [pack("AUTH", *name, to.password)] if to.password else []
+    return auth + ([pack("SELECT", to.db)] if to.db else [])

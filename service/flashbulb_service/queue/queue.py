@@ -16,6 +16,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self, cast
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from flashbulb_service.errors import (
     IdempotencyConflict,
@@ -28,9 +29,17 @@ from flashbulb_service.jobs import Job, JobError, JobState, JobView, NewJob
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.queue import scripts
 from flashbulb_service.queue.completions import Completions, Expected
-from flashbulb_service.queue.connection import CONNECT_TIMEOUT_S, open_client, patient_client, unavailable
+from flashbulb_service.queue.connection import (
+    CONNECT_TIMEOUT_S,
+    Part,
+    open_client,
+    patient_client,
+    unavailable,
+)
+from flashbulb_service.queue.direct import Direct
 from flashbulb_service.queue.events import Event, Events
 from flashbulb_service.queue.keys import Keys, digest
+from flashbulb_service.queue.line import Line
 from flashbulb_service.queue.refusals import too_late, too_many
 from flashbulb_service.queue.values import (
     Enqueued,
@@ -83,13 +92,11 @@ class Queue:
         self.instance = secrets.token_hex(8)  # names this process to those who end its jobs
         self._client = client
         self._patient = patient_client(client)
-        # Scripts are short and the server runs one at a time: a connection of their own costs less than a choice
-        # among many.
-        self._scripting = Redis(connection_pool=client.connection_pool, single_connection_client=True)
-        self._scripts = {
-            name: self._scripting.register_script(scripts.source(name)) for name in scripts.NAMES
-        }
-        self._completions = Completions(self._patient, self.keys.done(self.instance), self._read_ended)
+        # Scripts are short, and the server runs one at a time.
+        self._line = Line(client)
+        self._direct = Direct(client)
+        self._sleepers: list[Line] = []  # that wait for work, or did
+        self._completions = Completions(client, self.keys.done(self.instance), self._read_ended)
         self.events = Events(self._patient, self.keys, self.instance)
 
     async def __aenter__(self) -> Self:
@@ -105,16 +112,14 @@ class Queue:
         await self._completions.aclose()
         await self.events.aclose()
         await self._patient.aclose()
-        await self._scripting.aclose()
+        for line in (self._line, *self._sleepers):
+            await line.aclose()
+        self._direct.close()
         await self._client.aclose()
 
     async def run_script(self, source: str, *args: str | bytes | float) -> Any:
         """Run a Lua script of another part on the namespace, on the queue's connections and with its errors."""
-        script = self._scripts.get(source)
-        if script is None:
-            script = self._scripts[source] = self._scripting.register_script(source)
-        async with unavailable():
-            return await script(keys=[self.keys.tag], args=args)
+        return await self._run_text(source, args)
 
     @asynccontextmanager
     async def commands(self) -> AsyncIterator["Redis"]:
@@ -193,7 +198,7 @@ class Queue:
             self.limits.max_queued,
             self.limits.max_queued_per_tenant,
             "" if idempotency_key is None else digest(idempotency_key),
-            digest(request_digest) if request_digest is not None else _hash(jobs),
+            "" if idempotency_key is None else _request_hash(jobs, request_digest),
             _ms(self.limits.idempotency_ttl_s),
             mode,
             _ms(window_s),
@@ -488,11 +493,13 @@ class Queue:
         """
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be > 0 (0 would block for ever), got {timeout_s}")
+        line = next((line for line in self._sleepers if not line.is_busy), None)
+        if line is None:
+            line = Line(self._client, timeout_s=None)
+            self._sleepers.append(line)
         # The margin ends a wait on a connection that died without a word.
         async with unavailable(timeout_s + CONNECT_TIMEOUT_S):
-            found: Any = await self._patient.blpop(
-                [self.keys.wake(model) for model in models], timeout=timeout_s
-            )
+            found = await line.call("BLPOP", *map(self.keys.wake, models), timeout_s)
         return None if found is None else Wake(read_token(found[1]))
 
     async def heartbeat(
@@ -526,18 +533,22 @@ class Queue:
         Returns:
             True when the result stands (also when a repeated call finds its own), False when it was refused.
         """
-        stands = await self._run(
-            "complete",
-            _time(now),
-            worker_id,
-            job.id,
-            job.attempt,
-            result,
-            _ms(self.limits.result_ttl_s),
-            round(device_ms * 1000),
-            attached,
-        )
-        return bool(stands)
+        command = self._completion(worker_id, job, result, device_ms, attached, now)
+        return bool(await self._run("complete", *command))
+
+    def complete_here(
+        self, worker_id: str, job: Job, result: bytes, *, device_ms: float = 0.0, attached: bytes = b""
+    ) -> bool:
+        """Do as `complete`, on the thread that calls; it is not tried again, but `complete` may be called after it."""
+        command = self._completion(worker_id, job, result, device_ms, attached, None)
+        sha1 = scripts.sha1(scripts.source("complete"))
+        return bool(self._direct.call("EVALSHA", sha1, 1, self.keys.tag, *command))
+
+    def _completion(
+        self, worker_id: str, job: Job, result: bytes, device_ms: float, attached: bytes, now: float | None
+    ) -> tuple[Part, ...]:
+        ttl_ms, device_us = _ms(self.limits.result_ttl_s), round(device_ms * 1000)
+        return (_time(now), worker_id, job.id, job.attempt, result, ttl_ms, device_us, attached)
 
     async def fail(
         self,
@@ -676,8 +687,15 @@ class Queue:
     # inside
 
     async def _run(self, script: str, *args: str | bytes | float) -> Any:
-        async with unavailable():
-            return await self._scripts[script](keys=[self.keys.tag], args=args)
+        return await self._run_text(scripts.source(script), args)
+
+    async def _run_text(self, source: str, args: Sequence[Part]) -> Any:
+        try:
+            return await self._line.call("EVALSHA", scripts.sha1(source), 1, self.keys.tag, *args)
+        except ResponseError as error:
+            if not str(error).startswith("NOSCRIPT"):
+                raise
+            return await self._line.call("EVAL", source, 1, self.keys.tag, *args)
 
     def _expiry(self) -> tuple[int, int, int]:
         return _ms(self.limits.result_ttl_s), _ms(self.limits.dead_ttl_s), self.limits.max_dead
@@ -716,8 +734,10 @@ def _held(jobs: Sequence[Job]) -> list[str | int]:
     return [part for job in jobs for part in (job.id, job.attempt)]
 
 
-def _hash(jobs: Sequence[NewJob]) -> str:
-    """Hash all that a request asks for."""
+def _request_hash(jobs: Sequence[NewJob], request_digest: str | None) -> str:
+    """Hash all that a request asks for, or what stands for it."""
+    if request_digest is not None:
+        return digest(request_digest)
     rows = [
         (
             job.model,

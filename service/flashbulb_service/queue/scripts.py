@@ -1,5 +1,6 @@
 """Loads the Lua scripts: package data, each put behind the shared `lib.lua` and the key templates."""
 
+import hashlib
 from functools import cache
 from importlib import resources
 
@@ -36,6 +37,12 @@ def source(name: str) -> str:
     if name not in NAMES:
         raise ValueError(f"unknown script {name!r}; there are {', '.join(NAMES)}")
     return behind_lib("flashbulb_service.queue", name)
+
+
+@cache
+def sha1(source: str) -> str:
+    """Return the name that a server gives to a script."""
+    return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
 def behind_lib(package: str, name: str) -> str:

@@ -348,6 +348,14 @@ async def _truth(value: object) -> bool:
     return bool(value)
 
 
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a worker begin to draw a lone job however late a busy machine wakes it."""
+    for limit in ("FRESH_MS", "EARLY_MS"):
+        monkeypatch.setattr(worker, limit, 60_000.0)
+
+
+@pytest.mark.usefixtures("unhurried")
 async def test_a_lone_job_is_drawn_while_its_claim_is_on_its_way(
     queue: Queue,
     start_worker: Start,
@@ -404,6 +412,7 @@ async def test_nothing_is_drawn_before_its_claim_where_that_may_cost_more_than_i
     assert view.state is JobState.DONE
 
 
+@pytest.mark.usefixtures("unhurried")
 async def test_a_batch_that_is_given_up_is_not_waited_for(
     queue: Queue,
     start_worker: Start,
@@ -440,6 +449,7 @@ async def test_a_batch_that_is_given_up_is_not_waited_for(
     assert pipeline._free_at <= time.monotonic()
 
 
+@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("fault", ["cancelled", "answer lost"])
 async def test_what_was_drawn_without_a_claim_is_not_delivered(
     queue: Queue,
@@ -478,6 +488,7 @@ async def test_what_was_drawn_without_a_claim_is_not_delivered(
     assert after.state is JobState.DONE
 
 
+@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("fault", ["model", "task"])
 async def test_a_lone_job_that_fails_before_its_claim_is_answered_ends_failed(
     queue: Queue,
@@ -511,5 +522,39 @@ async def test_a_lone_job_that_fails_before_its_claim_is_answered_ends_failed(
     assert view.error.code == ("backend_error" if fault == "model" else "invalid_task")
 
 
+async def test_a_lone_picture_is_committed_by_the_thread_that_drew_it(
+    queue: Queue, start_worker: Start, picture_job: PictureJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start_worker()
+    own, threads = running.worker._queue, list[str]()
+    complete_here = own.complete_here
+
+    def watched_here(*args: Any, **kwargs: Any) -> bool:
+        threads.append(threading.current_thread().name)
+        return complete_here(*args, **kwargs)
+
+    monkeypatch.setattr(own, "complete_here", watched_here)
+    first = (await queue.enqueue([picture_job(seed=1)])).ids
+    await queue.wait(first, 10)  # by either way: the server may not know the script yet
+    monkeypatch.setattr(own, "complete", None)
+    second = (await queue.enqueue([picture_job(seed=2)])).ids
+    [view] = await queue.wait(second, 10)
+    assert (view.state, view.attempt) == (JobState.DONE, 1)
+    assert threads and all(name.startswith("draw") for name in threads)
+
+
+async def test_what_a_thread_cannot_commit_the_event_loop_does(
+    queue: Queue, start_worker: Start, picture_job: PictureJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start_worker()
+
+    def fail(*args: Any, **kwargs: Any) -> bool:
+        raise QueueUnavailable("planted")
+
+    monkeypatch.setattr(running.worker._queue, "complete_here", fail)
+    [view] = await queue.wait((await queue.enqueue([picture_job()])).ids, 10)
+    assert (view.state, view.attempt) == (JobState.DONE, 1)
+
+
 def _sleeps(running: Any) -> bool:
-    return bool(running.worker._queue._patient.connection_pool._in_use_connections)
+    return any(line.is_busy for line in running.worker._queue._sleepers)
