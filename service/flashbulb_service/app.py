@@ -2,19 +2,19 @@
 
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 
 from flashbulb_service.api import admin, admin_models, edits, health, images, jobs, models, playground, videos
 from flashbulb_service.api.context import Context
-from flashbulb_service.api.errors import describe
+from flashbulb_service.api.errors import answer_error
 from flashbulb_service.api.gate import Gate
 from flashbulb_service.api.middleware import RequestFrame
+from flashbulb_service.api.short_way import ShortWay
 from flashbulb_service.catalog import Catalog
-from flashbulb_service.errors import QueueFull, ServiceError
+from flashbulb_service.errors import ServiceError
 from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
@@ -50,6 +50,7 @@ def create_app(
     app.state.context = context
     app.add_middleware(
         RequestFrame,
+        short_way=None if tracing.provider else ShortWay(),  # FastAPI makes the spans of its routes
         admit=Gate(keys, Access.of(settings.auth, settings.host)),
         metrics=context.metrics,
         max_body_bytes=settings.max_body_bytes,
@@ -71,7 +72,7 @@ def create_app(
     ):
         app.include_router(router)
     for kind in (ServiceError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _answer_error)
+        app.add_exception_handler(kind, answer_error)
     _declare_own_errors(app)
     return app
 
@@ -106,9 +107,3 @@ def _declare_own_errors(app: FastAPI) -> None:
         return made
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-async def _answer_error(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, QueueFull):
-        request.app.state.context.metrics.shed(error.scope)
-    return describe(error).response()

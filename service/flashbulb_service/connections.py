@@ -39,9 +39,10 @@ class PromptHeads(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Count what arrives before the head is whole."""
         if self._in_head:
-            self._start_clock()
             self._head_bytes += len(data)
         super().data_received(data)
+        if self._in_head and self._head_bytes:  # most heads come whole, and need no clock
+            self._start_clock()
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(
                 "431 Request Header Fields Too Large",

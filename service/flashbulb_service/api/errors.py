@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from http import HTTPStatus
 from typing import Any, ClassVar
 
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -231,6 +232,13 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(
                 500, "internal_error", "internal error: the server's log has it under this request id"
             )
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer a request with its error, and count those that the queue had no room for."""
+    if isinstance(error, QueueFull):
+        request.app.state.context.metrics.shed(error.scope)
+    return describe(error).response()
 
 
 def _retry_after(seconds: float) -> dict[str, str]:

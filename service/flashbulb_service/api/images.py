@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
@@ -39,6 +40,7 @@ from flashbulb_service.tasks import RequestRecord
 log = logging.getLogger(__name__)
 router = APIRouter(responses=ERRORS)
 
+PATH = "/v1/images/generations"
 PING_S = 15.0
 RETRY_WINDOW_S = (
     60.0  # a client library's retry gets the jobs of its first attempt, if they ended this recently
@@ -62,7 +64,7 @@ class Key:
 
 
 @router.post(
-    "/v1/images/generations",
+    PATH,
     summary="Draw pictures from a prompt",
     dependencies=[Depends(expect_json)],
     responses={
@@ -181,7 +183,7 @@ async def enqueue(
     enqueued = await context.queue.enqueue(
         plan.jobs,
         idempotency_key=key.text,
-        request_digest=body_digest(body),
+        request_digest=None if key.text is None else body_digest(body),
         mode=key.mode,
         window_s=RETRY_WINDOW_S,
         keep=keep(plan.record, caller, lists=lists, events=events) if kept else None,
@@ -269,24 +271,29 @@ async def _wait(context: Context, request: Request, queued: Queued, *, keep: boo
     With `keep` (an idempotency key) the client may come back for them, so they run on.
     """
     timeout_s = context.settings.request_timeout_s
-    waiting = asyncio.create_task(context.queue.wait(queued.ids, timeout_s, expected=queued.expected))
     leaving = asyncio.create_task(_disconnect(request))
     answered = False
     try:
-        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            raise ClientGone("the client closed the connection before its pictures were ready")
-        views = waiting.result()
-        answered = True
+        async with asyncio.timeout(None) as stay:
+            leaving.add_done_callback(partial(_end, stay))
+            views = await context.queue.wait(queued.ids, timeout_s, expected=queued.expected)
+            answered = True
         return views
     except TimeoutError as error:
+        if leaving.done():
+            raise ClientGone("the client closed the connection before its pictures were ready") from error
         raise RequestTimeout(f"expected the pictures within {timeout_s:.0f} s: try again later") from error
     finally:
-        waiting.cancel()
         leaving.cancel()
-        await asyncio.gather(waiting, leaving, return_exceptions=True)
         if not answered and not keep:
             await abandon(context, queued.ids)
+
+
+def _end(stay: asyncio.Timeout, leaving: "asyncio.Task[None]") -> None:
+    """End a wait, since the client has left."""
+    if not leaving.cancelled():
+        with contextlib.suppress(RuntimeError):  # it has ended by itself
+            stay.reschedule(0.0)  # a time long ago
 
 
 async def _disconnect(request: Request) -> None:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashbulb_service.api.errors import BodyTimeout, BodyTooLarge, WrongHost, describe
 from flashbulb_service.api.hosts import accepts
+from flashbulb_service.api.short_way import ShortWay
 from flashbulb_service.errors import ServiceError
 from flashbulb_service.observability import Metrics, known_method
 
@@ -65,8 +66,10 @@ class RequestFrame:
         body_timeout_s: float,
         bound_to: str,
         allowed_hosts: Collection[str],
+        short_way: ShortWay | None = None,
     ) -> None:
         """Wrap an app; `admit` raises for a request that is not served, before its body is read."""
+        self._short_way = short_way
         self._admit = admit
         self._bound_to = bound_to
         self._allowed_hosts = allowed_hosts
@@ -148,7 +151,8 @@ class RequestFrame:
             return
         if body is None:
             return
-        await self._app(scope, _replay(body, receive), send)
+        if self._short_way is None or not await self._short_way.serve(scope, body, receive, send):
+            await self._app(scope, _replay(body, receive), send)
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
