@@ -48,6 +48,15 @@ class Finisher:
         self._marker = marker
         self._checker = checker
 
+    @property
+    def is_local(self) -> bool:
+        """Tell whether a finished picture is stored as well."""
+        return self._results.is_local
+
+    def prepare(self) -> None:
+        """Get ready for the next picture, when nobody waits for this one any more."""
+        self._results.prepare()
+
     def finish(self, model: Model, job_id: str, task: ImageTask, pixels: np.ndarray) -> Finished:
         """Check and encode a picture or video, and write it where that takes no network.
 

@@ -157,6 +157,26 @@ class ModelPool:
         Raises:
             ModelUnavailable: it cannot be loaded, or is larger than the cap.
         """
+        loan = Loan(self, served)
+        try:
+            yield await loan.take()
+        finally:
+            loan.give_back()
+
+    async def aclose(self) -> None:
+        """Give all memory back."""
+        for served in list(self._room):
+            if served.loading is not None:
+                await asyncio.wait({served.loading})
+            self._evict(served)
+
+    def _begin_use(self, served: Served) -> LoadedModel | None:
+        if served.loaded is None or self._gate.locked():
+            return None
+        served.users += 1
+        return served.loaded
+
+    async def _wait_for_use(self, served: Served) -> LoadedModel:
         async with self._gate:
             served.users += 1
             try:
@@ -167,21 +187,15 @@ class ModelPool:
             except BaseException:
                 self._release(served)
                 raise
-        try:
-            loaded = served.loaded
-            if loaded is None:
-                assert served.loading is not None
+        loaded = served.loaded
+        if loaded is None:
+            assert served.loading is not None
+            try:
                 loaded = await asyncio.shield(served.loading)
-            yield loaded
-        finally:
-            self._release(served)
-
-    async def aclose(self) -> None:
-        """Give all memory back."""
-        for served in list(self._room):
-            if served.loading is not None:
-                await asyncio.wait({served.loading})
-            self._evict(served)
+            except BaseException:
+                self._release(served)
+                raise
+        return loaded
 
     async def _load(self, served: Served) -> LoadedModel:
         try:
@@ -257,6 +271,38 @@ class ModelPool:
             served.model.id,
             f"it takes {served.bytes} bytes, more than FLASHBULB_MODELS_MEMORY_BYTES={self._capacity}: raise that",
         )
+
+
+class Loan:
+    """One use of a model; from when it is taken until it is given back, the model stays in memory."""
+
+    def __init__(self, pool: ModelPool, served: Served) -> None:
+        """Take nothing yet."""
+        self._pool = pool
+        self._served = served
+        self._is_taken = False
+
+    def take_now(self) -> LoadedModel | None:
+        """Take the model if it is in memory and nobody waits for room; otherwise return None."""
+        loaded = self._pool._begin_use(self._served)
+        self._is_taken = loaded is not None
+        return loaded
+
+    async def take(self) -> LoadedModel:
+        """Take the model when it is in memory.
+
+        Raises:
+            ModelUnavailable: it cannot be loaded, or is larger than the cap.
+        """
+        loaded = await self._pool._wait_for_use(self._served)
+        self._is_taken = True
+        return loaded
+
+    def give_back(self) -> None:
+        """End the use, if it has begun."""
+        if self._is_taken:
+            self._is_taken = False
+            self._pool._release(self._served)
 
 
 def resident_bytes() -> int:

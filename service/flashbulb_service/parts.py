@@ -50,3 +50,4 @@ async def open_parts(settings: Settings) -> AsyncIterator[tuple[Queue, ResultSto
             yield queue, results, presence
     finally:
         await presence.aclose()
+        results.close()

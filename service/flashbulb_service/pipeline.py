@@ -22,9 +22,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
+from redis.exceptions import ResponseError
 
 from flashbulb_service.backends import Embeddings, ImageRequest, OnStep
 from flashbulb_service.backends.embeddings import EmbeddingCache
@@ -40,7 +42,7 @@ from flashbulb_service.errors import (
 from flashbulb_service.finishing import Finished, Finisher, Undeliverable
 from flashbulb_service.jobs import Job, JobError
 from flashbulb_service.long_work import Key, LongRun
-from flashbulb_service.model_pool import LoadedModel
+from flashbulb_service.model_pool import LoadedModel, Loan
 from flashbulb_service.observability import job_context
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.previews import Estimate, due_previews
@@ -66,11 +68,12 @@ MAX_ATTACHED_BYTES = (
     64 * 1024
 )  # of a picture that travels with the news of it; whoever waits reads a larger one
 MAX_KNOWN_TIMES = 1024
+GIVE_WAY_S = 0.001  # for a thread to begin
+NOTE_AFTER_S = 0.003  # in which another process answers
 KNOWN_DELIVERIES = 64
 MIN_HIDDEN_CHARS = 3  # to hide a prompt of one letter would spoil the message and protect nobody
 
 Result = TypeVar("Result")
-Lend = Callable[[], contextlib.AbstractAsyncContextManager[LoadedModel]]
 
 
 class Abandoned(Exception):
@@ -94,6 +97,11 @@ class Claim:
         return self.held is None or bool(await asyncio.shield(self.held))
 
     @property
+    def is_surely_held(self) -> bool:
+        """Tell whether the queue has said yes; from any thread."""
+        return self.held is None or (self.held.done() and bool(self.held.result()))
+
+    @property
     def is_refused(self) -> bool:
         """Tell whether the queue said no: nothing is ours by this claim, though it may be by another one."""
         return self.held is not None and self.held.done() and self.held.result() is False
@@ -115,7 +123,7 @@ class Claim:
         return any(job.burnt for job in self.jobs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Drawn:
     """One drawn batch, whose pictures are being finished."""
 
@@ -124,6 +132,25 @@ class Drawn:
     stages_ms: dict[str, float]
     started_at: float  # in seconds since the epoch by the queue's clock
     drawn_at: float  # by the monotonic clock
+    stands: bool | None = None  # whether the only picture was committed already, and its result stands
+
+
+class Completion(TypedDict):
+    """What the queue is told of a finished job; see `Queue.complete`."""
+
+    result: bytes
+    device_ms: float
+    attached: bytes
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch that is being drawn."""
+
+    rows: "list[tuple[Job, ImageTask]]"
+    started_at: float  # in seconds since the epoch by the queue's clock
+    drawing: "Future[Drawn]"
+    runs: threading.Lock  # free from when its thread runs
 
 
 class Pipeline:
@@ -175,6 +202,8 @@ class Pipeline:
         self._deliveries_ms: dict[str, deque[float]] = {  # lane -> the newest, of whole batches
             lane: deque(maxlen=KNOWN_DELIVERIES) for lane in (SHORT, LONG)
         }
+        self._notes: deque[Callable[[], None]] = deque()  # on what was delivered
+        self._noting: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
         self.is_claiming = False  # short work is on its way from the queue, where it waits no more
 
@@ -216,11 +245,11 @@ class Pipeline:
         self,
         model: Model,
         jobs: list[Job],
-        lend: Lend,
+        loan: Loan,
         *,
         held: "asyncio.Future[bool | None] | None" = None,
     ) -> None:
-        """Draw and deliver claimed jobs with the model that `lend` lends; none stays leased when that ends.
+        """Draw and deliver claimed jobs with a model that is lent for it; none stays leased when that ends.
 
         held: drawing starts while the claim is still on its way, and nothing is committed unless it succeeds (True).
             Refused (False), nothing is handed back: the jobs may be ours by another claim. None: nobody knows.
@@ -233,13 +262,13 @@ class Pipeline:
 
         if held is not None:
             held.add_done_callback(stop_unless_held)
-        self._metrics.claimed(jobs)
+        begun = self._begin_at_once(claim, loan)
         if claim.lane == SHORT:
             free_at = max(
                 time.monotonic(), self._free_at, self._step_end if self._step_end < math.inf else 0.0
             )
             self._free_at = free_at + self._expected_s(claim)
-        task = asyncio.create_task(self._run(claim, lend))
+        task = asyncio.create_task(self._run(claim, loan, begun))
         self._claims[task] = claim
         task.add_done_callback(self._ended)
 
@@ -260,6 +289,7 @@ class Pipeline:
             claim.lost.update(job.id for job in claim.jobs)
             task.cancel()
         await asyncio.gather(*self._claims, return_exceptions=True)
+        self._do_notes()
         for pool in (self._drawers, self._encoders):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -288,16 +318,32 @@ class Pipeline:
                 self._failure = self._failure or error
         self._tell_change()
 
+    def _later(self, note: Callable[[], None]) -> None:
+        """Do what nobody waits for a moment later: now the cores are needed for the answer."""
+        self._notes.append(note)
+        if self._noting is None:
+            self._noting = asyncio.get_running_loop().call_later(NOTE_AFTER_S, self._do_notes)
+
+    def _do_notes(self) -> None:
+        if self._noting is not None:
+            self._noting.cancel()
+            self._noting = None
+        while self._notes:
+            self._notes.popleft()()
+        self._finisher.prepare()
+
     def _tell_change(self) -> None:
         """Let all who wait for room look again."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _run(self, claim: Claim, lend: Lend) -> None:
+    async def _run(self, claim: Claim, loan: Loan, begun: Begun | None) -> None:
+        self._metrics.claimed(claim.jobs)
         try:
             async with self._heartbeats(claim), contextlib.AsyncExitStack() as lending:
+                lending.callback(loan.give_back)
                 try:
-                    claim.lent = await lending.enter_async_context(lend())
+                    claim.lent = claim.lent or await loan.take()
                 except ModelUnavailable as error:  # another worker may have the memory
                     if await claim.is_held():
                         for job in claim.jobs:
@@ -308,7 +354,7 @@ class Pipeline:
                 ):  # the scheduler planned it alone in its batch; here no other batch is beside it
                     while others := set(self._claims) - {asyncio.current_task()}:
                         await asyncio.wait(others)
-                await self._run_batch(claim, claim.jobs, is_whole=True)
+                await self._run_batch(claim, claim.jobs, begun, is_whole=True)
                 if not await claim.is_held() and not claim.is_refused:  # the answer was lost
                     await self._queue.release(self._worker_id, claim.jobs)
         except BaseException:  # finished jobs are no longer ours, so this hands back only the rest
@@ -321,35 +367,26 @@ class Pipeline:
             for sending in claim.previews:
                 sending.cancel()
 
-    async def _run_batch(self, claim: Claim, jobs: list[Job], *, is_whole: bool = False) -> None:
-        rows: list[tuple[Job, ImageTask]] = []
-        for job in jobs:
-            if job.id in claim.lost:
-                continue
-            try:
-                task = ImageTask.from_bytes(job.payload)
-                check_bundle(claim.model, task)
-            except ValueError as error:
+    async def _run_batch(
+        self, claim: Claim, jobs: list[Job], begun: Begun | None = None, *, is_whole: bool = False
+    ) -> None:
+        if begun is None:
+            rows, refusals = read_rows(claim, jobs)
+            for job, code, error in refusals:
                 await claim.is_held()
-                await self._fail(job, "invalid_task", error, retry=False)
-            except BundleReplaced as error:
-                await claim.is_held()
-                await self._fail(job, BundleReplaced.code, error, retry=False)
-            except NewerMessage as error:  # another worker may understand it
-                await claim.is_held()
-                await self._fail(job, NewerMessage.code, error, retry=True)
-            else:
-                rows.append((job, task))
-        if not rows:
-            return
-        started_at = self._server_time()
+                await self._fail(
+                    job, code, error, retry=code == NewerMessage.code
+                )  # another worker may understand it
+            if not rows:
+                return
+            begun = self._begin(claim, rows, is_whole=is_whole)
         try:
-            drawn = await self._draw(claim, rows, is_whole=is_whole)
+            drawn = await asyncio.wrap_future(begun.drawing)
         except Abandoned:
-            log.info("batch of %d of %s stopped: nobody waits for it", len(rows), claim.model.id)
+            log.info("batch of %d of %s stopped: nobody waits for it", len(begun.rows), claim.model.id)
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
             if await claim.is_held():
-                await self._after_failure(claim, rows, error)
+                await self._after_failure(claim, begun.rows, error)
         else:
             if not await claim.is_held():
                 log.info("job %s was drawn in vain: its claim was refused", jobs[0].id)
@@ -359,10 +396,27 @@ class Pipeline:
             try:
                 await self._deliver(claim, drawn)
                 self._deliveries_ms[claim.lane].append((time.monotonic() - drawn.drawn_at) * 1000)
-            finally:  # behind the delivery, which somebody waits for
-                self._note_batch(claim.loaded, [job for job, _ in rows], drawn.stages_ms, started_at)
+            finally:
+                drawn_jobs = [job for job, _ in begun.rows]
+                self._later(
+                    partial(self._note_batch, claim.loaded, drawn_jobs, drawn.stages_ms, begun.started_at)
+                )
 
-    async def _draw(self, claim: Claim, rows: list[tuple[Job, ImageTask]], *, is_whole: bool) -> Drawn:
+    def _begin_at_once(self, claim: Claim, loan: Loan) -> Begun | None:
+        """Begin to draw before anything else is done for a claim, where nothing is in the way; else return None."""
+        if claim.lane != SHORT or claim.suspect:
+            return None
+        rows, refusals = read_rows(claim, claim.jobs)
+        claim.lent = None if refusals else loan.take_now()
+        if claim.lent is None:
+            return None
+        begun = self._begin(claim, rows, is_whole=True)
+        begun.runs.acquire(
+            timeout=GIVE_WAY_S
+        )  # what is left to do here would keep the other thread from running
+        return begun
+
+    def _begin(self, claim: Claim, rows: list[tuple[Job, ImageTask]], *, is_whole: bool) -> Begun:
         loop = asyncio.get_running_loop()
 
         def note_denoised(stages_ms: dict[str, float]) -> None:
@@ -372,9 +426,14 @@ class Pipeline:
         def show(estimates: list[Estimate]) -> None:
             loop.call_soon_threadsafe(self._show, claim, estimates)
 
-        return await loop.run_in_executor(
-            self._drawers, self._run_stages, claim, rows, note_denoised, show, loop
-        )
+        started_at, runs = self._server_time(), threading.Lock()
+        runs.acquire()
+
+        def run() -> Drawn:
+            runs.release()
+            return self._run_stages(claim, rows, note_denoised, show, loop)
+
+        return Begun(rows, started_at, self._drawers.submit(run), runs)
 
     def _run_stages(
         self,
@@ -419,7 +478,24 @@ class Pipeline:
             if job.id not in claim.lost
         ]
         finishing = self._start_finishing(claim.model, wanted)
-        return Drawn(len(rows), finishing, clock, started_at, drawn_at)
+        drawn = Drawn(len(rows), finishing, clock, started_at, drawn_at)
+        self._commit_here(claim, drawn)
+        return drawn
+
+    def _commit_here(self, claim: Claim, drawn: Drawn) -> None:
+        """Commit a lone picture on the thread that drew it, where nothing else is to be waited for.
+
+        The event loop would have to wake first, while a client waits. It commits what this does not.
+        """
+        if len(drawn.rows) != 1 or not claim.is_surely_held or not self._finisher.is_local:
+            return
+        job, task, finishing = drawn.rows[0]
+        if task.partial_images or finishing.exception() is not None:
+            return
+        with contextlib.suppress(QueueUnavailable, ResponseError):
+            drawn.stands = self._queue.complete_here(
+                self._worker_id, job, **self._completion(claim, drawn, job, finishing.result())
+            )
 
     def _start_finishing(
         self, model: Model, pictures: list[tuple[Job, ImageTask, np.ndarray]]
@@ -615,41 +691,52 @@ class Pipeline:
     async def _commit(
         self, claim: Claim, drawn: Drawn, job: Job, task: ImageTask, finished: Finished
     ) -> None:
+        stands = drawn.stands
+        if stands is None:
+            completion = self._completion(claim, drawn, job, finished)
+            stands = await self._queue.complete(self._worker_id, job, **completion)
+        self._later(partial(self._note_commit, drawn, job, task, finished, stands, self._server_time()))
+
+    def _note_commit(
+        self, drawn: Drawn, job: Job, task: ImageTask, finished: Finished, stands: bool, ended_at: float
+    ) -> None:
+        with job_context(job, task.request_id):
+            if not stands:
+                self._metrics.commit_rejected(job.model)
+                log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
+                return
+            log.info("job %s done in a batch of %d", job.id, drawn.size)
+        pixels = task.width * task.height * task.frames
+        self._metrics.delivered(job.model, pixels, finished.encode_s, finished.store_s)
+        self._tracing.job(
+            task.traceparent,
+            job,
+            started_at=drawn.started_at,
+            ended_at=ended_at,
+            stages_ms={
+                **drawn.stages_ms,
+                "encode": finished.encode_s * 1000,
+                "store": finished.store_s * 1000,
+            },
+            attributes={"flashbulb.model": job.model, "flashbulb.batch_size": drawn.size},
+        )
+
+    def _completion(self, claim: Claim, drawn: Drawn, job: Job, finished: Finished) -> Completion:
+        batch_ms = sum(drawn.stages_ms.values())
         outcome = ImageOutcome(
             file=finished.file,
             batch_size=drawn.size,
-            batch_ms=sum(drawn.stages_ms.values()),
+            batch_ms=batch_ms,
             encode_ms=(finished.encode_s + finished.store_s) * 1000,
             stages_ms=drawn.stages_ms,
             bundle_sha256=claim.model.bundle.sha256,
             backend=claim.loaded.student.backend.name,
         )
-        stands = await self._queue.complete(
-            self._worker_id,
-            job,
-            outcome.to_bytes(),
-            device_ms=outcome.batch_ms / outcome.batch_size,
-            attached=finished.data if job.awaited and len(finished.data) <= MAX_ATTACHED_BYTES else b"",
-        )
-        if stands:
-            log.info("job %s done in a batch of %d", job.id, drawn.size)
-            pixels = task.width * task.height * task.frames
-            self._metrics.delivered(job.model, pixels, finished.encode_s, finished.store_s)
-            self._tracing.job(
-                task.traceparent,
-                job,
-                started_at=drawn.started_at,
-                ended_at=self._server_time(),
-                stages_ms={
-                    **drawn.stages_ms,
-                    "encode": finished.encode_s * 1000,
-                    "store": finished.store_s * 1000,
-                },
-                attributes={"flashbulb.model": job.model, "flashbulb.batch_size": drawn.size},
-            )
-        else:
-            self._metrics.commit_rejected(job.model)
-            log.info("result of job %s refused: it was cancelled, or another attempt owns it", job.id)
+        return {
+            "result": outcome.to_bytes(),
+            "device_ms": batch_ms / drawn.size,
+            "attached": finished.data if job.awaited and len(finished.data) <= MAX_ATTACHED_BYTES else b"",
+        }
 
     async def _fail(
         self, job: Job, code: str, error: Exception, *, retry: bool, task: ImageTask | None = None
@@ -669,20 +756,25 @@ class Pipeline:
         async def beat() -> None:
             outage = OutageLog(log, "heartbeat missed")
             while True:
-                await asyncio.sleep(self._lease_s / 3)
                 try:
                     lost = await self._queue.heartbeat(self._worker_id, claim.jobs, self._lease_s)
                     claim.lost.update(lost)
                     outage.worked()
                 except QueueUnavailable as error:
                     outage.failed(error)
+                await asyncio.sleep(self._lease_s / 3)
 
-        beating = asyncio.create_task(beat())
+        beating: list[asyncio.Task[None]] = []
+        first = asyncio.get_running_loop().call_later(
+            self._lease_s / 3, lambda: beating.append(asyncio.create_task(beat()))
+        )
         try:
             yield
         finally:
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
+            first.cancel()
+            for task in beating:
+                task.cancel()
+            await asyncio.gather(*beating, return_exceptions=True)
 
 
 def _settled(work: Callable[..., Result], *args: object) -> "Future[Result]":
@@ -698,6 +790,27 @@ def _settled(work: Callable[..., Result], *args: object) -> "Future[Result]":
 def _stop_if_abandoned(claim: Claim, rows: Sequence[tuple[Job, ImageTask]]) -> None:
     if claim.lost.issuperset(job.id for job, _ in rows):
         raise Abandoned
+
+
+def read_rows(
+    claim: Claim, jobs: Sequence[Job]
+) -> "tuple[list[tuple[Job, ImageTask]], list[tuple[Job, str, Exception]]]":
+    """Read the tasks of those jobs that are still ours: what is to be drawn, and what cannot be."""
+    rows: list[tuple[Job, ImageTask]] = []
+    refusals: list[tuple[Job, str, Exception]] = []
+    for job in jobs:
+        if job.id in claim.lost:
+            continue
+        try:
+            task = ImageTask.from_bytes(job.payload)
+            check_bundle(claim.model, task)
+        except ValueError as error:
+            refusals.append((job, "invalid_task", error))
+        except (BundleReplaced, NewerMessage) as error:
+            refusals.append((job, error.code, error))
+        else:
+            rows.append((job, task))
+    return rows, refusals
 
 
 def check_bundle(model: Model, task: ImageTask) -> None:

@@ -5,11 +5,15 @@ a bucket has lifecycle rules for that.
 """
 
 import contextlib
+import os
 import re
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -53,6 +57,34 @@ def media_type(name: str) -> str:
     return MEDIA_TYPES[name.rpartition(".")[2]]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A file that has no name yet."""
+
+    path: Path
+    descriptor: int
+
+    @classmethod
+    def make(cls, folder: Path) -> Self:
+        """Create it."""
+        path = folder / f".{secrets.token_hex(8)}{PART}"
+        return cls(path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+
+    @property
+    def is_there(self) -> bool:
+        """Tell whether nobody has cleaned it away."""
+        return os.fstat(self.descriptor).st_nlink > 0
+
+    def fill(self, data: bytes) -> None:
+        """Write all that it will hold, and close it."""
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self.descriptor, left) :]
+        finally:
+            os.close(self.descriptor)
+
+
 class ResultStore:
     """Bytes by result id in an object store."""
 
@@ -62,6 +94,7 @@ class ResultStore:
         self.ttl_s = ttl_s
         self.max_bytes = max_bytes
         self._folder: Path | None = None
+        self._parts: deque[_Part] = deque()  # prepared; at most a few
         self._store: ObjectStore
         url = urlparse(location)
         if url.scheme == "file":
@@ -85,13 +118,35 @@ class ResultStore:
         if self._folder is None:
             obstore.put(self._store, _checked(name), data)
             return
-        part = self._folder / f".{_checked(name)}.{secrets.token_hex(4)}{PART}"
+        path = self._folder / _checked(name)
+        part = self._take_part()
         try:
-            part.write_bytes(data)
-            part.replace(self._folder / name)
+            part.fill(data)
+            part.path.replace(path)
         except BaseException:
-            part.unlink(missing_ok=True)
+            part.path.unlink(missing_ok=True)
             raise
+
+    def prepare(self) -> None:
+        """Create the file that the next `write` fills, while nobody waits for it."""
+        if self._folder is not None and not self._parts:
+            self._parts.append(_Part.make(self._folder))
+
+    def close(self) -> None:
+        """Delete what was prepared and not needed."""
+        while self._parts:
+            part = self._parts.pop()
+            os.close(part.descriptor)
+            part.path.unlink(missing_ok=True)
+
+    def _take_part(self) -> "_Part":
+        assert self._folder is not None
+        with contextlib.suppress(IndexError):
+            part = self._parts.pop()
+            if part.is_there:
+                return part
+            os.close(part.descriptor)
+        return _Part.make(self._folder)
 
     async def put(self, name: str, data: bytes) -> None:
         """Write a picture from the event loop; otherwise as `write`."""

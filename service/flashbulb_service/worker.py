@@ -11,11 +11,11 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.calibration import batch_sizes, load_student
@@ -24,7 +24,7 @@ from flashbulb_service.errors import ModelUnavailable, QueueUnavailable
 from flashbulb_service.garbage import settle_heap
 from flashbulb_service.jobs import Job
 from flashbulb_service.model_book import ModelBook, Words
-from flashbulb_service.model_pool import LoadedModel, ModelPool, Served
+from flashbulb_service.model_pool import LoadedModel, Loan, ModelPool, Served
 from flashbulb_service.model_store import keep_following
 from flashbulb_service.outages import OutageLog
 from flashbulb_service.parts import load_catalog, open_parts
@@ -47,13 +47,12 @@ from flashbulb_service.scheduler import (
     rows_within,
 )
 from flashbulb_service.settings import Settings
+from flashbulb_service.stoppable import Stoppable
 from flashbulb_service.timing import Tau
 from flashbulb_service.tracing import OFF, Tracing, traced
 from flashbulb_service.worker_metrics import WorkerMetrics, serve_metrics
 
 log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 IDLE_S = 5.0  # longest single wait for work; a wake-up ends it at once
 CLEAN_INTERVAL_S = 600.0
@@ -175,27 +174,28 @@ class Worker:
     async def _serve_lane(self, stop: asyncio.Event, lane: str) -> None:
         outage = OutageLog(log, "queue out of reach, trying again")
         more = True  # as far as we know
-        while not stop.is_set():
-            try:
-                await _unless(stop, self._pipeline.room(lane))
-                names = list(self._models_of(lane))
-                if not names:  # all of them were removed, or there never were any
-                    await _unless(stop, asyncio.sleep(SCAN_INTERVAL_S))
-                    continue
-                wake = None if more else await _unless(stop, self._queue.wait_for_work(names, IDLE_S))
-                if wake and not self._pipeline.has_room(lane):  # a step of long work has begun since
-                    await _unless(stop, self._pipeline.room(lane))
-                if stop.is_set():
-                    break
-                self._pipeline.is_claiming = self._pipeline.is_claiming or lane == SHORT
-                more = await self._claim(lane, wake.lone if wake else None)
-                outage.worked()
-            except QueueUnavailable as error:
-                outage.failed(error)
-                await _unless(stop, asyncio.sleep(OUTAGE_BACKOFF_S))
-            finally:
-                if lane == SHORT:
-                    self._pipeline.is_claiming = False
+        async with Stoppable.by(stop) as until_stop:
+            while not stop.is_set():
+                try:
+                    await until_stop(self._pipeline.room(lane))
+                    names = list(self._models_of(lane))
+                    if not names:  # all of them were removed, or there never were any
+                        await until_stop(asyncio.sleep(SCAN_INTERVAL_S))
+                        continue
+                    wake = None if more else await until_stop(self._queue.wait_for_work(names, IDLE_S))
+                    if wake and not self._pipeline.has_room(lane):  # a step of long work has begun since
+                        await until_stop(self._pipeline.room(lane))
+                    if stop.is_set():
+                        break
+                    self._pipeline.is_claiming = self._pipeline.is_claiming or lane == SHORT
+                    more = await self._claim(lane, wake.lone if wake else None)
+                    outage.worked()
+                except QueueUnavailable as error:
+                    outage.failed(error)
+                    await until_stop(asyncio.sleep(OUTAGE_BACKOFF_S))
+                finally:
+                    if lane == SHORT:
+                        self._pipeline.is_claiming = False
 
     def _models_of(self, lane: str) -> dict[str, Served]:
         """Return the models whose work belongs to a lane, as they are now: a scan of the repository may change them."""
@@ -224,7 +224,7 @@ class Worker:
     def _submit(
         self, served: Served, jobs: list[Job], held: "asyncio.Future[bool | None] | None" = None
     ) -> None:
-        self._pipeline.submit(served.model, jobs, partial(self._pool.use, served), held=held)
+        self._pipeline.submit(served.model, jobs, Loan(self._pool, served), held=held)
 
     async def _claim_lone(self, lone: Lone, models: Mapping[str, Served]) -> Taken | None:
         """Begin to draw a job while its claim is on its way; None when it is to be claimed as any other."""
@@ -428,20 +428,6 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
         finally:
             await _cancel([following])
             await pool.aclose()
-
-
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """Await `work`, but no longer than until `stop` is set (then None); raise what the work raised."""
-    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-    finally:
-        stopping.cancel()
-        if not working.done():
-            await _cancel([working])
-    return None
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

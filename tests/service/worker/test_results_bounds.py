@@ -1,6 +1,7 @@
 """Finished pictures are bounded by bytes as well as by time, and private."""
 
 import os
+import time
 from pathlib import Path
 
 from flashbulb_service.results import ResultStore
@@ -41,3 +42,36 @@ def test_a_written_picture_is_whole_and_alone(tmp_path: Path) -> None:
     store.write("a.png", b"first")
     store.write("a.png", b"second")
     assert {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()} == {"a.png": b"second"}
+
+
+def test_a_prepared_file_becomes_the_next_picture(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    store = ResultStore(folder.as_uri(), ttl_s=100)
+    store.prepare()
+    store.prepare()
+    [prepared] = folder.iterdir()
+    number = prepared.stat().st_ino
+    store.write("a.png", b"picture")
+    assert [(path.name, path.stat().st_ino) for path in folder.iterdir()] == [("a.png", number)]
+    store.write("b.png", b"other")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "a.png": b"picture",
+        "b.png": b"other",
+    }
+
+
+def test_a_prepared_file_that_was_cleaned_away_is_not_used(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    store = ResultStore(folder.as_uri(), ttl_s=100)
+    store.prepare()
+    store.clean(now=time.time() + 1000)
+    assert list(folder.iterdir()) == []
+    store.write("a.png", b"picture")
+    assert (folder / "a.png").read_bytes() == b"picture"
+
+
+def test_what_was_prepared_in_vain_is_deleted(tmp_path: Path) -> None:
+    store = ResultStore((tmp_path / "results").as_uri(), ttl_s=100)
+    store.prepare()
+    store.close()
+    assert list((tmp_path / "results").iterdir()) == []
