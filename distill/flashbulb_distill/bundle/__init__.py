@@ -10,9 +10,11 @@ from .bundle import (
     write_manifest,
 )
 from .errors import BundleError
+from .graphs import DISABLED_OPTIMIZERS
 from .manifest import Betas, Components, File, Guidance, Latent, Manifest, Shape, Text
 
 __all__ = [
+    "DISABLED_OPTIMIZERS",
     "Betas",
     "Bundle",
     "BundleError",

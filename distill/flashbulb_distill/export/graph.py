@@ -25,6 +25,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from .families import Component
+from .fusable import make_fusable
 from .positions import exportable
 
 OPSETS = (18, 23)  # 18: widest reach, TensorRT-RTX; 23: attention whole, for fused kernels
@@ -88,7 +89,10 @@ def content_hash(component: Component, opset: int) -> str:
             diffusers.__version__,
             transformers.__version__,
         ],
-        "code": [here.with_name(name).read_text() for name in ("families.py", "graph.py", "positions.py")],
+        "code": [
+            here.with_name(name).read_text()
+            for name in ("families.py", "fusable.py", "graph.py", "positions.py")
+        ],
         "module": [type(part).__qualname__ for part in component.module.modules()],
         "config": {prefix: _config(network) for prefix, network in networks.items()},
         "weights": {
@@ -133,6 +137,7 @@ def _trace(component: Component, opset: int) -> ir.Model:
             return False if any(value is not None and value.name in names for value in node.inputs) else None
 
         optimize_ir(model, should_fold=should_fold)
+        model = make_fusable(model)
         ClearMetadataAndDocStringPass()(model)
     for name in names & set(model.graph.initializers):
         value = model.graph.initializers[name]

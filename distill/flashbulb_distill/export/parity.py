@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..bundle import DISABLED_OPTIMIZERS
+
 # A graph may differ from torch by this many times torch's own rounding error, as measured: two runtimes that sum in
 # different orders differ by one to three times that error; a wrong weight, layout or scale by orders of magnitude.
 MARGIN = 8.0
@@ -35,7 +37,9 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=[*DISABLED_OPTIMIZERS]
+    )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-from flashbulb_distill.bundle import Bundle, Text
+from flashbulb_distill.bundle import DISABLED_OPTIMIZERS, Bundle, Text
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample_steps
 from flashbulb_service.backends import Embeddings, ImageRequest, OnStep
@@ -43,7 +43,10 @@ class OnnxBackend:
         for part in ("text_encoder", "denoiser", "decoder"):
             path = bundle.file(getattr(components, part))
             self._sessions[part] = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=[*DISABLED_OPTIMIZERS],
             )
             self._takes[part] = {node.name: _DTYPES[node.type] for node in self._sessions[part].get_inputs()}
         self._tokenizers = plain_tokenizers(bundle)
