@@ -2,8 +2,9 @@
 
     python benchmarks/runtimes.py [--bundle models/emoji/1] [--rounds 15] [--batches 1 4] [--out FILE.json]
 
-One batch, CPU time of this process on one thread, medians, all sides by turns, in an order that rotates. Prompts are
-new in every round, so that no cache of embeddings helps. `bundle` is a worker's backend. The other sides are loops in
+One batch, CPU time of this process on one thread, medians, all sides by turns, in an order drawn anew (seeded) each
+time: what runs before leaves its traces in the processor's caches. Prompts are new in every round, so that no cache of
+embeddings helps; each side has sessions of its own. `bundle` is a worker's backend. The other sides are loops in
 the plainest code, without sampler, cache or checks, and do the same work: tokenise, draw the noise, run text encoder,
 network and decoder, make 8 bits of the pixels. `graphs` is bare onnxruntime with inputs ready and pixels left as they
 are: what three calls of `session.run` cost alone. All pictures of onnxruntime must be equal, byte for byte.
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -101,7 +103,11 @@ def main() -> None:
     }
     compiled = {name: torch.compile(module) for name, module in modules.items()}
     names = bundle.manifest.components.model_dump()
-    sessions = {part: open_session(bundle.file(name)) for part, name in names.items()}
+
+    def open_graphs() -> dict[str, onnxruntime.InferenceSession]:
+        return {part: open_session(bundle.file(name)) for part, name in names.items()}
+
+    bare, alone = open_graphs(), open_graphs()
     backend = OnnxBackend(threads=1, cache=EmbeddingCache(0))
     backend.load(bundle)
 
@@ -113,16 +119,16 @@ def main() -> None:
 
     def whole(prompts: list[str]) -> list[NDArray[Any]]:
         requests = [ImageRequest(p, i, 0, shape.width, shape.height) for i, p in enumerate(prompts)]
-        return Student(backend).generate(requests).images
+        return Student(backend).generate(requests)
 
     ready: dict[str, Inputs] = {}
 
     def graphs(prompts: list[str]) -> None:
-        run_graphs(sessions, ready[prompts[0]])
+        run_graphs(alone, ready[prompts[0]])
 
     sides: dict[str, Side] = {
         "bundle": whole,
-        "onnxruntime": lambda prompts: to_8_bits(run_graphs(sessions, inputs(prompts))),
+        "onnxruntime": lambda prompts: to_8_bits(run_graphs(bare, inputs(prompts))),
         "eager": torch_side(modules, inputs),
         "inductor": torch_side(compiled, inputs),
         "graphs": graphs,
@@ -133,14 +139,14 @@ def main() -> None:
         "onnxruntime": onnxruntime.__version__,
         "rounds": options.rounds,
     }
+    order = random.Random(0)
     for size in options.batches:
         times: dict[str, list[float]] = {side: [] for side in sides}
         for turn in range(options.rounds + WARM_UP):
             prompts = [f"red apple {turn} {row}" for row in range(size)]
             ready[prompts[0]] = inputs(prompts)
             made: dict[str, Any] = {}
-            for place in range(len(sides)):
-                side = list(sides)[(place + turn) % len(sides)]
+            for side in order.sample(list(sides), len(sides)):
                 started = time.process_time()
                 made[side] = sides[side](prompts)
                 if turn >= WARM_UP:

@@ -272,9 +272,9 @@ def is_invariant(
         if until():
             return False
         batch = draw.sample(pool, draw.randint(1, largest))
-        for request, picture in zip(batch, student.generate(batch).images, strict=True):
+        for request, picture in zip(batch, student.generate(batch), strict=True):
             if request not in alone:
-                alone[request] = student.generate([request]).images[0].tobytes()
+                alone[request] = student.generate([request])[0].tobytes()
             if alone[request] != picture.tobytes():
                 return False
     return True

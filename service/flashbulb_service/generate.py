@@ -117,9 +117,7 @@ def write_pictures(
     shape = next(one for one in manifest.shapes if (one.width, one.height) == size)
     requests = [ImageRequest(prompt, seed, index, *size, frames=shape.frames) for index in range(count)]
     pictures = [
-        picture
-        for chunk in in_chunks(requests, manifest.max_batch)
-        for picture in student.generate(chunk).images
+        picture for chunk in in_chunks(requests, manifest.max_batch) for picture in student.generate(chunk)
     ]
     model_ms = (time.perf_counter() - start) * 1000
     files = file_names(out, count)

@@ -5,10 +5,8 @@ A backend has one method per stage, so that a worker can overlap them; `generate
     prompts ──encode_prompts──► embeddings ──denoise (noise from seed and index)──► latents ──decode──► pictures
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
 
@@ -33,14 +31,6 @@ class ImageRequest:
     height: int
     num_steps: int | None = None  # None: the student's own
     frames: int = 1  # of a video
-
-
-@dataclass(frozen=True)
-class Generated:
-    """The pictures or videos of one batch, in the order of its requests."""
-
-    images: list[np.ndarray]  # uint8 [h, w, 3] each, or [f, h, w, 3]
-    stages_ms: dict[str, float] = field(default_factory=dict)  # wall time by stage, for the whole batch
 
 
 @dataclass(frozen=True)
@@ -116,21 +106,18 @@ class Student:
         rows = self._rows(count)
         return self.backend.decode(latents if len(rows) == count else latents[rows])[:count]
 
-    def generate(self, requests: Sequence[ImageRequest]) -> Generated:
-        """Run all stages, one after another; more requests than the canonical size run as several batches."""
+    def generate(self, requests: Sequence[ImageRequest]) -> list[np.ndarray]:
+        """Run all stages, one after another: -> uint8 [h, w, 3] each, or of videos [f, h, w, 3].
+
+        More requests than the canonical size run as several batches.
+        """
         _check_alike(requests)
         step = self.canonical or len(requests)
-        watch = StageClock()
         images: list[np.ndarray] = []
         for start in range(0, len(requests), step):
             batch = requests[start : start + step]
-            with watch("text"):
-                embeddings = self.encode_prompts(batch)
-            with watch("denoise"):
-                latents = self.denoise(batch, embeddings)
-            with watch("decode"):
-                images += list(self.decode(latents))
-        return Generated(images, watch.stages_ms)
+            images.extend(self.decode(self.denoise(batch, self.encode_prompts(batch))))
+        return images
 
     def warm_up(self, width: int, height: int, sizes: Sequence[int], *, frames: int = 1) -> None:
         """Run a picture or video in every batch size that will be used: no request shall pay for a first time.
@@ -155,21 +142,6 @@ class Student:
 def _check_alike(requests: Sequence[ImageRequest]) -> None:
     if len({(one.width, one.height, one.frames, one.num_steps) for one in requests}) != 1:
         raise ValueError("expected a batch of one size and number of steps with at least one request")
-
-
-class StageClock:
-    """Adds up wall time by stage."""
-
-    def __init__(self) -> None:
-        """Start with no stage."""
-        self.stages_ms: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Measure what runs inside."""
-        start = time.perf_counter()
-        yield
-        self.stages_ms[stage] = self.stages_ms.get(stage, 0.0) + (time.perf_counter() - start) * 1000
 
 
 def create_backend(

@@ -33,7 +33,7 @@ async def test_a_webp_of_a_student_of_videos_moves_and_shows_what_the_server_dra
     )
     assert done.returncode == 0, done.stderr
     request = ImageRequest("dog", 3, 0, 64, 64, frames=FRAMES)
-    (drawn,) = Student(mixed.videos.inner).generate([request]).images
+    (drawn,) = Student(mixed.videos.inner).generate([request])
     picture = Image.open(out)
     assert picture.n_frames == FRAMES
     for index, frame in enumerate(drawn):

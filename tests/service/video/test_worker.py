@@ -33,7 +33,7 @@ async def test_a_video_job_ends_with_a_video_a_thumbnail_and_a_sheet_of_what_the
     name = queued.ids[0]
     assert outcome.file == f"{name}.mp4"
     request = ImageRequest("red apple", 7, 0, 64, 64, frames=FRAMES)
-    (drawn,) = Student(mixed.videos.inner).generate([request]).images
+    (drawn,) = Student(mixed.videos.inner).generate([request])
     with av.open(io.BytesIO(await mixed.results.get(outcome.file))) as container:
         stream = container.streams.video[0]
         frames = np.array([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])

@@ -146,4 +146,4 @@ def picture_job_fixture() -> Callable[..., NewJob]:
 @pytest.fixture
 def apple(onnx: OnnxBackend) -> np.ndarray:
     """The picture that `picture_job()` asks for."""
-    return Student(onnx).generate([ImageRequest("red apple", 7, 0, 64, 64)]).images[0]
+    return Student(onnx).generate([ImageRequest("red apple", 7, 0, 64, 64)])[0]

@@ -43,7 +43,7 @@ def test_picture_equals_the_reference_evaluator_s(bundle: Bundle, onnx: OnnxBack
     (x0,) = parts["denoiser"].run(None, inputs)
     (pixels,) = parts["decoder"].run(None, {"latents": x0})
     expected = np.rint((pixels[0].transpose(1, 2, 0) + 1) * 127.5)
-    got = Student(onnx).generate([request(index=3)]).images[0].astype(np.int64)
+    got = Student(onnx).generate([request(index=3)])[0].astype(np.int64)
     assert np.abs(got - expected).max() <= 1  # float rounding may move a value across a half
     assert (got != expected).mean() < 1e-3
 
@@ -52,11 +52,11 @@ def test_picture_equals_the_reference_evaluator_s(bundle: Bundle, onnx: OnnxBack
 @pytest.mark.parametrize("canonical", [None, 1, 8])
 def test_same_seed_gives_same_image_in_any_batch(onnx: OnnxBackend, size: int, canonical: int | None) -> None:
     student = Student(onnx, canonical)
-    alone = Student(onnx).generate([request()]).images[0]
+    alone = Student(onnx).generate([request()])[0]
     for position in range(size):
         rows = [request("dog", seed=row) for row in range(size)]
         rows[position] = request()
-        np.testing.assert_array_equal(student.generate(rows).images[position], alone)
+        np.testing.assert_array_equal(student.generate(rows)[position], alone)
 
 
 def test_canonical_batches_have_one_size_in_every_stage(
@@ -129,7 +129,7 @@ def test_each_step_shows_its_estimate_and_may_stop_the_batch(tmp_path: Path) -> 
 
 def test_other_seed_index_or_prompt_gives_another_image(onnx: OnnxBackend) -> None:
     rows = [request(), request(seed=8), request(index=1), request("green apple")]
-    pictures = Student(onnx).generate(rows).images
+    pictures = Student(onnx).generate(rows)
     for first in range(4):
         for second in range(first):
             assert (pictures[first] != pictures[second]).mean() > 0.1
@@ -148,16 +148,14 @@ def test_equal_prompts_are_encoded_once(tmp_path: Path) -> None:
 
     backend._sessions["text_encoder"] = Counting()  # type: ignore[assignment]
     prompts = ["dog", "rocket", "dog", "dog"]
-    pictures = (
-        Student(backend).generate([request(prompt, seed=row) for row, prompt in enumerate(prompts)]).images
-    )
+    pictures = Student(backend).generate([request(prompt, seed=row) for row, prompt in enumerate(prompts)])
     assert batches == [2]
-    np.testing.assert_array_equal(pictures[3], Student(backend).generate([request("dog", seed=3)]).images[0])
+    np.testing.assert_array_equal(pictures[3], Student(backend).generate([request("dog", seed=3)])[0])
 
 
 def test_a_prompt_longer_than_the_model_reads_is_cut(onnx: OnnxBackend) -> None:
     long, longer = " ".join(["dog"] * 14), " ".join(["dog"] * 40)
-    pictures = Student(onnx).generate([request(long), request(longer)]).images
+    pictures = Student(onnx).generate([request(long), request(longer)])
     np.testing.assert_array_equal(pictures[0], pictures[1])
 
 
@@ -166,7 +164,7 @@ def test_a_few_step_student_uses_fresh_noise_at_every_step(tmp_path: Path) -> No
     backend = OnnxBackend(threads=1)
     backend.load(_with(tmp_path, time_steps=(1.0, 0.5)))
     bundle = open_bundle(tmp_path / "tiny" / "1")
-    got = Student(backend).generate([request()]).images[0].astype(np.int64)
+    got = Student(backend).generate([request()])[0].astype(np.int64)
     parts = {name: ReferenceEvaluator(str(bundle.path / f"{name}.onnx")) for name in ("denoiser", "decoder")}
     encoded = backend.encode_prompts(["red apple"])
     embeds, pooled = encoded.tokens, encoded.pooled
@@ -219,9 +217,9 @@ def test_a_number_of_steps_draws_as_the_student_whose_own_it_is(tmp_path: Path) 
     both.load(open_bundle(make_tiny_bundle(tmp_path / "both", step_schedules=schedules)))
     two.load(open_bundle(make_tiny_bundle(tmp_path / "two", time_steps=schedules[2])))
     asked = replace(request(), num_steps=2)
-    (picture,) = Student(both).generate([asked]).images
-    np.testing.assert_array_equal(picture, Student(two).generate([request()]).images[0])
-    assert (picture != Student(both).generate([request()]).images[0]).mean() > 0.1
+    (picture,) = Student(both).generate([asked])
+    np.testing.assert_array_equal(picture, Student(two).generate([request()])[0])
+    assert (picture != Student(both).generate([request()])[0]).mean() > 0.1
     with pytest.raises(ValueError, match=r"offers \(1, 2\), got 3"):
         Student(both).generate([replace(asked, num_steps=3)])
     with pytest.raises(ValueError, match="number of steps"):

@@ -24,9 +24,9 @@ def test_a_batch_takes_its_time_and_the_picture_is_the_requests_alone() -> None:
     options = '{"floor_ms": 0, "base_ms": 10, "row_ms": 5}'
     backend = Student(create_backend("synthetic", threads=1, synthetic=options))
     start = time.perf_counter()
-    many = backend.generate([request("cat"), request(), request(seed=2)]).images
+    many = backend.generate([request("cat"), request(), request(seed=2)])
     assert time.perf_counter() - start >= 0.025
-    alone = backend.generate([request()]).images[0]
+    alone = backend.generate([request()])[0]
     np.testing.assert_array_equal(many[1], alone)
     assert alone.shape == (64, 64, 3) and alone.dtype == np.uint8
     assert len({picture.tobytes() for picture in many}) == 3
@@ -40,7 +40,7 @@ def test_equal_seeds_give_equal_noise_and_hangs() -> None:
 
 def test_too_many_rows_run_out_of_memory() -> None:
     backend = Student(SyntheticBackend(SyntheticDevice(memory_rows=2, **FAST)))
-    assert len(backend.generate([request()] * 2).images) == 2
+    assert len(backend.generate([request()] * 2)) == 2
     with pytest.raises(OutOfMemory, match="at most 2 rows"):
         backend.generate([request()] * 3)
 
