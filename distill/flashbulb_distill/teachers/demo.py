@@ -1,17 +1,19 @@
 """The demo families' teachers: a folder with transformer/ and codec/, and the packaged text encoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+from diffusers import ModelMixin
 from tokenizers import Tokenizer
 from torch import nn
 
 from ..bundle import hash_file
+from .codec import freeze
 from .denoiser import Condition, Denoiser
-from .text import TextEncoder, encode_prompts
+from .text import TextEncoder, encode_prompts, load_text_encoder, load_tokenizer
 
 Network = TypeVar("Network", bound=Denoiser)
 Autoencoder = TypeVar("Autoencoder", bound=nn.Module)
@@ -56,14 +58,47 @@ class DemoTeacher(Generic[Network, Autoencoder]):
         return next(self.denoiser.parameters()).device
 
 
-def check_folder(folder: Path, kind: str, example: str) -> None:
-    """Refuse what is no teacher folder.
+def load_demo(
+    folder: Path,
+    *,
+    expected: str,
+    example: str,
+    network: type[Network],
+    transformer: type[ModelMixin],
+    codec: type[Autoencoder],
+    latent_shape: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[int, ...]],
+    bf16: bool,
+    device: torch.device | None,
+) -> DemoTeacher[Network, Autoencoder]:
+    """Load a teacher folder, frozen, onto a device.
 
+    Args:
+        expected, example: what a folder of this family is called, and where one lies; for the error.
+        latent_shape: (transformer's configuration, codec's) -> the latents' shape.
+        bf16: compute in bfloat16; the weights stay float32.
     Raises:
         FileNotFoundError: transformer/ or codec/ is missing.
     """
     for part in ("transformer", "codec"):
         if not (folder / part / "config.json").is_file():
             raise FileNotFoundError(
-                f"{folder}: expected {kind} with {part}/config.json, found none; give a folder like {example}"
+                f"{folder}: expected {expected} with {part}/config.json, found none; give a folder like {example}"
             )
+
+    def load_part(kind: Any, part: str) -> Any:
+        return kind.from_pretrained(folder, subfolder=part, torch_dtype=torch.float32, local_files_only=True)
+
+    def load(bf16: bool) -> Network:
+        return network(load_part(transformer, "transformer"), bf16=bf16)
+
+    denoiser: Any = freeze(load(bf16).to(device))
+    autoencoder: Any = freeze(load_part(codec, "codec").to(device))
+    return DemoTeacher(
+        folder,
+        denoiser,
+        autoencoder,
+        load_text_encoder(),
+        load_tokenizer(),
+        latent_shape(denoiser.transformer.config, autoencoder.config),
+        load,
+    )

@@ -1,16 +1,13 @@
 """The video demo's family: CogVideoX at a small size, on clip latents, with a continuous schedule."""
 
 from pathlib import Path
-from typing import cast
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from .clip_codec import ClipCodec
-from .codec import freeze
 from .cogvideox import CogVideoXDenoiser
-from .demo import DemoTeacher, check_folder
-from .text import load_text_encoder, load_tokenizer
+from .demo import DemoTeacher, load_demo
 
 
 class MotionDenoiser(CogVideoXDenoiser):
@@ -52,38 +49,23 @@ def build_transformer(
     return model
 
 
-def load_transformer(folder: Path) -> CogVideoXTransformer3DModel:
-    """Load a teacher folder's transformer in float32."""
-    model = CogVideoXTransformer3DModel.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=torch.float32, local_files_only=True
-    )
-    return cast(CogVideoXTransformer3DModel, model)
-
-
 def load_motion_teacher(
     folder: Path, *, bf16: bool = False, device: torch.device | None = None
 ) -> MotionTeacher:
-    """Load a teacher of emoji in motion, frozen, onto a device.
-
-    Raises:
-        FileNotFoundError: the folder is not a teacher folder.
-    """
-    check_folder(folder, "a teacher of emoji in motion", "examples/emoji_motion/teacher")
-    codec = ClipCodec.from_pretrained(
-        folder, subfolder="codec", torch_dtype=torch.float32, local_files_only=True
-    )
-
-    def load(bf16: bool) -> MotionDenoiser:
-        return MotionDenoiser(load_transformer(folder), bf16=bf16)
-
-    denoiser = cast(MotionDenoiser, freeze(load(bf16).to(device)))
-    config, span = denoiser.transformer.config, codec.config["span"]
-    return DemoTeacher(
+    """Load a teacher of emoji in motion, frozen, onto a device; see `load_demo`."""
+    return load_demo(
         folder,
-        denoiser,
-        cast(ClipCodec, freeze(codec.to(device))),
-        load_text_encoder(),
-        load_tokenizer(),
-        (config.in_channels, config.sample_frames // span, config.sample_height, config.sample_width),
-        load,
+        expected="a teacher of emoji in motion",
+        example="examples/emoji_motion/teacher",
+        network=MotionDenoiser,
+        transformer=CogVideoXTransformer3DModel,
+        codec=ClipCodec,
+        latent_shape=lambda network, codec: (
+            network["in_channels"],
+            network["sample_frames"] // codec["span"],
+            network["sample_height"],
+            network["sample_width"],
+        ),
+        bf16=bf16,
+        device=device,
     )
