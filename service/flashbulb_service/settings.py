@@ -156,6 +156,10 @@ class Settings(BaseSettings):
         ge=0,
         description="a stopping API says 503 on /readyz this long before it takes no more connections",
     )
+    ready_without_workers: bool = Field(
+        default=False,
+        description="an API is ready on /readyz with no worker too, where workers are started for what waits",
+    )
 
     # what a picture says about itself (docs/safety.md)
     mark_pictures: bool = Field(

@@ -1,5 +1,8 @@
 """The manifests: built by kustomize, held against Kubernetes' own schemas, and against what we promise of them."""
 
+import copy
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,9 +17,12 @@ kubernetes_validate = pytest.importorskip(
     "kubernetes_validate", reason="kubernetes-validate is not installed"
 )
 
+jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+
 KUBERNETES = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
-OVERLAYS = ("cpu", "gpu", "dev")
-OWN_SCHEMA = {"ScaledObject"}  # KEDA's, not Kubernetes'
+OVERLAYS = ("cpu", "gpu", "dev", "pools")
+SCALED = ("cpu", "gpu", "pools")
+KEDA = json.loads(Path(__file__).with_name("scaledobject.schema.json").read_text(encoding="utf-8"))
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
@@ -44,7 +50,9 @@ def find(overlay: str, kind: str, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_object_fits_its_schema(overlay: str) -> None:
     for one in build(overlay):
-        if one["kind"] not in OWN_SCHEMA:
+        if one["kind"] == "ScaledObject":
+            jsonschema.validate(one, KEDA)
+        else:
             kubernetes_validate.validate(one, "1.31", strict=True)
 
 
@@ -105,34 +113,111 @@ def test_every_name_that_a_policy_selects_is_a_pod(overlay: str) -> None:
     assert {"deny-all", *labels} <= names
 
 
-@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("minReplicas", 0),  # the autoscaler's own name for it
+        ("maxReplicaCount", "8"),
+        ("pollingInterval", 0),
+        ("scaleTargetRef", {"kind": "Deployment"}),
+        ("triggers", []),
+        ("triggers", [{"type": "prometheus", "metadata": {"query": "up", "threshold": "5"}}]),
+        (
+            "triggers",
+            [
+                {
+                    "type": "prometheus",
+                    "metadata": {"serverAddress": "http://p", "query": "up", "threshold": 5},
+                }
+            ],
+        ),
+    ],
+    ids=["unknown", "text", "never", "no name", "no trigger", "no server", "a number as metadata"],
+)
+def test_kedas_schema_refuses_a_planted_fault(field: str, value: object) -> None:
+    broken = copy.deepcopy(find("cpu", "ScaledObject", "worker"))
+    broken["spec"][field] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(broken, KEDA)
+
+
+def scaled(overlay: str) -> list[dict[str, Any]]:
+    """Return the ScaledObjects of an overlay."""
+    return [one for one in build(overlay) if one["kind"] == "ScaledObject"]
+
+
+@pytest.mark.parametrize("overlay", SCALED)
 def test_workers_scale_with_the_work_that_waits_down_to_none(overlay: str) -> None:
     from flashbulb_service.observability import Metrics
+    from flashbulb_service.queue import Limits
 
-    scaled = find(overlay, "ScaledObject", "worker")["spec"]
-    assert scaled["minReplicaCount"] == 0
-    (trigger,) = scaled["triggers"]
-    assert "flashbulb_queue_work_seconds" in trigger["metadata"]["query"]
+    config = next(one["data"] for one in build(overlay) if one["kind"] == "ConfigMap")
+    found = [one["spec"] for one in scaled(overlay)]
+    targets = [spec["scaleTargetRef"]["name"] for spec in found]
+    assert targets == [name for name, _ in pods(overlay) if name.startswith("worker")] != []
+    for spec in found:
+        assert spec["minReplicaCount"] == 0
+        (trigger,) = spec["triggers"]
+        assert "flashbulb_queue_work_seconds" in trigger["metadata"]["query"]
+        # What runs or waits for a retry is no waiting work: the last worker must outlast both.
+        assert spec["cooldownPeriod"] > float(config["FLASHBULB_DRAIN_S"]) + Limits().max_backoff_s
+        # A count of replicas would fight the autoscaler at each apply.
+        assert "replicas" not in find(overlay, "Deployment", spec["scaleTargetRef"]["name"])["spec"]
     assert "flashbulb_queue_work_seconds" in Metrics().names
-    # A count of replicas would fight the autoscaler at each apply.
-    assert "replicas" not in find(overlay, "Deployment", "worker")["spec"]
 
 
-@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_apis_are_ready_without_workers_exactly_where_workers_scale_to_none(overlay: str) -> None:
+    from flashbulb_service.settings import Settings
+
+    config = next(one["data"] for one in build(overlay) if one["kind"] == "ConfigMap")
+    settings = Settings(ready_without_workers=config.get("FLASHBULB_READY_WITHOUT_WORKERS", "false"))
+    assert settings.ready_without_workers == bool(scaled(overlay))
+
+
+@pytest.mark.parametrize("overlay", SCALED)
 def test_models_come_from_the_bucket_with_room_and_time_to_fetch_them(overlay: str) -> None:
     from flashbulb_service.settings import Settings
 
     config = next(one["data"] for one in build(overlay) if one["kind"] == "ConfigMap")
     settings = Settings(models_url=config["FLASHBULB_MODELS_URL"], data="/data")
-    for name, pod in pods(overlay):
+    workers = [pod for name, pod in pods(overlay) if name.startswith("worker")]
+    assert len(workers) == len(scaled(overlay))
+    for pod in workers:
         mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
-        if name == "worker":
-            assert str(settings.models).startswith("/data/")
-            (room,) = (v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == mounts["/data"])
-            assert int(room.removesuffix("Gi")) << 30 > settings.models_max_bytes
-            probe = pod["containers"][0]["startupProbe"]
-            assert probe["periodSeconds"] * probe["failureThreshold"] >= 3600
+        assert str(settings.models).startswith("/data/")
+        (room,) = (v["emptyDir"]["sizeLimit"] for v in pod["volumes"] if v["name"] == mounts["/data"])
+        assert int(room.removesuffix("Gi")) << 30 > settings.models_max_bytes
+        probe = pod["containers"][0]["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 3600
     assert "FLASHBULB_MODELS_URL" not in next(o["data"] for o in build("dev") if o["kind"] == "ConfigMap")
+
+
+def test_each_pool_takes_its_model_scales_by_its_work_and_selects_its_pods() -> None:
+    from flashbulb_service.settings import Settings
+
+    selectors = []
+    for one in scaled("pools"):
+        name = one["metadata"]["name"].removeprefix("worker-")
+        deployment = find("pools", "Deployment", one["spec"]["scaleTargetRef"]["name"])["spec"]
+        budget = find("pools", "PodDisruptionBudget", one["metadata"]["name"])["spec"]
+        env = {v["name"]: v["value"] for v in deployment["template"]["spec"]["containers"][0]["env"]}
+        wanted = Settings(models_wanted=json.loads(env["FLASHBULB_MODELS_WANTED"])).models_wanted
+        assert wanted == {name} and (KUBERNETES.parents[1] / "models" / name).is_dir()
+        matched = re.search(r'model=~"([^"]+)"', one["spec"]["triggers"][0]["metadata"]["query"])
+        assert matched is not None  # Prometheus matches whole values
+        known = [
+            f"{folder.name}@1" for folder in (KUBERNETES.parents[1] / "models").iterdir() if folder.is_dir()
+        ]
+        assert [model for model in known if re.fullmatch(matched[1], model)] == [f"{name}@1"]
+        labels = deployment["template"]["metadata"]["labels"]
+        assert deployment["selector"] == budget["selector"]
+        assert deployment["selector"]["matchLabels"].items() <= labels.items()
+        selectors.append(deployment["selector"]["matchLabels"])
+    assert len(selectors) == 2 and selectors[0] != selectors[1]
+    assert not any(
+        "FLASHBULB_MODELS_WANTED" in str(one) for one in build("pools") if one["kind"] == "ConfigMap"
+    )
 
 
 def test_a_gpu_worker_asks_for_one_gpu() -> None:

@@ -31,8 +31,11 @@ async def livez() -> dict[str, str]:
 
 @router.get("/readyz", summary="A request would be answered")
 async def readyz(context: Shared) -> dict[str, Any]:
-    """Answer 200 when the queue answers and a live worker serves a model, else 503 with the reason."""
-    return await check_ready(context)
+    """Answer 200 when the queue answers and a live worker serves a model, else 503 with the reason.
+
+    With `ready_without_workers` the queue is enough: what is asked for waits in it until a worker comes.
+    """
+    return await check_ready(context, need_worker=not context.settings.ready_without_workers)
 
 
 @router.get(
@@ -74,14 +77,15 @@ def served_models(context: Context, workers: Sequence[LiveWorker]) -> list[str]:
 
 def is_ready(context: Context, workers: Sequence[LiveWorker]) -> bool:
     """Tell whether /readyz would answer 200, given an answering queue."""
-    return not context.draining.is_set() and bool(served_models(context, workers))
+    enough = context.settings.ready_without_workers or bool(served_models(context, workers))
+    return enough and not context.draining.is_set()
 
 
-async def check_ready(context: Context) -> dict[str, Any]:
+async def check_ready(context: Context, *, need_worker: bool = True) -> dict[str, Any]:
     """Tell which models are served by how many workers.
 
     Raises:
-        NotReady: this process stops, or no worker serves any model.
+        NotReady: this process stops, or one worker is needed and none serves any model.
         QueueUnavailable: the queue does not answer.
     """
     if context.draining.is_set():
@@ -89,7 +93,7 @@ async def check_ready(context: Context) -> dict[str, Any]:
     await context.queue.ping()
     workers = await context.presence.workers()
     served = served_models(context, workers)
-    if not served:
+    if need_worker and not served:
         raise NotReady(
             f"expected a live worker for one of {', '.join(m.id for m in context.catalog.models)}, "
             f"found {len(workers)} workers: start one with 'flashbulb worker'"

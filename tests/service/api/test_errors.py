@@ -109,6 +109,22 @@ async def test_not_ready_without_a_worker(make_app: MakeApp) -> None:
         assert (await client.get("/livez")).status_code == 200
 
 
+async def test_with_scale_to_zero_an_api_is_ready_and_its_waiting_work_can_start_a_worker(
+    make_app: MakeApp,
+) -> None:
+    app = make_app(ready_without_workers=True)
+    async with client_of(app) as client:
+        answer = await client.get("/readyz")
+        assert (answer.status_code, answer.json()["models"], answer.json()["workers"]) == (200, [], 0)
+        body = {"task": "text-to-image", "prompt": "dog", "model": "tiny@1"}
+        assert (await client.post("/v1/jobs", json=body)).status_code == 200
+        metrics = dict(line.rsplit(" ", 1) for line in (await client.get("/metrics")).text.splitlines())
+        assert (metrics["flashbulb_ready"], metrics["flashbulb_workers"]) == ("1.0", "0.0")
+        assert float(metrics['flashbulb_queue_work_seconds{model="tiny@1"}']) > 0  # what an autoscaler reads
+        app.state.context.draining.set()  # a stopping API is not ready all the same
+        check_body(await client.get("/readyz"), 503, "not_ready")
+
+
 async def test_queue_out_of_reach_is_503(make_app: MakeApp, tmp_path: Path) -> None:
     app = make_app()
     async with Queue.connect(f"unix://{tmp_path}/nobody.sock") as unreachable:
