@@ -13,6 +13,7 @@ still wants it, and gives the device to short work (`turns.py`).
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import math
 import os
@@ -322,7 +323,11 @@ class Pipeline:
         """Do what nobody waits for a moment later: now the cores are needed for the answer."""
         self._notes.append(note)
         if self._noting is None:
-            self._noting = asyncio.get_running_loop().call_later(NOTE_AFTER_S, self._do_notes)
+            self._noting = asyncio.get_running_loop().call_later(
+                NOTE_AFTER_S,
+                self._do_notes,
+                context=contextvars.Context(),  # of no job: log lines would have its names
+            )
 
     def _do_notes(self) -> None:
         if self._noting is not None:

@@ -41,6 +41,7 @@ from flashbulb_service.queue.events import Event, Events
 from flashbulb_service.queue.keys import Keys, digest
 from flashbulb_service.queue.line import Line
 from flashbulb_service.queue.refusals import too_late, too_many
+from flashbulb_service.queue.scripts import Script
 from flashbulb_service.queue.values import (
     Enqueued,
     Gate,
@@ -93,6 +94,7 @@ class Queue:
         self._client = client
         self._patient = patient_client(client)
         # Scripts are short, and the server runs one at a time.
+        self._scripts = {name: Script.of(scripts.source(name)) for name in scripts.NAMES}
         self._line = Line(client)
         self._direct = Direct(client)
         self._sleepers: list[Line] = []  # that wait for work, or did
@@ -119,7 +121,10 @@ class Queue:
 
     async def run_script(self, source: str, *args: str | bytes | float) -> Any:
         """Run a Lua script of another part on the namespace, on the queue's connections and with its errors."""
-        return await self._run_text(source, args)
+        script = self._scripts.get(source)
+        if script is None:
+            script = self._scripts[source] = Script.of(source)
+        return await self._run_script(script, args)
 
     @asynccontextmanager
     async def commands(self) -> AsyncIterator["Redis"]:
@@ -541,8 +546,7 @@ class Queue:
     ) -> bool:
         """Do as `complete`, on the thread that calls; it is not tried again, but `complete` may be called after it."""
         command = self._completion(worker_id, job, result, device_ms, attached, None)
-        sha1 = scripts.sha1(scripts.source("complete"))
-        return bool(self._direct.call("EVALSHA", sha1, 1, self.keys.tag, *command))
+        return bool(self._direct.call("EVALSHA", self._scripts["complete"].sha1, 1, self.keys.tag, *command))
 
     def _completion(
         self, worker_id: str, job: Job, result: bytes, device_ms: float, attached: bytes, now: float | None
@@ -687,15 +691,15 @@ class Queue:
     # inside
 
     async def _run(self, script: str, *args: str | bytes | float) -> Any:
-        return await self._run_text(scripts.source(script), args)
+        return await self._run_script(self._scripts[script], args)
 
-    async def _run_text(self, source: str, args: Sequence[Part]) -> Any:
+    async def _run_script(self, script: Script, args: Sequence[Part]) -> Any:
         try:
-            return await self._line.call("EVALSHA", scripts.sha1(source), 1, self.keys.tag, *args)
+            return await self._line.call("EVALSHA", script.sha1, 1, self.keys.tag, *args)
         except ResponseError as error:
             if not str(error).startswith("NOSCRIPT"):
                 raise
-            return await self._line.call("EVAL", source, 1, self.keys.tag, *args)
+            return await self._line.call("EVAL", script.text, 1, self.keys.tag, *args)
 
     def _expiry(self) -> tuple[int, int, int]:
         return _ms(self.limits.result_ttl_s), _ms(self.limits.dead_ttl_s), self.limits.max_dead

@@ -1,8 +1,10 @@
 """Loads the Lua scripts: package data, each put behind the shared `lib.lua` and the key templates."""
 
 import hashlib
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Self
 
 from flashbulb_service.queue.keys import TEMPLATES
 from flashbulb_service.queue.views import VIEW_FIELDS
@@ -39,10 +41,17 @@ def source(name: str) -> str:
     return behind_lib("flashbulb_service.queue", name)
 
 
-@cache
-def sha1(source: str) -> str:
-    """Return the name that a server gives to a script."""
-    return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+@dataclass(frozen=True)
+class Script:
+    """A script with the name that a server gives to it."""
+
+    text: str
+    sha1: str
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Name a script."""
+        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 def behind_lib(package: str, name: str) -> str:

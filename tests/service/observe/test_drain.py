@@ -17,6 +17,7 @@ from support.serving import FLASHBULB, clean_env
 from support.tiny_bundle import make_tiny_bundle
 
 WaitUntil = Callable[..., Awaitable[None]]
+NUM_JOBS = 1_000  # more than a worker draws before it hears that it shall stop
 
 
 @pytest.fixture
@@ -83,12 +84,12 @@ async def test_a_worker_that_is_stopped_under_load_loses_nothing(
     queue: Queue, env: dict[str, str], wait_until: WaitUntil
 ) -> None:
     """No job waits for a lease to end: the stopped worker's were finished or handed back, at no attempt."""
-    tasks = [ImageTask(prompt="dog", seed=seed, index=0, width=64, height=64) for seed in range(120)]
+    tasks = [ImageTask(prompt="dog", seed=seed, index=0, width=64, height=64) for seed in range(NUM_JOBS)]
     jobs = [NewJob(model="tiny@1", bucket="tiny@1:64x64:1", payload=task.to_bytes()) for task in tasks]
     ids = (await queue.enqueue(jobs)).ids
 
     async def half_way() -> bool:
-        return sum((await queue.stats()).queued.values()) < 110
+        return sum((await queue.stats()).queued.values()) < NUM_JOBS - 10
 
     first = start(env, "worker")
     try:
@@ -106,4 +107,4 @@ async def test_a_worker_that_is_stopped_under_load_loses_nothing(
     finally:
         second.terminate()
         await asyncio.to_thread(second.wait, 20)
-    assert [(view.state, view.attempt) for view in views] == [(JobState.DONE, 1)] * 120
+    assert [(view.state, view.attempt) for view in views] == [(JobState.DONE, 1)] * NUM_JOBS
