@@ -523,19 +523,10 @@ async def test_a_lone_job_that_fails_before_its_claim_is_answered_ends_failed(
 
 
 async def test_a_lone_picture_is_committed_by_the_thread_that_drew_it(
-    queue: Queue,
-    start_worker: Start,
-    watched: Any,
-    picture_job: PictureJob,
-    monkeypatch: pytest.MonkeyPatch,
+    queue: Queue, start_worker: Start, picture_job: PictureJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(worker, "FRESH_MS", -1e6)  # every claim is answered before its job is drawn
     running = start_worker()
-
-    def until_held(requests: Sequence[ImageRequest]) -> None:
-        while not all(claim.is_surely_held for claim in list(running.worker._pipeline._claims.values())):
-            time.sleep(0)
-
-    watched.before = until_held
     own, threads = running.worker._queue, list[str]()
     complete_here = own.complete_here
 
