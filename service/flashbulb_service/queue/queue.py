@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, cast
 
@@ -54,7 +55,15 @@ from flashbulb_service.queue.values import (
     Wake,
 )
 from flashbulb_service.queue.views import VIEW_FIELDS, make_view
-from flashbulb_service.queue.windows import Lone, bucket_window, claimed_job, read_times, read_token, used_ms
+from flashbulb_service.queue.windows import (
+    Lone,
+    bucket_window,
+    claimed_job,
+    is_cut,
+    read_times,
+    read_token,
+    used_ms,
+)
 from flashbulb_service.scheduler import BucketFacts, Plan, Window, plan_batch
 from flashbulb_service.timing import Tau
 
@@ -401,9 +410,14 @@ class Queue:
     ) -> Taken:
         """Do as `claim`, and tell whether more waits."""
         while models:
-            decision = plan(await self.window(worker_id, models, 2 * max_batch, now=now))
+            window = await self.window(worker_id, models, 2 * max_batch, now=now)
+            decision = plan(window)
             if decision is None:
                 break
+            if decision.drop and len(decision.take) < max_batch and is_cut(window, decision):
+                decision = replace(
+                    decision, take=(), charges_ms=()
+                )  # the others' places are for those behind
             taken = await self.take(worker_id, decision, lease_s, models=models, now=now)
             if taken.jobs:
                 return taken

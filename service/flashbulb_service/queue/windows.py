@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashbulb_service.jobs import Job
-from flashbulb_service.scheduler import SHORT, BucketWindow, Waiting, Window, lane_of
+from flashbulb_service.scheduler import SHORT, BucketWindow, Plan, Waiting, Window, lane_of
 from flashbulb_service.timing import Tau
 
 
@@ -35,6 +35,15 @@ def used_ms(buckets: Sequence[Sequence[Any]]) -> dict[str, float]:
         for _model, _bucket, _count, accounts, _rows in buckets
         for name, ms in pairs(accounts)
     }
+
+
+def is_cut(window: Window, plan: Plan) -> bool:
+    """Tell whether more jobs wait in a plan's bucket than its window shows."""
+    return any(
+        bucket.num_waiting > len(bucket.rows)
+        for bucket in window.buckets
+        if (bucket.model, bucket.bucket) == (plan.model, plan.bucket)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,6 +196,14 @@ async def test_overdue_job_ends_failed_and_is_not_returned(queue):
     assert not await queue.replay_dead(late)  # nothing was wrong with it: no dead letter
 
 
+async def test_the_places_of_overdue_jobs_go_to_those_behind_them(queue):
+    """Even to those that the first look at the queue did not show."""
+    await queue.enqueue([new(b"late", deadline_s=1.0)] * 7, now=0)
+    await queue.enqueue([new(b"%d" % number, deadline_s=50.0) for number in range(4)], now=1)
+    claimed = await queue.claim("w", ["emoji@1"], 4, 5, now=2)
+    assert [job.payload for job in claimed] == [b"0", b"1", b"2", b"3"]
+
+
 async def test_claim_goes_on_to_the_next_bucket_when_one_holds_only_overdue_jobs(queue):
     await queue.enqueue([new(bucket="a", deadline_s=1.0)] * 3, now=100.0)
     await queue.enqueue([new(b"ok", bucket="b")], now=100.0)

@@ -143,8 +143,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.move(job_id, JobState.FAILED)
         if not jobs:
             assert set(dropped) == set(possible)
-        elif len(jobs) < max_batch and not dropped and not any(self.known[job.id].burnt for job in jobs):
-            # (overdue jobs that were chosen and dropped leave their places empty until the next claim)
+        elif len(jobs) < max_batch and not any(self.known[job.id].burnt for job in jobs):
             # then its bucket holds nothing more, but for jobs that must run alone
             rest = [j for j in possible if self.known[j].state is JobState.QUEUED and not self.known[j].burnt]
             assert not [
