@@ -130,10 +130,10 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
-def pss_mb(pid: int) -> float:
-    """Return a process's memory, shared pages by their share."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+def anonymous_mb(pid: int) -> float:
+    """Return the memory that is a process's own: no pages of files, which the system may take back at any time."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"^RssAnon:\s+(\d+) kB", text, re.MULTILINE)
     assert found is not None
     return int(found[1]) / 1024
 

@@ -4,7 +4,7 @@
 
 Clients draw pictures, leave in the middle, send what cannot be served, and cancel jobs where the server has
 /v1/jobs. Results live for 30 s here, so that what is kept on purpose reaches its level in the warm-up, the first
-quarter of the time. Memory (PSS: shared pages by their share) of API, worker and Valkey is read every 5 s; the growth
+quarter of the time. Anonymous memory (what no file holds) of API, worker and Valkey is read every 5 s; the growth
 of a part is the median of its last fifth after warm-up over the median of the first fifth. The verdict is good when
 every part grew by less than 2 %, every answer was one that was asked for, the queue is empty at the end, and no key
 without TTL is left.
@@ -186,7 +186,7 @@ async def watch(server: rig.Server, memory: list[dict[str, float]], begin: float
     """Write down the memory of the server's parts from time to time."""
     parts = server.pids()
     while True:
-        used = {part: round(rig.pss_mb(pid), 3) for part, pid in parts.items()}
+        used = {part: round(rig.anonymous_mb(pid), 3) for part, pid in parts.items()}
         memory.append({"at_s": round(time.monotonic() - begin, 1), **used})
         await asyncio.sleep(SAMPLE_S)
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample
+from flashbulb_service.backends.onnx import session_options
 from flashbulb_service.images import to_uint8
 
 
@@ -40,12 +41,7 @@ class BareStudent:
 
     def __init__(self, folder: Path, *, threads: int) -> None:
         self.bundle = open_bundle(folder)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.use_deterministic_compute = True
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = session_options(threads)
         components = self.bundle.manifest.components.model_dump()
         self._sessions = {
             part: onnxruntime.InferenceSession(
