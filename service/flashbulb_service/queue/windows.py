@@ -64,15 +64,28 @@ def read_token(token: bytes) -> Lone | None:
         return None
     if lane_of(bucket) != SHORT:
         return None  # what long work may do depends on the other workers
-    reply = (model.encode(), bucket.encode(), count, _bytes(accounts), _bytes(flat))
+    job_id, tenant, due, deadline, cost, weight, burnt = map(str, flat)
+    waiting = Waiting(
+        id=job_id,
+        tenant=tenant,
+        due_ms=float(due),
+        deadline_ms=float(deadline) if deadline else None,
+        cost=float(cost),
+        weight=float(weight),
+        is_suspect=int(burnt) > 0,
+    )
     window = Window(
         now_ms=float(moment),
-        buckets=(bucket_window(reply),),
-        used_ms=used_ms([reply]),
+        buckets=(BucketWindow(model, bucket, (waiting,), count),),
+        used_ms=dict(zip(accounts[::2], map(float, accounts[1::2]), strict=True)),
         num_long=0,
         num_workers=1,
     )
-    return Lone(window, claimed_job([*_bytes(row[:5]), *row[5:]]))
+    *_, payload, attempt, burnt_by, enqueued_ms, awaited = row
+    job = Job(
+        job_id, model, bucket, tenant, payload.encode(), attempt, burnt_by, enqueued_ms / 1000, bool(awaited)
+    )
+    return Lone(window, job)
 
 
 def claimed_job(row: Sequence[Any]) -> Job:
@@ -104,7 +117,3 @@ def read_times(entries: Sequence[bytes], now_ms: float) -> list[tuple[Tau, int]]
 def pairs(flat: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     """Pair up names and values."""
     return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _bytes(values: Sequence[Any]) -> list[bytes]:
-    return [str(value).encode() for value in values]
