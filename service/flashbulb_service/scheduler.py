@@ -294,6 +294,8 @@ def plan_batch(
 
 
 def _best(candidates: Sequence[_Candidate], now_ms: float) -> _Candidate:
+    if len(candidates) == 1:
+        return candidates[0]
     owed = [one for one in candidates if one.is_owed] or list(candidates)
     warm = [one for one in owed if not one.facts.swap_ms]
     if warm:
