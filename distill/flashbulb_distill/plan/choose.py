@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flashbulb_kernels.gpus import GPUS
 
-from ..train.recipe import Recipe
+from ..train.recipe import Recipe, StageRecipe
 from .predict import Prediction
 
 GIB = 2**30
@@ -29,13 +29,17 @@ class Strategy(BaseModel):
     cost: str
 
     def apply(self, recipe: Recipe, stage: str, batch_size: int) -> Recipe:
-        """Return the recipe with this strategy. The optimiser is left: 8 bits are not run on the meta device."""
+        """Return the recipe with this strategy, with Adam in 32 bits: 8 bits are not run on the meta device."""
         section = recipe.stages[stage].model_copy(update={"batch_size": batch_size})
         if hasattr(section, "pixel_batch"):
             section = section.model_copy(update={"pixel_batch": min(section.pixel_batch, batch_size)})
         roles = recipe.roles.model_copy(update={"student": self.roles[0], "fake": self.roles[1]})
-        memory = recipe.memory.model_copy(update={"checkpointing": self.checkpointing})
+        memory = recipe.memory.model_copy(update={"checkpointing": self.checkpointing, "optimizer": "adamw"})
         return recipe.model_copy(update={stage: section, "roles": roles, "memory": memory})
+
+    def suits(self, section: StageRecipe) -> bool:
+        """Tell whether a stage can be trained so: IDA mixes weights of student and fake score, of one kind then."""
+        return self.roles[0] == self.roles[1] or not getattr(section, "ida", 0)
 
     def overrides(self, stage: str, batch_size: int) -> tuple[str, ...]:
         """Return what to pass to `--set` for it."""
@@ -137,7 +141,7 @@ def plan(
     predict: Predict,
     strategies: Sequence[Strategy] = STRATEGIES,
 ) -> Plan:
-    """Predict strategies in order until one fits with the recipe's own batch; else take the first that fits at all.
+    """Predict what suits the stage in order until one fits with the recipe's own batch; else take the first that fits.
 
     Memory grows in a straight line with the batch, so two predictions tell every size.
 
@@ -148,7 +152,7 @@ def plan(
     rows: list[Row] = []
     known: dict[tuple[object, ...], tuple[Prediction, Prediction | None]] = {}
     parameters: dict[str, int] = {}
-    for strategy in strategies:
+    for strategy in (one for one in strategies if one.suits(recipe.stages[stage])):
         key = (strategy.roles, strategy.checkpointing)
         if key not in known:
             small = predict(strategy.apply(recipe, stage, LEAST_BATCH), stage, budget)

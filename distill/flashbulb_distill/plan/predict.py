@@ -1,12 +1,15 @@
 """Predict what one training step of a recipe's stage holds in memory and computes, by running it on the meta device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
+from ..core.draws import Draws
 from ..pairs.store import Pairs
 from ..teachers.teacher import Teacher
 from ..train.build import Inputs, build
@@ -17,6 +20,19 @@ from .outline import META, outline
 
 PROMPTS = 64  # stand-ins; embeddings lie in the host's memory
 PAIRS = 256
+
+
+class NoNoise(Draws):
+    """Draws whose normal numbers are zeros: the meta device keeps no values, and drawing a video's takes seconds.
+
+    What decides the work of a step, like the number of simulated steps, is drawn as ever.
+    """
+
+    def normal(
+        self, purpose: str, step: int, samples: Iterable[int], shape: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Return zeros, float32 [samples, *shape]."""
+        return np.zeros((len(list(samples)), *shape), np.float32)
 
 
 class Prediction(BaseModel):
@@ -114,17 +130,23 @@ def _inputs(recipe: Recipe, teacher: Teacher) -> Inputs:
         cond=teacher.encode(prompts),
         uncond=teacher.encode_uncond().to(META),
         pairs=pairs,
+        draws=NoNoise,
     )
 
 
 def _prime(optimizer: Optimizer, *, grouped: bool) -> None:
     """Give an optimiser the state that it has after its first step."""
+    assert type(optimizer) is AdamW, (
+        "what the recipes train with; a step would tell, but takes long on large networks"
+    )
     for group in optimizer.param_groups:
         group["foreach"] = grouped
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
+            optimizer.state[parameter] = {
+                "step": torch.tensor(1.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def _moving_step(section: StageRecipe) -> int:

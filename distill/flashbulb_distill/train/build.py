@@ -39,6 +39,7 @@ class Inputs:
     start: Mapping[str, Tensor] | None = None  # the student of the stage before; None: the teacher
     heads: Mapping[str, Tensor] | None = None  # ADP's latent heads, where ADM takes them over
     ranks: Ranks = ALONE
+    draws: Callable[[int], Draws] = Draws  # from the recipe's seed
 
     def required_pairs(self) -> Pairs:
         """Return the pairs.
@@ -121,7 +122,7 @@ def build_regression(inputs: Inputs) -> Regression:
     optimizer = inputs.optimizer(student.parameters(), stage.rate, stage.betas)
     return Regression(
         stage,
-        Draws(inputs.recipe.seed),
+        inputs.draws(inputs.recipe.seed),
         inputs.required_pairs(),
         inputs.cond,
         student,
@@ -142,7 +143,7 @@ def build_adp(inputs: Inputs) -> Adp:
     trained |= {"pixel": pixel} if pixel is not None else {}
     return Adp(
         recipe=stage,
-        draws=Draws(recipe.seed),
+        draws=inputs.draws(recipe.seed),
         pairs=inputs.required_pairs(),
         cond=inputs.cond,
         student=student,
@@ -165,7 +166,7 @@ def build_adm(inputs: Inputs) -> Adm:
         load_parameters(latent, inputs.heads)
     return Adm(
         recipe=stage,
-        draws=Draws(recipe.seed),
+        draws=inputs.draws(recipe.seed),
         cond=inputs.cond,
         uncond=inputs.uncond,
         latent_shape=teacher.latent_shape,
@@ -191,7 +192,7 @@ def build_dmd(inputs: Inputs) -> Dmd:
     trained |= {"latent": latent} if latent is not None else {}
     return Dmd(
         recipe=stage,
-        draws=Draws(recipe.seed),
+        draws=inputs.draws(recipe.seed),
         cond=inputs.cond,
         uncond=inputs.uncond,
         latent_shape=teacher.latent_shape,
@@ -215,7 +216,7 @@ def build_ladd(inputs: Inputs) -> Ladd:
     latent = _latent_discriminator(inputs.teacher, stage)
     return Ladd(
         recipe=stage,
-        draws=Draws(recipe.seed),
+        draws=inputs.draws(recipe.seed),
         pairs=inputs.required_pairs(),
         cond=inputs.cond,
         time_steps=recipe.time_steps,
@@ -235,7 +236,7 @@ def build_lcm(inputs: Inputs) -> Lcm:
     optimizer = inputs.optimizer(student.parameters(), stage.rate, stage.betas)
     return Lcm(
         recipe=stage,
-        draws=Draws(recipe.seed),
+        draws=inputs.draws(recipe.seed),
         pairs=inputs.required_pairs(),
         cond=inputs.cond,
         uncond=inputs.uncond,

@@ -8,7 +8,8 @@ from flashbulb_distill.plan.choose import GIB, STRATEGIES, hours, plan, read_byt
 from flashbulb_distill.plan.predict import Prediction
 from flashbulb_distill.train.recipe import load_recipe
 
-RECIPE = load_recipe(Path(__file__).parents[3] / "distill/recipes/sdxl_1step.yaml", ["adm.batch_size=16"])
+RECIPES = Path(__file__).parents[3] / "distill" / "recipes"
+RECIPE = load_recipe(RECIPES / "sdxl_1step.yaml", ["adm.batch_size=16"])
 
 
 def predicted(recipe, stage, budget):
@@ -71,6 +72,26 @@ def test_the_overrides_are_ones_that_a_recipe_takes():
         assert (changed.roles.student, changed.roles.fake) == strategy.roles
         assert changed.memory.checkpointing == strategy.checkpointing
         assert changed.adm.batch_size == 4
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_is_planned_of_any_recipe_is_a_recipe_too(path):
+    """A plan of SD3.5 Large once died in IDA, which pulls the fake score to the student: a whole one to an adapter."""
+    recipe = load_recipe(path, ["memory.optimizer=adamw8bit"])
+    tried = []
+
+    def never_fits(changed, stage, budget):
+        tried.append(changed)
+        return predicted(changed, stage, 0)
+
+    for stage in recipe.stages:
+        rows = plan(recipe, stage, GIB, never_fits).rows
+        assert {"full", "LoRA both, checkpointing"} <= {row.strategy.name for row in rows}
+        for row in rows:
+            load_recipe(path, list(row.strategy.overrides(stage, 2)))
+    for changed in tried:
+        type(changed).model_validate(changed.model_dump())
+        assert changed.memory.optimizer == "adamw"  # 8 bits are a quarter of that, and need no GPU to tell
 
 
 @pytest.mark.parametrize(
