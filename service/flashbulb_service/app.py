@@ -1,5 +1,6 @@
 """The API process: routes over a queue and a result store. Never imports a model library."""
 
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
@@ -42,6 +43,7 @@ def create_app(
     context = Context(settings, queue, results, presence, catalog, Metrics(), keys, word_list_of(settings))
     app = FastAPI(
         title="Flashbulb",
+        version=version("flashbulb"),
         summary="Pictures and videos from distilled few-step students, in OpenAI's shape",
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import version as distribution_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,9 +51,19 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(queue_app, name="queue")
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flashbulb {distribution_version('flashbulb')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_tell_version, help="Tell the version, and end"),
+    ] = False,
 ) -> None:
     """Make one-step students of diffusion models, and serve them."""
 

@@ -125,6 +125,14 @@ async def test_with_scale_to_zero_an_api_is_ready_and_its_waiting_work_can_start
         check_body(await client.get("/readyz"), 503, "not_ready")
 
 
+async def test_the_openapi_document_has_the_distributions_version(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashbulb_service.app.version", {"flashbulb": "12.3.4"}.__getitem__)
+    async with client_of(make_app()) as client:
+        assert (await client.get("/openapi.json")).json()["info"]["version"] == "12.3.4"
+
+
 async def test_queue_out_of_reach_is_503(make_app: MakeApp, tmp_path: Path) -> None:
     app = make_app()
     async with Queue.connect(f"unix://{tmp_path}/nobody.sock") as unreachable:

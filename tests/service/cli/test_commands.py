@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,11 @@ def check_refused(done: subprocess.CompletedProcess[str], code: int, *words: str
     assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n"), done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def test_the_version_is_that_of_the_installed_distribution() -> None:
+    done = run_flashbulb("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"flashbulb {version('flashbulb')}\n", "")
 
 
 def test_generate_twice_is_byte_identical_and_another_seed_differs(models_dir: Path, tmp_path: Path) -> None:
