@@ -1,4 +1,4 @@
-"""Train on the mixture, as one or as several processes: python -m support.mixture_run FOLDER [--kill-at STEP]
+"""Train on the mixture, as one or several processes: python -m support.mixture_run FOLDER [--kill-at N] [--wait-at N]
 
 Started by tests as a process of its own: by torchrun for several ranks, and killed by itself for the resume test.
 """
@@ -31,14 +31,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--wait-at", type=int, help="until SIGTERM comes")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with joined(torch.device("cpu")) as ranks:
-        distil(args.folder, args.kill_at, ranks)
+        distil(args.folder, args.kill_at, args.wait_at, ranks)
 
 
-def distil(folder: Path, kill_at: int | None, ranks: Ranks) -> None:
-    """Make pairs and train; kill this process at a step."""
+def distil(folder: Path, kill_at: int | None, wait_at: int | None, ranks: Ranks) -> None:
+    """Make pairs and train; kill this process at a step, or wait there for a signal."""
     teacher = MixtureDenoiser(ring(4), 0.2)
     generate_pairs(
         folder / "pairs",
@@ -85,6 +86,9 @@ def distil(folder: Path, kill_at: int | None, ranks: Ranks) -> None:
     def report(stage: str, step: int, steps: int, logs: dict[str, float]) -> None:
         if kill_at is not None and step >= kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if wait_at is not None and step >= wait_at:
+            (folder / "waiting").touch()
+            signal.pause()  # the trainer notes the signal, and stops after this step
 
     options = {
         "stage": "adm",
