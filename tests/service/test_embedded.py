@@ -75,8 +75,42 @@ def test_server_answers_on_its_socket_and_its_port(server):
 
 def test_server_is_durable_by_default(server):
     with connect(server.url) as client:
-        wanted = {"appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction"}
+        wanted = {"appendonly": "yes", "appendfsync": "no", "maxmemory-policy": "noeviction"}
         assert {name: client.config_get(name)[name] for name in wanted} == wanted
+
+
+def test_what_was_written_is_put_on_the_disk_where_it_has_grown(server, folder, monkeypatch):
+    opened: list[str] = []
+    own_fsync = os.fsync
+
+    def watched(number: int) -> None:
+        opened.append(str(Path(f"/proc/self/fd/{number}").readlink()))
+        own_fsync(number)
+
+    monkeypatch.setattr(embedded.os, "fsync", watched)
+    files = folder / embedded.APPEND_ONLY_FOLDER
+    first = embedded.sync_files(files, {})
+    assert set(opened) == {str(path) for path in files.iterdir()}
+    del opened[:]
+    with connect(server.url) as client:
+        client.set("more", "x" * 100)
+    second = embedded.sync_files(files, first)
+    [grown] = opened
+    assert grown.endswith(".incr.aof")
+    assert second[files / grown] > first[files / grown]
+    del opened[:]
+    assert embedded.sync_files(files, second) == second
+    assert opened == []
+
+
+def test_what_was_acknowledged_is_written_while_an_fsync_is_busy(server, folder):
+    """At `everysec` a server puts its writes off for as long as the disk is busy, and answers all the same."""
+    with connect(server.url) as client:
+        assert client.config_get("appendfsync")["appendfsync"] == "no"
+        for number in range(200):
+            client.set(f"key-{number}", "x")
+            files = (folder / embedded.APPEND_ONLY_FOLDER).glob("*.incr.aof")
+            assert any(b"key-%d" % number in path.read_bytes() for path in files)
 
 
 def test_server_admits_nobody_without_its_password(server):
