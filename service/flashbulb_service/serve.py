@@ -22,6 +22,7 @@ from flashbulb_service.connections import PromptHeads
 from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import ServerStartError, ServiceError
 from flashbulb_service.garbage import settle_heap
+from flashbulb_service.heap import bound_heap
 from flashbulb_service.model_store import keep_following
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import serves
@@ -112,6 +113,7 @@ def queue_server(settings: Settings) -> Iterator[Settings]:
 
 async def run_api(settings: Settings, listener: socket.socket, stop: asyncio.Event) -> None:
     """Serve the API alone until `stop`."""
+    bound_heap()
     catalog = load_catalog(settings, verify=False)
     async with open_parts(settings) as (queue, results, presence), traced(settings, "api") as tracing:
         app = create_app(
@@ -137,6 +139,7 @@ async def run_all(
     Raises:
         ChildFailed: the workers cannot start.
     """
+    bound_heap()
     catalog = load_catalog(settings, verify=True)
     started = asyncio.Event()
     command = [sys.executable, "-m", "flashbulb_service.cli", "worker", "--parent-pid", str(os.getpid())]

@@ -22,6 +22,7 @@ from flashbulb_service.calibration import batch_sizes, load_student
 from flashbulb_service.catalog import Model, exporter_times
 from flashbulb_service.errors import ModelUnavailable, QueueUnavailable
 from flashbulb_service.garbage import settle_heap
+from flashbulb_service.heap import bound_heap
 from flashbulb_service.jobs import Job
 from flashbulb_service.model_book import ModelBook, Words
 from flashbulb_service.model_pool import LoadedModel, Loan, ModelPool, Served
@@ -378,6 +379,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
         BundleRejected: a model is damaged; a worker serves all of its models or does not start.
         ModelUnavailable: a model cannot be loaded, or is larger than the memory for models.
     """
+    bound_heap()
     async with (
         open_parts(settings) as (queue, results, presence),  # first, since it refuses settings at once
         traced(settings, "worker") as tracing,
