@@ -20,7 +20,7 @@ from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
 from .fake import Samples, pull, update_fake
 from .recipe import AdmRecipe
 from .simulate import simulate_student
-from .step import accuracy_by_time, device_of, judge, ordered, sender, shaken, update_by_parts
+from .step import Judged, Means, Parts, device_of, judge, sender, shaken, update
 
 
 def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -63,15 +63,11 @@ class Adm:
     def step(self, step: int) -> dict[str, float]:
         """Update the fake score and the heads, and the student after the warm-up, every `update_ratio` steps."""
         recipe = self.recipe
-        rows = self.ranks.rows(recipe.batch_size)
+        parts = Parts(self.ranks.rows(recipe.batch_size), self.micro_batch)
         moves = step >= recipe.warmup_steps and step % recipe.update_ratio == 0
-        size = min(self.micro_batch or len(rows), len(rows))
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        whole = (
-            len(parts) == 1
-        )  # then the samples keep their graph until the student's turn; else they are made again
-
-        samples = [self._simulate(step, part, gradient=moves and whole) for part in parts]
+        # A whole batch's samples keep their graph until the student's turn; of parts they are made again.
+        gradient = moves and parts.is_whole
+        samples = [self._simulate(step, part, gradient=gradient) for part in parts]
         logs = update_fake(
             self.fake,
             self.optimizers["fake"],
@@ -83,12 +79,12 @@ class Adm:
             clip=recipe.clip,
             ranks=self.ranks,
         )
-        pairs = [self._pair(step, some, gradient=moves and whole) for some in samples]
+        pairs = [self._pair(step, some, gradient=gradient) for some in samples]
         # Not trained on: the paper reports that this falls all the same (its Figure 3).
         logs["dmd"] = torch.cat([pair.gap for pair in pairs]).mean().item()
-        logs |= self._update_heads(step, pairs)
+        logs |= self._update_heads(step, parts, pairs)
         if moves:
-            logs |= self._update_student(step, pairs, again=not whole)
+            logs |= self._update_student(step, parts, pairs)
             if recipe.ida > 0:
                 pull(self.fake, self.student, recipe.ida)
         return logs
@@ -139,50 +135,43 @@ class Adm:
         gap = (fake_x0.detach() - real_x0).square().flatten(1).mean(1)
         return _Pair(rows, cond, x_real, x_fake, s, gap)
 
-    def _update_heads(self, step: int, pairs: "Sequence[_Pair]") -> dict[str, float]:
+    def _update_heads(self, step: int, parts: Parts, pairs: "Sequence[_Pair]") -> dict[str, float]:
         """Teach the heads to tell the teacher's steps from the fake score's; return what to log."""
-        recipe, count = self.recipe, sum(len(pair.rows) for pair in pairs)
-        judged: list[tuple[Tensor, Tensor]] = []
-        hinges: list[float] = []
+        recipe, logs, judged = self.recipe, Means(), Judged()
 
-        def losses() -> Iterator[tuple[float, Tensor]]:
+        def losses() -> Iterator[Tensor]:
             for pair in pairs:
-                share = len(pair.rows) / count
+                share = parts.share(pair.rows)
                 # Both sides in one batch, so that the arithmetic's own noise is common to them.
-                real, guess = judge(self.latent, pair.x_real, pair.x_fake.detach(), pair.s, pair.cond)
-                loss = hinge = discriminator_hinge(real, guess)
+                real, fake = judge(self.latent, pair.x_real, pair.x_fake.detach(), pair.s, pair.cond)
+                loss = hinge = discriminator_hinge(real, fake)
                 if recipe.r1_weight > 0:
                     drawn = self.draws.normal("adm/r1", step, pair.rows, pair.x_real.shape[1:])
                     noise = recipe.r1_std * sender(pair.x_real.device)(drawn)
                     penalty = shaken(self.latent, pair.x_real, real, pair.s, pair.cond, noise)
                     loss = loss + recipe.r1_weight * penalty
-                judged.append((real.detach(), guess.detach()))
-                hinges.append(share * hinge.item())
-                yield share, loss
+                logs.add(share, latent_hinge=hinge)
+                judged.add(real, fake, pair.s)
+                yield share * loss
 
-        norm = update_by_parts(losses(), [self.optimizers["latent"]], recipe.clip, self.ranks)
-        real, guess = (torch.cat(side) for side in zip(*judged, strict=True))
-        logs = {"heads_norm": norm, "latent_hinge": sum(hinges), "margin": (real - guess).mean().item()}
-        logs["ordered"] = ordered(real, guess)
-        return logs | accuracy_by_time(real, guess, torch.cat([pair.s for pair in pairs]))
+        norm = update(losses(), [self.optimizers["latent"]], recipe.clip, self.ranks)
+        return {"heads_norm": norm, **logs, **judged.order(), **judged.accuracy()}
 
-    def _update_student(self, step: int, pairs: "Sequence[_Pair]", *, again: bool) -> dict[str, float]:
+    def _update_student(self, step: int, parts: Parts, pairs: "Sequence[_Pair]") -> dict[str, float]:
         """Move the student to where the discriminator takes its steps for the teacher's; return what to log."""
-        count = sum(len(pair.rows) for pair in pairs)
-        values: list[float] = []
+        logs = Means()
 
-        def losses() -> Iterator[tuple[float, Tensor]]:
+        def losses() -> Iterator[Tensor]:
             for made in pairs:
                 pair = made
-                if again:
+                if not parts.is_whole:
                     pair = self._pair(step, self._simulate(step, made.rows, gradient=True), gradient=True)
                 loss = generator_hinge(self.latent(pair.x_fake, pair.s, pair.cond))
-                share = len(pair.rows) / count
-                values.append(share * loss.item())
-                yield share, loss
+                logs.add(parts.share(pair.rows), student_loss=loss)
+                yield parts.share(pair.rows) * loss
 
-        norm = update_by_parts(losses(), [self.optimizers["student"]], self.recipe.clip, self.ranks)
-        return {"student_norm": norm, "student_loss": sum(values)}
+        norm = update(losses(), [self.optimizers["student"]], self.recipe.clip, self.ranks)
+        return {"student_norm": norm, **logs}
 
     def _advance(self, x0_hat: Tensor, xt: Tensor, t: Tensor, s: Tensor) -> Tensor:
         xs: Tensor = ode_step(self.teacher.schedule, x0_hat, xt, spread(t, xt), spread(s, xt))

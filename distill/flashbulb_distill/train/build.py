@@ -41,6 +41,11 @@ class Inputs:
     ranks: Ranks = ALONE
     draws: Callable[[int], Draws] = Draws  # from the recipe's seed
 
+    @property
+    def micro_batch(self) -> int | None:
+        """How many rows of a batch are computed at once; None is all."""
+        return self.recipe.memory.micro_batch
+
     def required_pairs(self) -> Pairs:
         """Return the pairs.
 
@@ -128,6 +133,7 @@ def build_regression(inputs: Inputs) -> Regression:
         student,
         {"student": optimizer},
         inputs.ranks,
+        inputs.micro_batch,
     )
 
 
@@ -152,6 +158,7 @@ def build_adp(inputs: Inputs) -> Adp:
         decode=inputs.teacher.codec.decode,
         optimizers=inputs.optimizers(trained, stage.rates),
         ranks=inputs.ranks,
+        micro_batch=inputs.micro_batch,
     )
 
 
@@ -177,7 +184,7 @@ def build_adm(inputs: Inputs) -> Adm:
         latent=latent,
         optimizers=inputs.optimizers({"student": student, "fake": fake, "latent": latent}, stage.rates),
         ranks=inputs.ranks,
-        micro_batch=recipe.memory.micro_batch,
+        micro_batch=inputs.micro_batch,
     )
 
 
@@ -204,6 +211,7 @@ def build_dmd(inputs: Inputs) -> Dmd:
         latent=latent,
         pairs=inputs.required_pairs() if latent is not None else None,
         ranks=inputs.ranks,
+        micro_batch=inputs.micro_batch,
     )
 
 
@@ -224,6 +232,7 @@ def build_ladd(inputs: Inputs) -> Ladd:
         latent=latent,
         optimizers=inputs.optimizers({"student": student, "latent": latent}, stage.rates),
         ranks=inputs.ranks,
+        micro_batch=inputs.micro_batch,
     )
 
 
@@ -245,6 +254,7 @@ def build_lcm(inputs: Inputs) -> Lcm:
         target=target.requires_grad_(False),
         optimizers={"student": optimizer},
         ranks=inputs.ranks,
+        micro_batch=inputs.micro_batch,
     )
 
 

@@ -12,7 +12,7 @@ from ..core.schedule import add_noise, alpha_sigma
 from ..losses import velocity_loss
 from ..ranks import Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
-from .step import sender, update_by_parts
+from .step import Means, sender, update
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,9 @@ def update_fake(
     Args:
         parts: of the batch, computed one after another.   purpose: names the draws, like "adm".
     """
-    losses: list[float] = []
-    norms: list[float] = []
-    count = sum(len(part.rows) for part in parts)
+    logs, count = Means(), sum(len(part.rows) for part in parts)
 
-    def part_losses(name: str) -> Iterator[tuple[float, Tensor]]:
+    def losses(name: str) -> Iterator[Tensor]:
         for part in parts:
             x_0, send = part.x_0.detach(), sender(part.x_0.device)
             t = send(draws.uniform(f"{name}/time", step, part.rows)).float().clamp(min=1e-3)
@@ -53,12 +51,11 @@ def update_fake(
             xt = add_noise(fake.schedule, x_0, eps, spread(t, x_0))
             sigma = alpha_sigma(fake.schedule, t)[1]
             loss, share = velocity_loss(fake.x0(xt, t, part.cond), x_0, sigma), len(part.rows) / count
-            losses.append(share * loss.item())
-            yield share, loss
+            logs.add(share / updates, fake_loss=loss)
+            yield share * loss
 
-    for index in range(updates):
-        norms.append(update_by_parts(part_losses(f"{purpose}/fake/{index}"), [optimizer], clip, ranks))
-    return {"fake_loss": sum(losses) / updates, "fake_norm": sum(norms) / updates}
+    norms = [update(losses(f"{purpose}/fake/{i}"), [optimizer], clip, ranks) for i in range(updates)]
+    return {**logs, "fake_norm": sum(norms) / updates}
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ endpoints of the ODE pairs, with fresh noise: unlike in ADP, the student's input
 made of that noise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.draws import Draws
@@ -21,7 +21,7 @@ from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import LaddRecipe
-from .step import accuracy_by_time, device_of, judge, sender, shaken, update
+from .step import Judged, Means, Parts, device_of, judge, sender, shaken, update
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Ladd:
     latent: nn.Module
     optimizers: Mapping[str, Optimizer]
     ranks: Ranks = ALONE
+    micro_batch: int | None = None  # rows that are computed at once; None is all
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -45,39 +46,78 @@ class Ladd:
 
     def step(self, step: int) -> dict[str, float]:
         """Update the heads, and after the warm-up the student."""
-        recipe, draws = self.recipe, self.draws
-        rows, device = self.ranks.rows(recipe.batch_size), device_of(self.student)
-        send = sender(device)
-        moves = step >= recipe.warmup_steps
+        parts = Parts(self.ranks.rows(self.recipe.batch_size), self.micro_batch)
+        moves = step >= self.recipe.warmup_steps
+        guesses = [self._guess(step, part, gradient=moves and parts.is_whole) for part in parts]
+        logs = self._update_heads(step, parts, guesses)
+        if moves:
+            logs |= self._update_student(step, parts, guesses)
+        return logs
 
-        # The student's estimate from one of its own times.
+    def _guess(self, step: int, rows: range, *, gradient: bool) -> "_Guess":
+        """Let the student estimate the pairs' endpoints from one of its own times; noise both sides alike."""
+        recipe, draws, device = self.recipe, self.draws, device_of(self.student)
+        send = sender(device)
         picks = torch.from_numpy(draws.integers("ladd/pair", step, rows, len(self.pairs)))
         x_0 = self.pairs.x_0[picks].to(device)
-        cond = self.cond.take(self.pairs.prompt[picks])
+        cond = self.cond.take(self.pairs.prompt[picks]).to(device)
         which = draws.integers("ladd/step", step, rows, len(self.time_steps))
         t = torch.tensor([self.time_steps[index] for index in which], device=device)
         noise = send(draws.normal("ladd/noise", step, rows, x_0.shape[1:]))
         xt = add_noise(self.student.schedule, x_0, noise, spread(t, x_0))
-        with torch.set_grad_enabled(moves):
+        with torch.set_grad_enabled(gradient):
             fake = self.student.x0(xt, t, cond)
 
-        # Both sides, noised alike.
         uniform = draws.uniform("ladd/latent-time", step, rows)
         s = send(logit_normal_times(uniform, mean=recipe.time_mean, std=recipe.time_std)).float()
         eps = send(draws.normal("ladd/latent-noise", step, rows, x_0.shape[1:]))
         noised_real, noised_fake = (
             add_noise(self.student.schedule, x, eps, spread(s, x_0)) for x in (x_0, fake)
         )
-        real, guess = judge(self.latent, noised_real, noised_fake.detach(), s, cond)
-        loss = hinge = discriminator_hinge(real, guess)
-        if recipe.r1_weight > 0:
-            shake = recipe.r1_std * send(draws.normal("ladd/r1", step, rows, x_0.shape[1:]))
-            loss = loss + recipe.r1_weight * shaken(self.latent, noised_real, real, s, cond, shake)
-        norm = update(loss, [self.optimizers["latent"]], recipe.clip, self.ranks)
-        logs = {"heads_norm": norm, "latent_hinge": hinge.item(), **accuracy_by_time(real, guess, s)}
+        return _Guess(rows, cond, noised_real, noised_fake, s)
 
-        if moves:
-            adversarial = generator_hinge(self.latent(noised_fake, s, cond))
-            logs["student_norm"] = update(adversarial, [self.optimizers["student"]], recipe.clip, self.ranks)
-            logs["student_loss"] = adversarial.item()
-        return logs
+    def _update_heads(self, step: int, parts: Parts, guesses: "Sequence[_Guess]") -> dict[str, float]:
+        """Teach the heads to tell the pairs' endpoints from the student's estimates; return what to log."""
+        recipe, logs, judged = self.recipe, Means(), Judged()
+
+        def losses() -> Iterator[Tensor]:
+            for guess in guesses:
+                share, real_x = parts.share(guess.rows), guess.noised_real
+                real, fake = judge(self.latent, real_x, guess.noised_fake.detach(), guess.s, guess.cond)
+                loss = hinge = discriminator_hinge(real, fake)
+                if recipe.r1_weight > 0:
+                    drawn = self.draws.normal("ladd/r1", step, guess.rows, real_x.shape[1:])
+                    noise = recipe.r1_std * sender(real_x.device)(drawn)
+                    penalty = shaken(self.latent, real_x, real, guess.s, guess.cond, noise)
+                    loss = loss + recipe.r1_weight * penalty
+                logs.add(share, latent_hinge=hinge)
+                judged.add(real, fake, guess.s)
+                yield share * loss
+
+        norm = update(losses(), [self.optimizers["latent"]], recipe.clip, self.ranks)
+        return {"heads_norm": norm, **logs, **judged.accuracy()}
+
+    def _update_student(self, step: int, parts: Parts, guesses: "Sequence[_Guess]") -> dict[str, float]:
+        """Move the student to where the heads take its estimates for the pairs; return what to log."""
+        logs = Means()
+
+        def losses() -> Iterator[Tensor]:
+            for made in guesses:
+                guess = made if parts.is_whole else self._guess(step, made.rows, gradient=True)
+                loss = generator_hinge(self.latent(guess.noised_fake, guess.s, guess.cond))
+                logs.add(parts.share(guess.rows), student_loss=loss)
+                yield parts.share(guess.rows) * loss
+
+        norm = update(losses(), [self.optimizers["student"]], self.recipe.clip, self.ranks)
+        return {"student_norm": norm, **logs}
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """Some rows of a batch: the pairs' endpoints and the student's estimates of them, noised to times s [b]."""
+
+    rows: range
+    cond: Condition
+    noised_real: Tensor
+    noised_fake: Tensor
+    s: Tensor

@@ -5,11 +5,11 @@ The boundary condition f(x, 0) = x holds by definition here: at t = 0 nothing is
 and c_out, with its times scaled by 10, differ from that by less than 1e-5 at the first time of a grid of 50.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.draws import Draws
@@ -19,7 +19,7 @@ from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
 from .recipe import LcmRecipe
-from .step import device_of, sender, update
+from .step import Means, Parts, device_of, sender, update
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Lcm:
     target: Denoiser
     optimizers: Mapping[str, Optimizer]
     ranks: Ranks = ALONE
+    micro_batch: int | None = None  # rows that are computed at once; None is all
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -44,12 +45,28 @@ class Lcm:
 
     def step(self, step: int) -> dict[str, float]:
         """Update the student towards its target one grid step closer to the data, then let the target follow."""
-        recipe, draws = self.recipe, self.draws
-        rows, device = self.ranks.rows(recipe.batch_size), device_of(self.student)
+        recipe = self.recipe
+        parts, logs = Parts(self.ranks.rows(recipe.batch_size), self.micro_batch), Means()
+
+        def losses() -> Iterator[Tensor]:
+            for part in parts:
+                loss = self._loss(step, part)
+                logs.add(parts.share(part), loss=loss)
+                yield parts.share(part) * loss
+
+        norm = update(losses(), [self.optimizers["student"]], recipe.clip, self.ranks)
+        with torch.no_grad():
+            for own, new in zip(self.target.parameters(), self.student.parameters(), strict=True):
+                own.lerp_(new, 1 - recipe.target_ema)
+        return {**logs, "student_norm": norm}
+
+    def _loss(self, step: int, rows: range) -> Tensor:
+        """Return the mean loss of some rows of the batch."""
+        recipe, draws, device = self.recipe, self.draws, device_of(self.student)
         send = sender(device)
         picks = torch.from_numpy(draws.integers("lcm/pair", step, rows, len(self.pairs)))
         x_0 = self.pairs.x_0[picks].to(device)
-        cond = self.cond.take(self.pairs.prompt[picks])
+        cond = self.cond.take(self.pairs.prompt[picks]).to(device)
 
         index = send(draws.integers("lcm/time", step, rows, recipe.num_times))
         t, s = (index + 1).float() / recipe.num_times, index.float() / recipe.num_times
@@ -62,9 +79,4 @@ class Lcm:
             # A network need not be defined at t = 0, where the answer is the point itself.
             said = self.target.x0(xs, s.clamp(min=0.5 / recipe.num_times), cond)
             target = torch.where(to > 0, said, xs)
-        loss = pseudo_huber(self.student.x0(xt, t, cond), target, c=recipe.huber)
-        norm = update(loss, [self.optimizers["student"]], recipe.clip, self.ranks)
-        with torch.no_grad():
-            for own, new in zip(self.target.parameters(), self.student.parameters(), strict=True):
-                own.lerp_(new, 1 - recipe.target_ema)
-        return {"loss": loss.item(), "student_norm": norm}
+        return pseudo_huber(self.student.x0(xt, t, cond), target, c=recipe.huber)

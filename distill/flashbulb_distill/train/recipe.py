@@ -205,7 +205,7 @@ class MemoryRecipe(Strict):
     micro_batch: int | None = Field(
         default=None,
         ge=1,
-        description="rows of a process's share of ADM's batch that are computed at once; gradients add up. null: all",
+        description="rows of a process's share of a batch that are computed at once; gradients add up. null: all",
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         default="adamw", description="adamw8bit keeps its moments in 8 bits: bitsandbytes, CUDA only"
@@ -292,10 +292,6 @@ class Recipe(Strict):
         ):
             raise ValueError(
                 "adm.carry_heads: expected a section adp with adm's taps, whose heads to carry over"
-            )
-        if self.memory.micro_batch and list(self.stages) != ["adm"]:
-            raise ValueError(
-                "memory.micro_batch: expected a recipe with adm alone, other stages compute whole batches"
             )
         if self.loras and self.is_demo:
             raise ValueError(f"loras: expected none for {self.family}, whose teacher is a folder of its own")

@@ -4,11 +4,11 @@ Source: rectified flow (Liu et al. 2022, arXiv 2209.03003) on the pairs of ADP: 
 start for ADP, since one step of it costs a quarter of one of ADP's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.draws import Draws
@@ -19,7 +19,7 @@ from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import RegressionRecipe
-from .step import device_of, sender, update
+from .step import Means, Parts, device_of, sender, update
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Regression:
     student: Denoiser
     optimizers: Mapping[str, Optimizer]
     ranks: Ranks = ALONE
+    micro_batch: int | None = None  # rows that are computed at once; None is all
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -41,14 +42,24 @@ class Regression:
 
     def step(self, step: int) -> dict[str, float]:
         """Update the student towards the endpoints of drawn pairs, from points on their straight lines."""
-        draws, rows = self.draws, self.ranks.rows(self.recipe.batch_size)
-        device = device_of(self.student)
+        parts, logs = Parts(self.ranks.rows(self.recipe.batch_size), self.micro_batch), Means()
+
+        def losses() -> Iterator[Tensor]:
+            for part in parts:
+                loss = self._loss(step, part)
+                logs.add(parts.share(part), loss=loss)
+                yield parts.share(part) * loss
+
+        norm = update(losses(), [self.optimizers["student"]], self.recipe.clip, self.ranks)
+        return {**logs, "student_norm": norm}
+
+    def _loss(self, step: int, rows: range) -> Tensor:
+        """Return the mean loss of some rows of the batch."""
+        draws, device = self.draws, device_of(self.student)
         picks = torch.from_numpy(draws.integers("regression/pair", step, rows, len(self.pairs)))
         x_0, x_T = self.pairs.x_0[picks].to(device), self.pairs.x_T[picks].to(device)
         cond = self.cond.take(self.pairs.prompt[picks]).to(device)
         uniform = draws.uniform("regression/time", step, rows)
         t = sender(device)(biased_times(uniform, self.recipe.time_power)).float()
         xt = add_noise("rectified-flow", x_0, x_T, spread(t, x_0))
-        loss = velocity_loss(self.student.x0(xt, t, cond), x_0, t)
-        norm = update(loss, [self.optimizers["student"]], self.recipe.clip, self.ranks)
-        return {"loss": loss.item(), "student_norm": norm}
+        return velocity_loss(self.student.x0(xt, t, cond), x_0, t)

@@ -1,6 +1,6 @@
 """Pieces that the methods' steps share."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,26 +25,56 @@ def sender(device: torch.device) -> Callable[[NDArray[np.generic]], Tensor]:
     return lambda drawn: torch.from_numpy(drawn).to(device)
 
 
-def update(loss: Tensor, optimizers: Sequence[Optimizer], clip: float, ranks: Ranks = ALONE) -> float:
-    """Move the optimisers' parameters down the gradient of `loss`, and nothing else; return the gradient's norm."""
-    return update_by_parts([(1.0, loss)], optimizers, clip, ranks)
+class Parts:
+    """A batch that is computed in parts, one after another: shares of its loss, and means of what they log."""
+
+    def __init__(self, rows: range, size: int | None) -> None:
+        """Cut `rows` into parts of at most `size` rows; None leaves them together."""
+        size = size or len(rows)
+        self.rows = rows
+        self.parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def __iter__(self) -> Iterator[range]:
+        return iter(self.parts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether there is one part: then what was computed for an update may keep its graph until the next."""
+        return len(self.parts) == 1
+
+    def share(self, part: range) -> float:
+        """Return a part's share of the batch's mean."""
+        return len(part) / len(self.rows)
+
+    def within(self, part: range, few: int) -> int:
+        """Return how many of a part's rows are among the batch's first `few`."""
+        return max(0, min(few - self.rows.index(part[0]), len(part)))
 
 
-def update_by_parts(
-    parts: Iterable[tuple[float, Tensor]], optimizers: Sequence[Optimizer], clip: float, ranks: Ranks = ALONE
+class Means(dict[str, float]):
+    """Means over a batch, by name, of values that its parts give one after another."""
+
+    def add(self, share: float, **values: Tensor) -> None:
+        """Add one part's means, which count by their share."""
+        for name, value in values.items():
+            self[name] = self.get(name, 0.0) + share * value.item()
+
+
+def update(
+    losses: Iterable[Tensor], optimizers: Sequence[Optimizer], clip: float, ranks: Ranks = ALONE
 ) -> float:
     """Move the optimisers' parameters down the gradient of a sum of losses; return the gradient's norm.
 
     Gradients are taken of those parameters only, so that a network which the loss merely passes through keeps none.
-    With several ranks it is the gradient of the mean of their losses.
+    With several ranks it is the gradient of the mean of their sums.
 
     Args:
-        parts: (share, loss), made one after another: each one's graph is gone before the next is built.
+        losses: of a batch's parts, each times its share, made one after another: a graph is gone before the next is.
     """
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     gradients: list[Tensor | None] = [None] * len(parameters)
-    for share, loss in parts:
-        found = torch.autograd.grad(loss if share == 1 else share * loss, parameters, allow_unused=True)
+    for loss in losses:
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
         for place, gradient in enumerate(found):
             before = gradients[place]
             if gradient is not None:
@@ -75,30 +105,42 @@ def shaken(
     return approximate_r1(logits, latent(real + noise, t, cond))
 
 
-def ordered(real: Tensor, fake: Tensor) -> float:
-    """Return the share of rows [b, n] whose mean real logit lies above their fake one (.5: blind).
+class Judged:
+    """The logits of a batch, which its parts give one after another, and what they say of the discriminator."""
 
-    Where both sides are steps of length dt from one point, as in ADM, the two distributions overlap all but for a share
-    of the order of dt, so that no discriminator can give them two signs; a seeing one still gives them this order.
-    """
-    return (real.mean(1) > fake.mean(1)).float().mean().item()
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    def add(self, real: Tensor, fake: Tensor, t: Tensor) -> None:
+        """Add a part's logits [b, places] of both sides, at times [b]."""
+        self._parts.append((real.detach(), fake.detach(), t))
 
-def accuracy_by_time(real: Tensor, fake: Tensor, t: Tensor) -> dict[str, float]:
-    """Return, in thirds of the time axis, how often a sample's mean logit is right, and how often hinge is satisfied.
+    def _all(self) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(each) for each in zip(*self._parts, strict=True))
 
-    accuracy_t*: the right sign (.5: blind).   saturation_t*: beyond the hinge's margin, where the loss teaches nothing.
+    def order(self) -> dict[str, float]:
+        """Return how far real logits lie above fake ones on average, and in what share of the rows (.5: blind).
 
-    Args:
-        real, fake: [b, places] logits.   t: [b] times of both.
-    """
-    real, fake = real.mean(1), fake.mean(1)
-    right = ((real > 0).float() + (fake < 0).float()) / 2
-    beyond = ((real >= 1).float() + (fake <= -1).float()) / 2
-    result = {}
-    for low, high in TIME_BINS:
-        inside = (t >= low) & (t < high)
-        if inside.any():
-            result[f"accuracy_t{low:.2f}"] = right[inside].mean().item()
-            result[f"saturation_t{low:.2f}"] = beyond[inside].mean().item()
-    return result
+        Where both sides are steps of length dt from one point, as in ADM, the two distributions overlap all but for a
+        share of the order of dt, so that no discriminator can give them two signs; a seeing one still orders them.
+        """
+        real, fake, _ = self._all()
+        ordered = (real.mean(1) > fake.mean(1)).float().mean().item()
+        return {"margin": (real - fake).mean().item(), "ordered": ordered}
+
+    def accuracy(self) -> dict[str, float]:
+        """Return, in thirds of the time axis, how often a row's mean logit is right, and how often hinge is satisfied.
+
+        accuracy_t*: the right sign (.5: blind).   saturation_t*: beyond the hinge's margin, where nothing is learnt.
+        """
+        real, fake, t = self._all()
+        real, fake = real.mean(1), fake.mean(1)
+        right = ((real > 0).float() + (fake < 0).float()) / 2
+        beyond = ((real >= 1).float() + (fake <= -1).float()) / 2
+        result = {}
+        for low, high in TIME_BINS:
+            inside = (t >= low) & (t < high)
+            if inside.any():
+                result[f"accuracy_t{low:.2f}"] = right[inside].mean().item()
+                result[f"saturation_t{low:.2f}"] = beyond[inside].mean().item()
+        return result

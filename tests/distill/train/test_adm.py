@@ -295,24 +295,3 @@ def test_at_a_short_step_even_the_best_discriminator_is_hardly_ever_right_about_
         pytest.approx(value, abs=0.003) for value in (0.552, 0.542, 0.513, 0.501)
     ]
     assert best_accuracy(1 / 16, 0.1) == pytest.approx(0.707, abs=0.005)
-
-
-@pytest.mark.parametrize("jacobian", ["detach", "full"])
-def test_a_batch_in_parts_moves_every_network_as_the_whole_batch_does(jacobian):
-    import dataclasses
-
-    moved = []
-    for micro_batch in (None, 5):  # 16 rows: 5, 5, 5 and 1
-        method = make(VectorDiscriminator(2), time_steps=(1.0, 0.5), jacobian=jacobian, r1_weight=0.1)
-        torch.manual_seed(1)
-        for module in method.modules.values():
-            for parameter in module.parameters():
-                torch.nn.init.normal_(parameter, std=0.3)
-        method = dataclasses.replace(method, micro_batch=micro_batch)
-        logs = [method.step(step) for step in range(2)]
-        moved.append(({k: [*m.parameters()] for k, m in method.modules.items()}, logs[-1]))
-    (whole, whole_logs), (parts, part_logs) = moved
-    for role, parameters in whole.items():
-        for one, other in zip(parameters, parts[role], strict=True):
-            torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-4)
-    assert part_logs == pytest.approx(whole_logs, rel=1e-3, abs=1e-5)

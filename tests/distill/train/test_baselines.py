@@ -4,61 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.core.times import logit_normal_times
 from flashbulb_distill.networks.discriminators import VectorDiscriminator
 from flashbulb_distill.networks.point import PointDenoiser
-from flashbulb_distill.pairs.store import Pairs
-from flashbulb_distill.teachers.denoiser import Condition
-from flashbulb_distill.teachers.mixture import MixtureDenoiser, ring
+from flashbulb_distill.teachers.mixture import MixtureDenoiser
 from flashbulb_distill.train.dmd import Dmd
 from flashbulb_distill.train.fake import pull
 from flashbulb_distill.train.ladd import Ladd
 from flashbulb_distill.train.lcm import Lcm
-from flashbulb_distill.train.recipe import DmdRecipe, LaddRecipe, LcmRecipe, Rates
-
-NO_PROMPT = Condition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
-SHAPE = (2, 1, 1)
-
-
-def pairs_of(teacher, count=64):
-    draws = Draws(5)
-    noise = torch.from_numpy(draws.normal("x_T", 0, range(count), SHAPE))
-    modes = torch.from_numpy(draws.integers("mode", 0, range(count), len(teacher.centres)))
-    x_0 = teacher.sample(torch.from_numpy(draws.normal("x_0", 0, range(count), SHAPE)), modes)
-    return Pairs(noise, x_0, torch.zeros(count, dtype=torch.int64), ("",))
-
-
-def make(kind, *, teacher=None, student=None, rate=1e-2, **settings):
-    torch.manual_seed(0)
-    teacher = teacher or MixtureDenoiser(ring(4), 0.2)
-    roles = {"student": student or PointDenoiser(2)}
-    shared = {"steps": 10, "batch_size": 16}
-    options = {"draws": Draws(0), "cond": NO_PROMPT}
-    rates = Rates(student=1e-3, heads=1e-3, fake=1e-3)
-    if kind in ("dmd", "dmd2"):
-        roles["fake"] = PointDenoiser(2)
-        options |= {"uncond": NO_PROMPT, "latent_shape": SHAPE, "time_steps": (1.0,), "teacher": teacher}
-        shared |= {"rates": rates, "guidance": 1.0}
-        if kind == "dmd2":
-            roles["latent"] = VectorDiscriminator(2)
-            options["pairs"] = pairs_of(teacher)
-            shared |= {"gan_weight": 0.1, "taps": (-1,)}
-        method, recipe = Dmd, DmdRecipe(**shared | settings)
-    elif kind == "ladd":
-        roles["latent"] = VectorDiscriminator(2)
-        options |= {"pairs": pairs_of(teacher), "time_steps": (1.0, 0.5)}
-        method, recipe = Ladd, LaddRecipe(**shared | {"rates": rates, "taps": (-1,)} | settings)
-    else:
-        roles["target"] = PointDenoiser(2)
-        options |= {"uncond": NO_PROMPT, "pairs": pairs_of(teacher), "teacher": teacher}
-        method, recipe = Lcm, LcmRecipe(**shared | {"rate": 1e-3, "guidance": 1.0} | settings)
-    optimizers = {
-        role: torch.optim.SGD(module.parameters(), lr=rate)
-        for role, module in roles.items()
-        if role != "target"
-    }
-    return method(recipe=recipe, optimizers=optimizers, **options, **roles)
+from support.mixture_methods import SHAPE, make_method
 
 
 def weights(method):
@@ -77,7 +31,7 @@ def weights(method):
     ],
 )
 def test_each_loss_moves_its_own_role_and_the_student_only_after_the_warm_up(kind, warm):
-    method = make(kind, warmup_steps=1)
+    method = make_method(kind, warmup_steps=1)
     start = weights(method)
     method.step(0)
     middle = weights(method)
@@ -91,7 +45,7 @@ def test_each_loss_moves_its_own_role_and_the_student_only_after_the_warm_up(kin
 @pytest.mark.parametrize("kind", ["dmd", "dmd2", "ladd"])
 def test_the_students_loss_moves_the_student_alone(kind):
     """With the other roles' rates at nought nobody else moves, though the loss runs through the heads."""
-    method = make(kind)
+    method = make_method(kind)
     for role, optimizer in method.optimizers.items():
         if role != "student":
             optimizer.param_groups[0]["lr"] = 0.0
@@ -102,10 +56,10 @@ def test_the_students_loss_moves_the_student_alone(kind):
 
 
 def test_dmd_without_its_gan_term_has_no_heads_and_with_weight_nought_the_term_moves_nothing():
-    assert set(make("dmd").modules) == {"student", "fake"}
+    assert set(make_method("dmd").modules) == {"student", "fake"}
     ends = []
     for heads_rate in (0.0, 1.0):
-        method = make("dmd2", gan_weight=0.0)
+        method = make_method("dmd2", gan_weight=0.0)
         method.optimizers["latent"].param_groups[0]["lr"] = heads_rate
         method.step(0)
         method.step(1)
@@ -143,7 +97,9 @@ def test_dmd_brings_a_gaussian_student_to_its_teacher():
     """With both scores exact the only fixed point is the teacher's mean."""
     centre = torch.tensor([[1.0, -2.0]])
     student = Shift(0.3)
-    method = make("dmd", teacher=MixtureDenoiser(centre, 0.3), student=student, fake_updates=1, batch_size=32)
+    method = make_method(
+        "dmd", teacher=MixtureDenoiser(centre, 0.3), student=student, fake_updates=1, batch_size=32
+    )
     method = Dmd(**{**vars(method), "fake": ItsScore(student)})
     method.optimizers["student"].param_groups[0]["lr"] = 0.05
     for step in range(150):
@@ -172,12 +128,14 @@ def test_the_flows_own_endpoint_is_consistent_and_another_map_is_not():
     for gain in (1.0, 1.1):
         for num_times in (20, 400):
             student = ExactFlow(centre, std, gain)
-            method = make("lcm", teacher=MixtureDenoiser(centre, std), student=student, num_times=num_times)
+            method = make_method(
+                "lcm", teacher=MixtureDenoiser(centre, std), student=student, num_times=num_times
+            )
             method = Lcm(**{**vars(method), "target": ExactFlow(centre, std, gain)})
             losses[gain, num_times] = method.step(0)["loss"]
     assert losses[1.0, 400] < 0.1 * losses[1.0, 20] < 0.01
     # Only the grid's first time has a target of the data's own, which the wrong map misses.
-    wrong = make(
+    wrong = make_method(
         "lcm", teacher=MixtureDenoiser(centre, std), student=ExactFlow(centre, std, 1.1), num_times=2
     )
     wrong = Lcm(**{**vars(wrong), "target": ExactFlow(centre, std, 1.1)})
@@ -185,7 +143,7 @@ def test_the_flows_own_endpoint_is_consistent_and_another_map_is_not():
 
 
 def test_lcms_target_follows_the_student_and_has_no_optimiser():
-    method = make("lcm", target_ema=0.9)
+    method = make_method("lcm", target_ema=0.9)
     before = weights(method)
     method.step(0)
     after = weights(method)
@@ -207,7 +165,7 @@ class Recorder(VectorDiscriminator):
 
 
 def test_ladds_two_sides_have_one_noise_and_one_time_and_reals_are_the_pairs():
-    method = make("ladd", batch_size=64)
+    method = make_method("ladd", batch_size=64)
     recorder = Recorder()
     method = Ladd(**{**vars(method), "latent": recorder})
     method.optimizers["latent"].param_groups[0]["params"] = list(recorder.parameters())
