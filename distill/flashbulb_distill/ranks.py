@@ -44,17 +44,29 @@ class Ranks:
             )
         return range(self.index, batch_size, self.count)
 
-    def average(self, gradients: Sequence[Tensor | None]) -> None:
+    def dealt(self, count: int) -> list[int]:
+        """Return this process's turns at `count` things: as many as every other's, so some may come up twice."""
+        rounds = -(-count // self.count)
+        return [(turn * self.count + self.index) % count for turn in range(rounds)]
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
         """Replace gradients by their mean over all processes, in place."""
-        present = [gradient for gradient in gradients if gradient is not None]
-        if self.count == 1 or not present:
+        if self.count == 1 or not gradients:
             return
-        flat = torch.cat([gradient.reshape(-1) for gradient in present])
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self.count
-        means = torch.split(flat, [gradient.numel() for gradient in present])
-        for gradient, mean in zip(present, means, strict=True):
+        means = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        if self.count == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
 
     def any(self, flag: bool, device: torch.device | None = None) -> bool:
         """Tell whether the flag is raised in any process: all get the same answer at the same point."""
@@ -95,6 +107,10 @@ class Ranks:
             raise ValueError(f"the first process failed: {done[1]}")
         return done[0]  # type: ignore[no-any-return]
 
+    def agree(self, value: T) -> T:
+        """Return the first process's value, in all of them."""
+        return self.first(lambda: value)
+
 
 ALONE = Ranks()
 
@@ -112,6 +128,8 @@ def joined(device: torch.device, environment: Mapping[str, str] = os.environ) ->
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
     if missing:
         raise ValueError(f"expected torchrun's environment, found WORLD_SIZE without {', '.join(missing)}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what is gathered over processes lies there too
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())

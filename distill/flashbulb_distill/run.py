@@ -86,8 +86,13 @@ class Run:
 
     @cached_property
     def trained_teacher(self) -> Teacher:
-        """The frozen teacher on the device of the training."""
-        return self.teacher if self.device == CPU else self._open(self.device)
+        """The frozen teacher on the device of the training, which may share it out over the ranks."""
+        return self.teacher if self.device == CPU and not self._shares else self._open(self.device)
+
+    @property
+    def _shares(self) -> bool:
+        """Tell whether training shares out networks: then no rank can use them alone."""
+        return self.recipe.memory.sharding == "fsdp" and self.ranks.count > 1
 
     def _open(self, device: torch.device) -> Teacher:
         recipe = self.recipe
@@ -285,6 +290,7 @@ class Run:
             # Large VAEs stay off the training's device: latents are compared as they are.
             decode=self.trained_teacher.codec.decode if self.recipe.is_demo else None,
             show=partial(self._show, stage, [self.prompts[row] for row in rows]),
+            ranks=self.ranks,
         )
         return Guard(recipe, load_bands(recipe.bands, stage), probe)
 
@@ -419,7 +425,7 @@ class Run:
             lambda: write_report(
                 self.out,
                 self.recipe,
-                self.trained_teacher,
+                self._open(self.device) if self._shares else self.trained_teacher,
                 self.prompts,
                 self.bundle_folder,
                 lambda done, total: self.progress("report", done, total),

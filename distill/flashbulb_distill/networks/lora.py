@@ -164,13 +164,8 @@ def checkpoint_blocks(denoiser: Denoiser, switch: Switch | None = None) -> None:
     A block is recomputed with the adapter that was on when it first ran, whichever is on by then.
 
     Raises:
-        ValueError: the network's class cannot.
+        ValueError: it has no such blocks.
     """
-    network = next(
-        (module for module in denoiser.children() if hasattr(module, "enable_gradient_checkpointing")), None
-    )
-    if network is None:
-        raise ValueError(f"memory.checkpointing: {type(denoiser).__name__} has no blocks to recompute")
 
     def recomputed(block: Callable[..., Any], *args: Any) -> Any:
         name = switch.name if switch is not None else None
@@ -183,4 +178,4 @@ def checkpoint_blocks(denoiser: Denoiser, switch: Switch | None = None) -> None:
 
         return checkpoint(run, *args, use_reentrant=False)
 
-    cast(Any, network).enable_gradient_checkpointing(recomputed)
+    cast(Any, denoiser.network).enable_gradient_checkpointing(recomputed)

@@ -119,7 +119,7 @@ class Compute(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.autograd.grad:
+        if func is torch.autograd.backward:
             # A mode is off while it handles a call, and checkpointed blocks run again inside this one.
             with self, _without_check():
                 return func(*args, **kwargs)
@@ -141,7 +141,7 @@ class Compute(TorchFunctionMode):
 
 @contextmanager
 def _without_check() -> Iterator[None]:
-    """Let torch.autograd.grad run under a function mode without handing itself to the mode again."""
+    """Let torch.autograd.backward run under a function mode without handing itself to the mode again."""
     name = "has_torch_function"  # as torch.autograd itself calls it
     check = getattr(torch.autograd, name)
     setattr(torch.autograd, name, lambda args: False)

@@ -53,6 +53,18 @@ class Denoiser(nn.Module):
     shift: float = 1.0  # of the times at which it is sampled as a teacher, see `ode_times`
 
     @property
+    def network(self) -> nn.Module:
+        """Return the network of diffusers that this wraps.
+
+        Raises:
+            ValueError: it wraps none.
+        """
+        found = next((m for m in self.children() if hasattr(m, "enable_gradient_checkpointing")), None)
+        if found is None:
+            raise ValueError(f"memory: {type(self).__name__} has no blocks to recompute or to share out")
+        return found
+
+    @property
     def blocks(self) -> Sequence[nn.Module]:
         """Return the blocks that can be tapped, in the order in which they run."""
         raise NotImplementedError

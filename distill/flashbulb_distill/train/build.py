@@ -10,10 +10,11 @@ from torch.optim import AdamW, Optimizer
 
 from ..core.draws import Draws
 from ..networks.discriminators import LatentDiscriminator, PixelDiscriminator
-from ..networks.lora import SharedBackbone, checkpoint_blocks, merge
+from ..networks.lora import Adapted, SharedBackbone, checkpoint_blocks, merge
 from ..networks.vision import load_pixel_backbone
 from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
+from ..sharding import is_shared, shard
 from ..teachers.denoiser import Condition, Denoiser
 from ..teachers.teacher import Teacher
 from .adm import Adm
@@ -61,11 +62,25 @@ class Inputs:
         student = self._network(name, self.recipe.roles.student)
         if self.start is not None:
             load_parameters(student, self.start)
-        return student
+        return self._shared_out(student)
 
     def fake(self) -> Denoiser:
         """Return a network to train that starts as the teacher."""
-        return self._network("fake", self.recipe.roles.fake)
+        return self._shared_out(self._network("fake", self.recipe.roles.fake))
+
+    def _shared_out(self, network: Denoiser) -> Denoiser:
+        """Return the network, its blocks shared out over the ranks where the recipe says so; adapters stay whole."""
+        if (
+            self.recipe.memory.sharding == "fsdp"
+            and self.ranks.count > 1
+            and not isinstance(network, Adapted)
+        ):
+            shard(network.network, network.blocks)
+        return network
+
+    def share_out_teacher(self) -> None:
+        """Share out the teacher's blocks too, when all that is made from it is there."""
+        self._shared_out(self.teacher.denoiser)
 
     def _network(self, name: str, kind: str) -> Denoiser:
         recipe = self.recipe
@@ -87,13 +102,19 @@ class Inputs:
     def optimizer(
         self, parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float]
     ) -> Optimizer:
-        """Return the recipe's optimiser.
+        """Return the recipe's optimiser, with what is shared out and what is not in groups of their own.
 
         Raises:
             ValueError: it is not installed.
         """
+        every = list(parameters)
+        groups = [
+            {"params": group}
+            for group in ([p for p in every if is_shared(p)], [p for p in every if not is_shared(p)])
+            if group
+        ]
         if self.recipe.memory.optimizer == "adamw":
-            return AdamW(parameters, lr=rate, betas=betas, weight_decay=0.0)
+            return AdamW(groups, lr=rate, betas=betas, weight_decay=0.0)
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
@@ -101,7 +122,7 @@ class Inputs:
                 "memory.optimizer: expected bitsandbytes for adamw8bit, it is not installed; "
                 "run: pip install bitsandbytes, or say adamw"
             ) from error
-        eight_bit: Optimizer = AdamW8bit(parameters, lr=rate, betas=betas, weight_decay=0.0)
+        eight_bit: Optimizer = AdamW8bit(groups, lr=rate, betas=betas, weight_decay=0.0)
         return eight_bit
 
     def optimizers(self, modules: Mapping[str, nn.Module], rates: Rates) -> dict[str, Optimizer]:
@@ -115,7 +136,9 @@ class Inputs:
 
 def build(stage: str, inputs: Inputs) -> Method:
     """Build the method of a recipe's stage."""
-    return _BUILDERS[stage](inputs)
+    method = _BUILDERS[stage](inputs)
+    inputs.share_out_teacher()
+    return method
 
 
 def build_regression(inputs: Inputs) -> Regression:

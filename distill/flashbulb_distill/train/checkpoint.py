@@ -8,18 +8,19 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..bundle import hash_file
+from ..ranks import ALONE, Ranks
+from ..sharding import own, part_of, whole
 
 Tensors = dict[str, Tensor]
 NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{16})\.safetensors")
@@ -56,24 +57,35 @@ def read_module(folder: Path, role: str) -> Tensors:
     )
 
 
-def save_checkpoint(folder: Path, step: int, state: State, identity: str, *, keep: int | None = None) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: State,
+    identity: str,
+    *,
+    keep: int | None = None,
+    ranks: Ranks = ALONE,
+) -> Path | None:
     """Write a checkpoint that `load_checkpoint` restores bit for bit, and drop all but the one before it.
+
+    It holds whole tensors, so it does not depend on how many ranks share them. All ranks must call this at the same
+    point; the first one writes, and the others return None.
 
     Args:
         identity: the hash of what the run is made of; a checkpoint of another identity is refused at load.
         keep: a step whose checkpoint is kept besides.
     """
-    tensors: Tensors = {f"average/{name}": value for name, value in state.averages.items()}
-    for role, module in state.modules.items():
-        tensors |= {f"module/{role}/{name}": value for name, value in module.state_dict().items()}
-    for role, optimizer in state.optimizers.items():
-        for index, values in optimizer.state_dict()["state"].items():
-            for key, value in values.items():
-                tensors[f"optimizer/{role}/{index}/{key}"] = value
+    tensors: Tensors = {}
+    for name, value in _tensors(state):
+        gathered = whole(value)
+        if ranks.is_first:
+            tensors[name] = gathered.detach().contiguous()
+    if not ranks.is_first:
+        return None
     temporary = folder / ".checkpoint.tmp"
     metadata = {"step": str(step), "identity": identity, "sums": json.dumps(state.sums)}
     metadata["notes"] = json.dumps(state.notes)
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
+    save_file(tensors, temporary, metadata)
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
     path = folder / f"checkpoint-{step:08d}-{hash_file(temporary)[:16]}.safetensors"
@@ -130,34 +142,56 @@ def _is_good(path: Path) -> bool:
     return hash_file(path).startswith(found[2])
 
 
+def _tensors(state: State) -> Iterator[tuple[str, Tensor]]:
+    """Name all tensors of a state, in the same order on every rank."""
+    for name, value in state.averages.items():
+        yield f"average/{name}", value
+    for role, module in state.modules.items():
+        for name, value in module.state_dict().items():
+            yield f"module/{role}/{name}", value
+    for role, optimizer in state.optimizers.items():
+        # By the parameter's place in its network: an optimiser may have them in groups.
+        for place, parameter in enumerate(state.modules[role].parameters()):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                yield f"optimizer/{role}/{place}/{key}", value
+
+
 def _restore(path: Path, state: State, identity: str) -> None:
     try:
-        with safe_open(path, "pt") as handle:
-            metadata = handle.metadata() or {}
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != identity:
+                raise ValueError(
+                    f"{path}: made by another recipe, teacher or data; choose another --out, or delete it"
+                )
+            _fill(state, file.get_tensor, list(file.keys()))
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a checkpoint, got something else ({error}); delete it") from error
-    if metadata.get("identity") != identity:
-        raise ValueError(
-            f"{path}: made by another recipe, teacher or data; choose another --out, or delete it"
-        )
-    with torch.no_grad():
-        for name, value in state.averages.items():
-            value.copy_(tensors[f"average/{name}"])
-    for role, module in state.modules.items():
-        module.load_state_dict(_under(tensors, f"module/{role}/"))
-    for role, optimizer in state.optimizers.items():
-        states: dict[int, Tensors] = {}
-        for name, value in _under(tensors, f"optimizer/{role}/").items():
-            index, key = name.split("/")
-            states.setdefault(int(index), {})[key] = value
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": states, "param_groups": groups})
     state.sums.clear()
     state.sums.update(json.loads(metadata.get("sums", "{}")))
     state.notes.clear()
     state.notes.update(json.loads(metadata.get("notes", "{}")))
 
 
-def _under(tensors: Tensors, prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _fill(state: State, read: Callable[[str], Tensor], names: Sequence[str]) -> None:
+    """Set a state to what a checkpoint holds, a tensor at a time; of what is shared out this rank's part."""
+    for name, average in state.averages.items():
+        own(average).copy_(own(part_of(average, read(f"average/{name}"))))
+    for role, module in state.modules.items():
+        prefix, now = f"module/{role}/", module.state_dict()
+        found = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        module.load_state_dict({n: part_of(now.get(n), read(prefix + n)) for n in found})
+    for role, optimizer in state.optimizers.items():
+        places = {parameter: place for place, parameter in enumerate(state.modules[role].parameters())}
+        states: dict[int, Tensors] = {}
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        for index, parameter in enumerate(parameters):
+            prefix = f"optimizer/{role}/{places[parameter]}/"
+            values = {n.removeprefix(prefix): read(n) for n in names if n.startswith(prefix)}
+            if values:
+                states[index] = {
+                    key: part_of(parameter, value) if value.shape == parameter.shape else value
+                    for key, value in values.items()
+                }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": states, "param_groups": groups})

@@ -11,6 +11,7 @@ from ..core.draws import Draws
 from ..core.schedule import add_noise, alpha_sigma
 from ..losses import velocity_loss
 from ..ranks import Ranks
+from ..sharding import own
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .step import Means, sender, update
 
@@ -66,5 +67,5 @@ def pull(fake: Denoiser, student: Denoiser, share: float) -> None:
 
     Source: implicit distribution alignment (Ge et al. 2025, SenseFlow, arXiv 2506.00523); share .03 there.
     """
-    for theirs, own in zip(student.parameters(), fake.parameters(), strict=True):
-        own.lerp_(theirs.to(own.dtype), share)
+    for theirs, ours in zip(student.parameters(), fake.parameters(), strict=True):
+        own(ours).lerp_(own(theirs).to(ours.dtype), share)

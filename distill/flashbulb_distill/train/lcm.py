@@ -17,6 +17,7 @@ from ..core.schedule import add_noise, ode_step
 from ..losses import pseudo_huber
 from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
+from ..sharding import own
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
 from .recipe import LcmRecipe
 from .step import Means, Parts, device_of, sender, update
@@ -56,8 +57,8 @@ class Lcm:
 
         norm = update(losses(), [self.optimizers["student"]], recipe.clip, self.ranks)
         with torch.no_grad():
-            for own, new in zip(self.target.parameters(), self.student.parameters(), strict=True):
-                own.lerp_(new, 1 - recipe.target_ema)
+            for target, student in zip(self.target.parameters(), self.student.parameters(), strict=True):
+                own(target).lerp_(own(student), 1 - recipe.target_ema)
         return {**logs, "student_norm": norm}
 
     def _loss(self, step: int, rows: range) -> Tensor:

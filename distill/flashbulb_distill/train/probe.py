@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.draws import Draws
 from ..core.sampler import sample
 from ..pairs.generate import sample_teacher
+from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser
 
 TEACHER_STEPS = 10
@@ -58,7 +59,9 @@ class Probe:
     Args:
         cond: the prompts, one row each.   seeds: how many of each.
         decode: latents to what is compared; the latents themselves for None.
-        show: gets the step and the student's samples [prompts, seeds, ...] each time.
+        show: gets the step and the student's samples [prompts, seeds, ...] each time; on the first rank.
+        ranks: who share the prompts. All draw at the same point and get the figures of all, since a network that is
+            shared out answers to all ranks or to none.
     """
 
     teacher: Denoiser
@@ -71,11 +74,12 @@ class Probe:
     seeds: int = 4
     decode: Callable[[Tensor], Tensor] | None = None
     show: Callable[[int, Tensor], None] | None = None
+    ranks: Ranks = ALONE
 
     def __call__(self, step: int, student: Denoiser) -> dict[str, float]:
         """Return the figures of `compare_samples` for the student after a step."""
         samples = self._sample(student)
-        if self.show is not None:
+        if self.show is not None and self.ranks.is_first:
             self.show(step, samples)
         return compare_samples(samples, self._by_teacher)
 
@@ -115,13 +119,14 @@ class Probe:
     def _prompt_by_prompt(self, draw: Callable[[Callable[[int], Tensor], Condition], Tensor]) -> Tensor:
         """Return samples [prompts, seeds, ...] on the CPU; a prompt at a time, so that a probe needs little memory."""
         device = next(self.teacher.parameters(), self.uncond.tokens).device
-        samples = []
-        for row in range(len(self.cond)):
+        mine: dict[int, Tensor] = {}
+        for row in self.ranks.dealt(len(self.cond)):
             rows = range(row * self.seeds, (row + 1) * self.seeds)
             noises = partial(self._noise, rows=rows, device=device)
             latents = draw(noises, self.cond.take(torch.tensor([row])).expand(self.seeds))
-            samples.append((latents if self.decode is None else self.decode(latents).clamp(-1, 1)).cpu())
-        return torch.stack(samples)
+            mine[row] = (latents if self.decode is None else self.decode(latents).clamp(-1, 1)).cpu()
+        drawn = {row: samples for part in self.ranks.gather(mine) for row, samples in part.items()}
+        return torch.stack([drawn[row] for row in range(len(self.cond))])
 
     def _noise(self, step: int, *, rows: range, device: torch.device) -> Tensor:
         return torch.from_numpy(self.draws.normal("guard/noise", step, rows, self.latent_shape)).to(device)

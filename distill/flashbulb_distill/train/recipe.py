@@ -207,6 +207,10 @@ class MemoryRecipe(Strict):
         ge=1,
         description="rows of a process's share of a batch that are computed at once; gradients add up. null: all",
     )
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none",
+        description="fsdp: of networks trained whole, and of the teacher, each process of torchrun keeps a share",
+    )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         default="adamw", description="adamw8bit keeps its moments in 8 bits: bitsandbytes, CUDA only"
     )
@@ -292,6 +296,10 @@ class Recipe(Strict):
         ):
             raise ValueError(
                 "adm.carry_heads: expected a section adp with adm's taps, whose heads to carry over"
+            )
+        if self.memory.sharding == "fsdp" and self.memory.optimizer == "adamw8bit":
+            raise ValueError(
+                "memory.sharding: expected optimizer adamw beside fsdp, got adamw8bit, whose moments cannot be shared"
             )
         if self.loras and self.is_demo:
             raise ValueError(f"loras: expected none for {self.family}, whose teacher is a folder of its own")

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ..losses import approximate_r1
 from ..ranks import ALONE, Ranks
+from ..sharding import is_shared, leaf, own
 from ..teachers.denoiser import Condition, join
 
 TIME_BINS = ((0.0, 1 / 3), (1 / 3, 2 / 3), (2 / 3, 1.01))
@@ -72,21 +73,34 @@ def update(
         losses: of a batch's parts, each times its share, made one after another: a graph is gone before the next is.
     """
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    gradients: list[Tensor | None] = [None] * len(parameters)
+    leaves = [leaf(parameter) for parameter in parameters]
     for loss in losses:
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for place, gradient in enumerate(found):
-            before = gradients[place]
-            if gradient is not None:
-                gradients[place] = gradient if before is None else before + gradient
-    ranks.average(gradients)
-    for parameter, total in zip(parameters, gradients, strict=True):
-        parameter.grad = total
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+        torch.autograd.backward(loss, inputs=leaves)  # of what is shared out it takes the mean over ranks too
+    ranks.average([p.grad for p in parameters if p.grad is not None and not is_shared(p)])
+    norm = clip_gradients(parameters, clip, ranks)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
     return float(norm)
+
+
+def clip_gradients(parameters: Sequence[Tensor], most: float, ranks: Ranks = ALONE) -> Tensor:
+    """Scale gradients so that their norm over all parameters, and over all ranks' parts, is at most `most`.
+
+    Returns:
+        [] the norm before.
+    """
+    shared = [own(p.grad) for p in parameters if p.grad is not None and is_shared(p)]
+    others = [p.grad for p in parameters if p.grad is not None and not is_shared(p)]
+    norm = torch.nn.utils.get_total_norm(others)
+    if shared:
+        square = torch.nn.utils.get_total_norm(shared).square()
+        norm = (norm.to(square.device).square() + ranks.sum(square)).sqrt()
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    for gradients in (shared, others):
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+    return norm
 
 
 def judge(latent: nn.Module, real: Tensor, fake: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:

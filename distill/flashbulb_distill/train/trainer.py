@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..ranks import ALONE, Ranks
+from ..sharding import own, whole
 from .checkpoint import State, drop_checkpoints, load_checkpoint, save_checkpoint
 from .guard import Action, Collapsed, Guard, GuardState, broken, note
 
@@ -85,7 +85,7 @@ def train(
         ranks: the processes that train together; the first one writes.
         guard: looks at the run's health, and may lower the rates or take steps back.
     Returns:
-        The exponential moving average of the student's parameters, by name.
+        The exponential moving average of the student's parameters, whole, by name.
     Raises:
         FloatingPointError: a logged scalar is not finite, and there is no guard.
         Collapsed: the guard stopped the run.
@@ -94,7 +94,8 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     student = method.modules["student"]
-    averages = {name: p.detach().clone() for name, p in student.named_parameters()}
+    parameters = dict(student.named_parameters())
+    averages = {name: p.detach().clone() for name, p in parameters.items()}
     device = next(iter(averages.values())).device
     state = State(method.modules, method.optimizers, averages)
     rates = _rates(method.optimizers)
@@ -113,11 +114,11 @@ def train(
             state.notes["guard"] = guard.state.model_dump()
         for name, values in _joined(ranks.gather(sums)).items():
             sums[name] = values
+        keep = None if guard is None else guard.state.good_step
+        path = save_checkpoint(folder, step, state, identity, keep=keep, ranks=ranks)
         if not ranks.is_first:
             sums.clear()
-            return None
-        keep = None if guard is None else guard.state.good_step
-        return save_checkpoint(folder, step, state, identity, keep=keep)
+        return path
 
     def act(guard: Guard, action: Action, after: GuardState) -> None:
         """Do what the guard decided; `step` is then the one to go on from."""
@@ -142,28 +143,25 @@ def train(
         guard.state = GuardState.model_validate(state.notes.get("guard", {}))
         _set_rates(method.optimizers, rates, guard.state.rate)
         if step == 0:
-            guard.state = ranks.first(partial(guard.begin, student))
+            # All ranks draw the probe's samples; the first one's word counts, should their arithmetic differ.
+            guard.state = ranks.agree(guard.begin(student))
             save()  # a place to go back to
     started = time.monotonic()
     with _signals() as came:
         while step < steps:
             logs = method.step(step)
-            fault = next(
-                (f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)), ""
-            )
-            if guard is not None and ranks.any(bool(fault), device):
-                act(guard, *broken(guard.state, step, fault or "a scalar is no number", guard.recipe))
+            if fault := _fault(logs, ranks, device):
+                if guard is None:
+                    raise FloatingPointError(f"{stage} step {step}: {fault}; lower the learning rates")
+                act(guard, *broken(guard.state, step, fault, guard.recipe))
                 continue
-            if fault:
-                raise FloatingPointError(f"{stage} step {step}: {fault}; lower the learning rates")
             for name, value in logs.items():
                 sums.setdefault(name, []).append(value)
             # A short memory first, so that the average forgets where the student started.
             moved = step - average_from
             decay = min(ema, (1 + moved) / (10 + moved)) if moved >= 0 else 0.0
-            with torch.no_grad():
-                for name, parameter in student.named_parameters():
-                    averages[name].lerp_(parameter, 1 - decay)
+            for name, parameter in parameters.items():
+                own(averages[name]).lerp_(own(parameter), 1 - decay)
             step += 1
             if step % log_every == 0 or step == steps:
                 means = {n: sum(v) / len(v) for n, v in _joined(ranks.gather(sums)).items()}
@@ -175,13 +173,23 @@ def train(
                     _append(folder / METRICS, {"stage": stage, "step": step, "seconds": seconds, **means})
                     report(stage, step, steps, means)
             if guard is not None and step % guard.recipe.every == 0:
-                act(guard, *ranks.first(partial(guard.look, step, student)))
+                act(guard, *ranks.agree(guard.look(step, student)))
             stop = ranks.any(bool(came), device)
             if stop or step == steps or step % save_every == 0:
                 save()
             if stop and step < steps:
                 raise Stopped(came[0] if came else signal.SIGTERM)
-    return averages
+    return {name: whole(value) for name, value in averages.items()}
+
+
+def _fault(logs: Mapping[str, float], ranks: Ranks, device: torch.device) -> str:
+    """Say which scalar of which process is no number; "" where all are. All processes get the same answer."""
+    fault = next((f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)), "")
+    if not ranks.any(bool(fault), device):
+        return ""
+    faults = ranks.gather(fault)
+    where = next(index for index, found in enumerate(faults) if found)
+    return faults[where] + (f" in process {where} of {ranks.count}" if ranks.count > 1 else "")
 
 
 def _rates(optimizers: Mapping[str, Optimizer]) -> list[float]:
