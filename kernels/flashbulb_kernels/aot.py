@@ -37,6 +37,8 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "delta": {"plain": {}},
     "dkdv": {"plain": {}, "mask": {"HAS_MASK": True}},
+    "dk": {"plain": {}, "mask": {"HAS_MASK": True}},
+    "dv": {"plain": {}, "mask": {"HAS_MASK": True}},
     "dq": {"plain": {}, "mask": {"HAS_MASK": True}},
     "tensorrt": {
         "plain": {}
@@ -140,7 +142,8 @@ def request(variant: Variant) -> dict[str, Any]:
 
 def content_key(variant: Variant) -> str:
     """Hash what decides the machine code: the jitted source that a kernel reaches, the request, Triton's version."""
-    told = [ENTRIES[variant.entry].source, request(variant), _triton()]
+    # Where a function stands is nothing that a compiler sees.
+    told = [ENTRIES[variant.entry].source, request(variant) | {"file": ""}, _triton()]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ app = typer.Typer(help="Compile, inspect, verify and measure the Triton kernels.
 GPU = "cuda"
 DTYPES = ("fp16", "bf16", "fp32")
 Archs = Annotated[str, typer.Option("--arch", help="sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, or several")]
-Entries = Annotated[str, typer.Option("--entry", help="forward, fused, delta, dkdv, dq, or several")]
+Entries = Annotated[str, typer.Option("--entry", help="forward, fused, delta, dkdv, dk, dv, dq, or several")]
 DTypes = Annotated[str, typer.Option("--dtype", help="fp16, bf16, fp32, or several")]
 HeadDims = Annotated[str, typer.Option("--head-dim", help="32, 40, 64, 80, 96, 128, 160, or several")]
 Cache = Annotated[

@@ -156,10 +156,11 @@ def roofline(work: Work, gpu: Gpu, dtype: str) -> Bound:
     return Bound(max(compute_s, memory_s), "tensor cores" if compute_s >= memory_s else "memory")
 
 
-def tile_intensity(rows: int, products: int, element_bytes: int) -> float:
+def tile_intensity(rows: int, products: float, streamed: float, element_bytes: int) -> float:
     """FLOP per byte that one program streams.
 
-    A program keeps `rows` queries or keys; every row of two other matrices (k and v, or q and dO) passes by once, from
-    L2 at best, and takes part in `products` matrix products: 2 * products * rows * d FLOP for 2 * d elements.
+    A program keeps `rows` queries or keys; every row of `streamed` other matrices (k and v, or q and dO: two) passes by
+    once, from L2 at best, and takes part in `products` matrix products: 2 * products * rows * d FLOP for
+    streamed * d elements.
     """
-    return products * rows / element_bytes
+    return 2 * products * rows / (streamed * element_bytes)

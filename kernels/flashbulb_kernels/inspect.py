@@ -22,8 +22,11 @@ from .gpus import LIMITS, occupancy, tile_intensity
 UNITS_PTX = {"mma.sync": r"mma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
 UNITS_SASS = {"mma.sync": r"HMMA", "wgmma": r"HGMMA", "tcgen05": r"UTC\w*MMA"}
 ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-# Matrix products per block. `delta` multiplies element by element, once, in no loop.
-PRODUCTS = {"forward": 2, "fused": 2, "delta": 0, "dkdv": 4, "dq": 3, "tensorrt": 2}
+# Matrix products per block, scores and results. `delta` multiplies element by element, once, in no loop.
+PRODUCTS = {
+    "forward": (1, 1), "fused": (1, 1), "tensorrt": (1, 1), "delta": (0, 0),
+    "dkdv": (2, 2), "dk": (2, 1), "dv": (1, 1), "dq": (2, 1),
+}  # fmt: skip
 KEY_DIGITS = 12  # of the content hash, in the table
 
 _LABEL = re.compile(r"^\s*(\$L__BB\w+):")
@@ -58,6 +61,8 @@ class Row:
     num_warps: int
     num_stages: int
     reload: bool
+    columns: int
+    owned: int
     key: str
     registers: int
     spill_bytes: int
@@ -188,7 +193,7 @@ def faults(described: Row) -> list[str]:
         )
     if described.blocks < 1:
         wrong.append(f"no block fits an SM: {described.limiter}")
-    if PRODUCTS[described.entry]:
+    if any(PRODUCTS[described.entry]):
         if not described.tensor or not described.tensor_sass:
             wrong.append(f"no {limits.unit}")
         if not described.async_copies + described.bulk_copies:
@@ -227,9 +232,15 @@ def refused(variant: Variant, reason: str) -> Row:
 
 
 def _intensity(variant: Variant) -> float:
-    products = PRODUCTS[variant.entry]
-    rows = variant.tile.block_n if variant.entry == "dkdv" else variant.tile.block_m
-    return tile_intensity(rows, products, ELEMENT_BYTES[variant.dtype])
+    of_scores, of_results = PRODUCTS[variant.entry]
+    rows = variant.tile.block_n if variant.entry in ("dkdv", "dk", "dv") else variant.tile.block_m
+    share = 1 / variant.tile.parts(variant.head_dim)
+    # What a program does not own of a result it does not add, and what it owns it reads once more.
+    again = of_results * share if share < 1 else 0
+    products, streamed = of_scores + of_results * share, 2 + again
+    if variant.entry == "dv" and share < 1:
+        streamed = 1 + share  # q for the scores, and of dO the owned pieces alone
+    return tile_intensity(rows, products, streamed, ELEMENT_BYTES[variant.dtype])
 
 
 def _named(variant: Variant) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Data alone: neither Triton nor torch is imported, so that tables can be checked 
 import ast
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ class Entry:
         file, function: where the kernel stands: a module of `attention`, and its name there.
         types: type of each run-time argument, in order; "*T" is a pointer to the elements.
         aligned: arguments that are multiples of 16 in every launch that is meant to be fast.
+        fixed: compile-time arguments that are the entry's own.
     """
 
     file: str
     function: str
     types: Mapping[str, str]
     aligned: frozenset[str]
+    fixed: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -46,20 +48,21 @@ class Entry:
         known: dict[str, Any] = {
             "D": head_dim,
             "BLOCK_D": block_d(head_dim),
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "RELOAD": tile.reload,
+            **tile.constants(head_dim),
             "HAS_MASK": False,
             "PRECISION": PRECISIONS[dtype],
             "NORM": "none",
             "SPLIT": False,
             "HAS_ROPE": False,
+            **self.fixed,
         } | flags
         unused = {
             "p_mask": not known["HAS_MASK"],
             **dict.fromkeys(("p_q_weight", "p_k_weight"), known["NORM"] == "none"),
             **dict.fromkeys(("p_q_bias", "p_k_bias"), known["NORM"] != "layer"),
             **dict.fromkeys(("p_cos", "p_sin"), not known["HAS_ROPE"]),
+            "p_dk": known.get("GIVES_DK") is False,
+            "p_dv": known.get("GIVES_DV") is False,
         }
         values = {name: known[name] for name in self.arguments if name not in self.types}
         return values | {name: None for name in self.types if unused.get(name)}
@@ -86,7 +89,12 @@ _SIZES = {"scale": "fp32", "H": "i32", "NQ": "i32", "NK": "i32"}
 
 
 def _entry(
-    file: str, function: str, pointers: Mapping[str, str], strides: tuple[str, ...], sizes: Mapping[str, str]
+    file: str,
+    function: str,
+    pointers: Mapping[str, str],
+    strides: tuple[str, ...],
+    sizes: Mapping[str, str],
+    **fixed: bool,
 ) -> Entry:
     # A mask is bytes of any batch stride, and lse and delta lie row by row: those are read along n, in small numbers.
     return Entry(
@@ -94,7 +102,21 @@ def _entry(
         function=function,
         types={**pointers, **dict.fromkeys(strides, "i32"), **sizes},
         aligned=frozenset(pointers) - {"p_mask"} | frozenset(strides),
+        fixed=fixed,
     )
+
+
+def _dkdv(**gives: bool) -> Entry:
+    return _entry(
+        "dkdv", "dkdv_kernel",
+        {
+            "p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_do": "*T",
+            "p_lse": "*fp32", "p_delta": "*fp32", "p_dk": "*T", "p_dv": "*T",
+        },
+        (*_QKV, *_strides("do", "dk", "dv")),
+        {"stride_mb": "i32"} | _SIZES,
+        **gives,
+    )  # fmt: skip
 
 
 ENTRIES: dict[str, Entry] = {
@@ -115,22 +137,16 @@ ENTRIES: dict[str, Entry] = {
         {"stride_mb": "i32", "scale": "fp32", "eps": "fp32", "split": "i32", "rope_start": "i32"} | _SIZES,
     ),
     "delta": _entry(
-        "backward", "delta_kernel",
+        "delta", "delta_kernel",
         {"p_o": "*T", "p_do": "*T", "p_dlse": "*fp32", "p_delta": "*fp32"},
         _strides("o", "do"),
         {"H": "i32", "NQ": "i32"},
     ),
-    "dkdv": _entry(
-        "backward", "dkdv_kernel",
-        {
-            "p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_do": "*T",
-            "p_lse": "*fp32", "p_delta": "*fp32", "p_dk": "*T", "p_dv": "*T",
-        },
-        (*_QKV, *_strides("do", "dk", "dv")),
-        {"stride_mb": "i32"} | _SIZES,
-    ),
+    "dkdv": _dkdv(GIVES_DK=True, GIVES_DV=True),
+    "dk": _dkdv(GIVES_DK=True, GIVES_DV=False),
+    "dv": _dkdv(GIVES_DK=False, GIVES_DV=True),
     "dq": _entry(
-        "backward", "dq_kernel",
+        "dq", "dq_kernel",
         {
             "p_q": "*T", "p_k": "*T", "p_v": "*T", "p_mask": "*u8", "p_do": "*T",
             "p_lse": "*fp32", "p_delta": "*fp32", "p_dq": "*T",
@@ -179,7 +195,7 @@ def _source(file: str, function: str) -> str:
         home = dict.fromkeys(jitted(file), file) | _imported(file)
         named = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} & home.keys()
         waiting += [(home[name], name) for name in named if f"{home[name]}.{name}" not in found]
-    return "\n".join(found[name] for name in sorted(found))
+    return "\n".join(sorted(found.values()))
 
 
 @functools.cache

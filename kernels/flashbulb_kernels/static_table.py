@@ -84,7 +84,8 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     for row in sorted(rows, key=_order):
         lines.append(
-            f"| {row.name} | {row.block_m}x{row.block_n} w{row.num_warps} s{row.num_stages}{' reload' * row.reload} "
+            f"| {row.name} | {row.block_m}x{row.block_n} w{row.num_warps} s{row.num_stages}{' reload' * row.reload}"
+            f"{f' c{row.columns}' if row.columns else ''}{f' owns {row.owned}' if row.owned else ''} "
             f"| {row.registers} "
             f"| {row.spill_bytes} | {row.stack_bytes} | {row.shared_bytes} | {row.tensor} ({row.tensor_sass}) "
             f"| {row.async_copies} / {row.bulk_copies} | {row.scalar_loads} "

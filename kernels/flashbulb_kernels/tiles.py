@@ -21,6 +21,10 @@ class Tile:
         num_warps: warps per program.   num_stages: of the pipeline of loads.
         reload: read what does not change in the loop (a block of q, or of k and v) from shared memory in every step,
             where keeping it in registers would spill.
+        columns: width of the pieces in which a head is read and held, a power of two; 0: one piece, the power of two
+            that holds the head.
+        owned: pieces of a result that one program computes; 0: all. Fewer cost registers less, and the scores are
+            computed once for each part.
     """
 
     block_m: int
@@ -28,6 +32,27 @@ class Tile:
     num_warps: int
     num_stages: int
     reload: bool = False
+    columns: int = 0
+    owned: int = 0
+
+    def constants(self, head_dim: int) -> dict[str, int]:
+        """Return the compile-time arguments of a kernel that works in pieces."""
+        return {
+            "COLUMNS": self.columns or block_d(head_dim),
+            "OWNED": self.owned or self.pieces(head_dim),
+            "PARTS": self.parts(head_dim),
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "RELOAD": self.reload,
+        }
+
+    def pieces(self, head_dim: int) -> int:
+        """Return into how many pieces a head is cut."""
+        return -(-head_dim // (self.columns or block_d(head_dim)))
+
+    def parts(self, head_dim: int) -> int:
+        """Return how many programs share a block of a result."""
+        return -(-self.pieces(head_dim) // self.owned) if self.owned else 1
 
 
 # The interpreter's time goes by blocks, not by what they hold.
@@ -60,6 +85,16 @@ def has_tile(entry: str, dtype: str, head_dim: int, arch: str) -> bool:
     """Say whether `tile_for` has an answer: whether the kernel exists for these."""
     row = _table().get(entry, {}).get(dtype, {}).get(str(head_dim), {})
     return arch == "interpreter" or arch in row or "*" in row
+
+
+def backward_entries(dtype: str, head_dim: int, arch: str) -> tuple[str, ...]:
+    """Name the kernels of a backward pass: dK and dV come from one, or from one each where both would spill registers.
+
+    Where there is no backward pass, the last name is one that has no tile.
+    """
+    together = has_tile("dkdv", dtype, head_dim, arch)
+    apart = not together and has_tile("dk", dtype, head_dim, arch)
+    return "delta", "dq", *(("dk", "dv") if apart else ("dkdv",))
 
 
 def block_d(head_dim: int) -> int:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .attention import Preparation, attention
-from .attention.availability import BACKWARD, DTYPES
+from .attention.availability import DTYPES
 from .attention.reference import attention_reference
 from .attention.tolerance import Closeness, closeness, plain_attention
-from .tiles import HEAD_DIMS, has_tile
+from .tiles import HEAD_DIMS, backward_entries, has_tile
 
 Prepared = Literal["", "rms of two segments", "layer and rotation"]
 
@@ -66,8 +66,9 @@ def cases(dtypes: Sequence[torch.dtype], arch: str = "interpreter") -> list[Case
 
 
 def _exists(case: Case, arch: str) -> bool:
-    entries = ("fused" if case.prepared else "forward", *BACKWARD)
-    return all(has_tile(entry, DTYPES[case.dtype], case.d, arch) for entry in entries)
+    cell = DTYPES[case.dtype], case.d, arch
+    entries = ("fused" if case.prepared else "forward", *backward_entries(*cell))
+    return all(has_tile(entry, *cell) for entry in entries)
 
 
 def verify(device: torch.device, listed: Sequence[Case]) -> Iterator[Verdict]:

@@ -1,13 +1,17 @@
 """The backward kernels against autograd through the definition in fp64, and the reference's own backward pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from flashbulb_kernels.aot import ARCHS
+from flashbulb_kernels.attention import availability
 from flashbulb_kernels.attention.backward import backward
 from flashbulb_kernels.attention.forward import forward
 from flashbulb_kernels.attention.reference import attention_backward_reference, attention_reference
 from flashbulb_kernels.attention.tolerance import closeness
-from flashbulb_kernels.tiles import HEAD_DIMS, Tile
+from flashbulb_kernels.tiles import HEAD_DIMS, Tile, backward_entries, has_tile, tile_for
 from flashbulb_kernels.verify import differentiated
 from support.attention import DTYPES, LENGTHS, TILE, draw, draw_mask, judge
 
@@ -43,6 +47,47 @@ def test_gradients_are_right_at_any_head_dimension(device, dtype, d):
 @pytest.mark.parametrize("tile", [Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(16, 16, 4, 1)], ids=str)
 def test_gradients_are_right_for_any_tile(device, tile):
     check(*draw(device, torch.float16, n=77, m=63), mask=None, tiles=dict.fromkeys(TILES, tile))
+
+
+def shipped_cuts():
+    """List how the table of tiles cuts backward passes: (dtype, head dimension, columns and owned pieces by entry)."""
+    cuts = {}
+    for dtype, name in availability.DTYPES.items():
+        for d in HEAD_DIMS:
+            for arch in ARCHS:
+                entries = backward_entries(name, d, arch)
+                if not all(has_tile(entry, name, d, arch) for entry in entries):
+                    continue
+                tiles = {entry: tile_for(entry, name, d, arch) for entry in entries}
+                cut = tuple((entry, tile.columns, tile.owned) for entry, tile in tiles.items())
+                if "dk" in tiles or any(tile.columns for tile in tiles.values()):
+                    cuts.setdefault((name, d, cut), (dtype, d, cut))
+    return list(cuts.values())
+
+
+def named(value):
+    return (
+        "-".join(f"{entry}{columns}x{owned}" for entry, columns, owned in value)
+        if isinstance(value, tuple)
+        else str(value)
+    )
+
+
+@pytest.mark.parametrize(("dtype", "d", "cut"), shipped_cuts(), ids=named)
+def test_every_shipped_cut_of_a_head_gives_the_gradients(device, dtype, d, cut):
+    """In the interpreter's large blocks: what is at stake is which columns go where, by whom, and that none is left."""
+    tiles = {entry: replace(TILE, columns=columns, owned=owned) for entry, columns, owned in cut}
+    check(*draw(device, dtype, d=d), mask=None, tiles=tiles)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+@pytest.mark.parametrize(("d", "columns", "owned"), [(80, 16, 2), (64, 32, 1), (40, 32, 1), (160, 32, 3)])
+def test_gradients_are_right_in_parts(device, d, columns, owned, apart):
+    """A last part may own less than the others, and a last piece may hold less: nothing is written beyond a head."""
+    tile = replace(TILE, columns=columns, owned=owned)
+    tiles = dict.fromkeys(("delta", "dk", "dv", "dq") if apart else ("delta", "dkdv", "dq"), tile)
+    mask = draw_mask(device, 2, 77)
+    check(*draw(device, torch.float16, d=d), mask, tiles)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

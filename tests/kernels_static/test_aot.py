@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ def test_a_tile_that_spills_turns_the_row_red(rows) -> None:  # type: ignore[no-
     (row,) = rows([forward("sm_80", tile=SPILLING)])
     assert row.spill_bytes > 0 and row.stack_bytes > 0
     assert any("registers spilled" in fault for fault in row.faults)
+
+
+def test_gradients_of_wide_heads_spill_together_and_not_apart(rows) -> None:  # type: ignore[no-untyped-def]
+    """Why `dk` and `dv` are kernels of their own: with the same tile one that gives both is red."""
+    apart = [v for v in shipped_variants(("sm_80",), ("dk", "dv"), ("fp16",), (128,)) if v.form == "plain"]
+    together = replace(apart[0], entry="dkdv")
+    described = {row.entry: row for row in rows([*apart, together])}
+    assert described["dk"].faults == () and described["dv"].faults == ()
+    assert any("registers spilled" in fault for fault in described["dkdv"].faults)
 
 
 def test_what_was_compiled_once_comes_from_the_cache(cache: Path) -> None:

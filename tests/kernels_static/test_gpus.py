@@ -58,7 +58,7 @@ def test_fp32_costs_three_tf32_products() -> None:
 
 def test_a_programs_intensity_is_its_rows_per_byte_and_product() -> None:
     """64 queries in fp16, d = 64: a key and a value, 256 bytes, bring 2 * 2 * 64 * 64 = 16384 FLOP."""
-    assert tile_intensity(rows=64, products=2, element_bytes=2) == 16384 / 256
+    assert tile_intensity(rows=64, products=2, streamed=2, element_bytes=2) == 16384 / 256
 
 
 def test_every_gpu_is_of_an_architecture_with_limits_and_every_architecture_has_a_gpu() -> None:

@@ -1,5 +1,6 @@
 """The committed table: green, and of the kernels as they are."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flashbulb_kernels.aot import ARCHS, FORMS, compile_variants, shipped_variants
+from flashbulb_kernels.aot import ARCHS, DTYPES, FORMS, compile_variants, shipped_variants
 from flashbulb_kernels.cli import app
 from flashbulb_kernels.inspect import Row, faults, inspect
 from flashbulb_kernels.static_table import current, read_csv, stale, write_csv
+from flashbulb_kernels.tiles import HEAD_DIMS, backward_entries, has_tile
 
 TABLE = Path(__file__).parents[2] / "kernels" / "static-table.csv"
 
@@ -38,11 +40,24 @@ def test_a_changed_tile_is_noticed(rows: list[Row]) -> None:
     assert stale(rows[:1], []) == [rows[0].name]
 
 
-def test_the_shipped_families_have_every_kernel_everywhere() -> None:
-    """SDXL, SD3, SD3.5 and CogVideoX have heads of 64, run in fp16 or bf16, and train with gradients."""
-    shipped = shipped_variants(ARCHS, tuple(FORMS), ("fp16", "bf16"), (64,))
-    forms = sum(len(FORMS[entry]) for entry in FORMS if entry != "tensorrt")
-    assert len(shipped) == len(ARCHS) * forms * 2
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128])
+def test_head_dimensions_to_128_train_in_16_bits_and_on_sm_120_to_64(head_dim: int) -> None:
+    """Forward, fused and gradients, with and without a mask. SDXL, SD3, SD3.5 and CogVideoX have heads of 64."""
+    for arch in ARCHS:
+        if arch == "sm_120" and head_dim > 64:
+            continue
+        for dtype in ("fp16", "bf16"):
+            entries = ("forward", "fused", *backward_entries(dtype, head_dim, arch))
+            shipped = shipped_variants((arch,), entries, (dtype,), (head_dim,))
+            assert len(shipped) == sum(len(FORMS[entry]) for entry in entries)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_dk_and_dv_come_together_or_apart_and_never_both_ways(arch: str) -> None:
+    for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
+        apart = [has_tile(entry, dtype, head_dim, arch) for entry in ("dk", "dv")]
+        assert apart[0] == apart[1]
+        assert not (apart[0] and has_tile("dkdv", dtype, head_dim, arch))
 
 
 def test_only_green_rows_of_kernels_as_they_are_are_kept(rows: list[Row]) -> None:

@@ -4,10 +4,9 @@ from importlib.util import find_spec
 
 import torch
 
-from ..tiles import HEAD_DIMS, has_tile
+from ..tiles import HEAD_DIMS, backward_entries, has_tile
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-BACKWARD = ("delta", "dkdv", "dq")
 LOWEST_CAPABILITY = (8, 0)  # asynchronous copies and bf16 begin there
 
 
@@ -29,8 +28,9 @@ def why_not_triton(
         capability = torch.cuda.get_device_capability(device)
         if capability < LOWEST_CAPABILITY:
             return f"expected a GPU of compute capability 8.0 or higher, got {capability[0]}.{capability[1]}"
-        entries = ("fused" if fused else "forward", *(BACKWARD if training else ()))
-        missing = [e for e in entries if not has_tile(e, DTYPES[dtype], head_dim, arch_of(device))]
+        cell = DTYPES[dtype], head_dim, arch_of(device)
+        entries = ("fused" if fused else "forward", *(backward_entries(*cell) if training else ()))
+        missing = [entry for entry in entries if not has_tile(entry, *cell)]
         if missing:
             return f"there is no {missing[0]} kernel for {DTYPES[dtype]} and a head dimension of {head_dim} on this GPU"
         return None

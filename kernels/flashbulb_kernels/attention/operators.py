@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..tiles import tile_for
-from .availability import BACKWARD, DTYPES, arch_of
+from ..tiles import backward_entries, tile_for
+from .availability import DTYPES, arch_of
 from .launch import aligned_rows
 from .preparation import Norm, Preparation
 from .reference import attention_backward_reference, attention_reference
@@ -54,9 +54,8 @@ def attention_backward(
     if impl == "triton":
         from .backward import backward
 
-        tiles = {
-            entry: tile_for(entry, DTYPES[q.dtype], q.shape[-1], arch_of(q.device)) for entry in BACKWARD
-        }
+        cell = DTYPES[q.dtype], q.shape[-1], arch_of(q.device)
+        tiles = {entry: tile_for(entry, *cell) for entry in backward_entries(*cell)}
         return backward(grad_o, grad_lse, q, k, v, o, lse, key_padding_mask, scale, tiles)
     dq, dk, dv = attention_backward_reference(grad_o, grad_lse, q, k, v, o, lse, key_padding_mask, scale)
     return _empty(q).copy_(dq), _empty(k).copy_(dk), _empty(v).copy_(dv)
