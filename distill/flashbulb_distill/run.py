@@ -20,7 +20,9 @@ evaluation and export on the first rank's CPU.
 import json
 import platform
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version as version_of
@@ -44,7 +46,9 @@ from .export.run import export_run
 from .measure import Measurement, measurement_of
 from .networks.lora import diffusers_names
 from .pairs.generate import generate_pairs
-from .pairs.store import read_pairs
+from .pairs.growing import JOURNAL, GrowingPairs
+from .pairs.lock import is_written, only_writer
+from .pairs.store import DrawnPairs, count_pairs, read_pairs
 from .progress import Progress
 from .provenance import code_version
 from .ranks import ALONE, Ranks
@@ -176,18 +180,53 @@ class Run:
     # Stages. Each returns its identity: the hash of all that it is made from.
 
     def pairs(self) -> str:
-        """Make the teacher's ODE pairs."""
-        recipe = self.recipe
-        if recipe.pairs is None:
+        """Make the teacher's ODE pairs; wait where another process makes them, and go on where it ended."""
+        recipe, folder = self._pairs_recipe(), self._pairs_folder()
+        if self.ranks.first(folder.is_done):
+            return folder.identity
+        with ExitStack() as held:
+            self.ranks.first(lambda: held.enter_context(only_writer(folder.path, _say_that_we_wait)))
+            if self._begins(folder):
+                self._make_pairs(recipe, folder.path)
+                self.ranks.first(folder.finish)
+        return folder.identity
+
+    def _first_pairs(self) -> str:
+        """Return when as many pairs are there as training begins with, which another process makes; else make all."""
+        recipe, folder = self._pairs_recipe(), self._pairs_folder()
+        if recipe.start_after is None:
+            return self.pairs()
+        least = recipe.start_after
+
+        def wait() -> bool:
+            while not folder.is_done() and is_written(folder.path):
+                if count_pairs(folder.path) >= least:
+                    return True
+                time.sleep(1.0)
+            return False
+
+        return folder.identity if self.ranks.first(wait) else self.pairs()
+
+    def _pairs_recipe(self) -> PairsRecipe:
+        if self.recipe.pairs is None:
             raise RecipeError("pairs: expected a section that says which pairs to make, got null")
+        return self.recipe.pairs
+
+    def _pairs_folder(self) -> StageFolder:
+        """Return the folder of the pairs, whose identity does not depend on when training begins."""
+        recipe = self.recipe
+        made = self._pairs_recipe().model_dump(exclude={"start_after"})
         inputs = {"teacher": self.teacher_sha256, "prompts": digest(self.prompts), "seed": recipe.seed}
-        identity = digest(inputs | {"recipe": recipe.pairs.model_dump(), "precision": recipe.precision})
-        folder = self._folder("pairs", identity)
-        if not self._begins(folder):
-            return identity
-        self._make_pairs(recipe.pairs, folder.path)
-        self.ranks.first(folder.finish)
-        return identity
+        return self._folder("pairs", digest(inputs | {"recipe": made, "precision": recipe.precision}))
+
+    def _drawn_pairs(self, stage: Path) -> DrawnPairs | None:
+        """Return the pairs that a stage learns from, in whose folder a journal says what was known when."""
+        recipe, folder = self.recipe.pairs, self.out / "pairs"
+        if recipe is None:
+            return None
+        if recipe.start_after is None:
+            return read_pairs(folder)
+        return GrowingPairs(folder, stage / JOURNAL, recipe.count, ranks=self.ranks)
 
     def _make_pairs(self, pairs: PairsRecipe, folder: Path) -> None:
         generate_pairs(
@@ -232,7 +271,7 @@ class Run:
                 teacher=self.trained_teacher,
                 cond=self.condition,
                 uncond=self.uncond,
-                pairs=read_pairs(self.out / "pairs") if self.recipe.pairs else None,
+                pairs=self._drawn_pairs(folder.path),
                 start=load_file(self.out / parent / STUDENT) if parent else None,
                 heads=self._carried_heads(stage),
                 ranks=self.ranks,
@@ -304,7 +343,9 @@ class Run:
     def _source(self) -> str:
         """Return the identity of what the first stage begins from."""
         if self.recipe.pairs:
-            return self.pairs()
+            made_of = self._first_pairs()
+            least = self.recipe.pairs.start_after
+            return made_of if least is None else digest({"pairs": made_of, "start_after": least})
         return digest({"teacher": self.teacher_sha256, "prompts": digest(self.prompts)})
 
     def _carried_heads(self, stage: str) -> dict[str, Tensor] | None:
@@ -394,6 +435,8 @@ class Run:
     def export(self) -> list[Parity]:
         """Export the student as a verified bundle; the parity gate must pass. [] where the bundle is there already."""
         _, shares = self.evaluate()
+        if self.recipe.pairs:
+            self.pairs()  # all of them: the bundle names its parents by hash
         return self.ranks.first(lambda: self._export(shares))
 
     def _export(self, shares: Mapping[str, float]) -> list[Parity]:
@@ -484,6 +527,10 @@ def start_run(
     ranks.first(lambda: _prepare(recipe, out, resume=resume))
     torch.manual_seed(recipe.seed)
     return Run(recipe, out, Progress(), ranks, device, board)
+
+
+def _say_that_we_wait() -> None:
+    print("pairs: another process is making them; waiting for it", file=sys.stderr, flush=True)
 
 
 def _prepare(recipe: Recipe, out: Path, *, resume: bool) -> None:

@@ -1,1 +1,1 @@
-"""ODE pairs of the teacher: made once, resumable, read whole."""
+"""ODE pairs of the teacher: made once, resumable, read whole or while more are made."""

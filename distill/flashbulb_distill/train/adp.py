@@ -14,7 +14,7 @@ from ..core.draws import Draws
 from ..core.schedule import add_noise
 from ..core.times import biased_times
 from ..losses import discriminator_hinge, generator_hinge
-from ..pairs.store import Pairs
+from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import AdpRecipe
@@ -30,7 +30,7 @@ class Adp:
 
     recipe: AdpRecipe
     draws: Draws
-    pairs: Pairs
+    pairs: DrawnPairs
     cond: Condition  # one row for each of the pairs' prompts
     student: Denoiser
     latent: nn.Module
@@ -60,7 +60,7 @@ class Adp:
         """Let the student estimate the clean latents from points on the pairs' straight lines; noise both sides."""
         draws, device = self.draws, device_of(self.student)
         send = sender(device)
-        picks = torch.from_numpy(draws.integers("adp/pair", step, rows, len(self.pairs)))
+        picks = torch.from_numpy(draws.integers("adp/pair", step, rows, self.pairs.known(step)))
         x_0, x_T = self.pairs.x_0[picks].to(device), self.pairs.x_T[picks].to(device)
         cond = self.cond.take(self.pairs.prompt[picks]).to(device)
         t = send(biased_times(draws.uniform("adp/time", step, rows), self.recipe.time_power)).float()

@@ -12,7 +12,7 @@ from ..core.draws import Draws
 from ..networks.discriminators import LatentDiscriminator, PixelDiscriminator
 from ..networks.lora import Adapted, SharedBackbone, checkpoint_blocks, merge
 from ..networks.vision import load_pixel_backbone
-from ..pairs.store import Pairs
+from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
 from ..sharding import is_shared, shard
 from ..teachers.denoiser import Condition, Denoiser
@@ -36,7 +36,7 @@ class Inputs:
     teacher: Teacher
     cond: Condition  # one row for each training prompt, or for each of the pairs' prompts
     uncond: Condition  # the row for no prompt, on the teacher's device
-    pairs: Pairs | None = None
+    pairs: DrawnPairs | None = None
     start: Mapping[str, Tensor] | None = None  # the student of the stage before; None: the teacher
     heads: Mapping[str, Tensor] | None = None  # ADP's latent heads, where ADM takes them over
     ranks: Ranks = ALONE
@@ -47,7 +47,7 @@ class Inputs:
         """How many rows of a batch are computed at once; None is all."""
         return self.recipe.memory.micro_batch
 
-    def required_pairs(self) -> Pairs:
+    def required_pairs(self) -> DrawnPairs:
         """Return the pairs.
 
         Raises:

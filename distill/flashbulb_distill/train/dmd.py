@@ -17,7 +17,7 @@ from ..core.draws import Draws
 from ..core.schedule import add_noise
 from ..core.times import adm_times
 from ..losses import discriminator_softplus, dmd_gradient, dmd_loss, generator_softplus
-from ..pairs.store import Pairs
+from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
 from .fake import Samples, pull, update_fake
@@ -44,7 +44,7 @@ class Dmd:
     fake: Denoiser
     optimizers: Mapping[str, Optimizer]
     latent: nn.Module | None = None
-    pairs: Pairs | None = None
+    pairs: DrawnPairs | None = None
     ranks: Ranks = ALONE
     micro_batch: int | None = None  # rows that are computed at once; None is all
 
@@ -99,8 +99,8 @@ class Dmd:
             )
         return Samples(rows, cond, x_0)
 
-    def _picks(self, step: int, rows: range, pairs: Pairs) -> Tensor:
-        return torch.from_numpy(self.draws.integers("dmd/pair", step, rows, len(pairs)))
+    def _picks(self, step: int, rows: range, pairs: DrawnPairs) -> Tensor:
+        return torch.from_numpy(self.draws.integers("dmd/pair", step, rows, pairs.known(step)))
 
     def _noised(self, step: int, rows: range, *pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the heads' times [b], and pictures [b, ...] of these rows, noised alike to them."""
@@ -110,7 +110,7 @@ class Dmd:
         return s, [add_noise(self.teacher.schedule, x, eps, spread(s, like)) for x in pictures]
 
     def _update_heads(
-        self, step: int, parts: Parts, samples: Sequence[Samples], latent: nn.Module, pairs: Pairs
+        self, step: int, parts: Parts, samples: Sequence[Samples], latent: nn.Module, pairs: DrawnPairs
     ) -> dict[str, float]:
         """Teach the heads to tell the pairs' endpoints from the student's pictures of one prompt."""
         recipe, logs, judged = self.recipe, Means(), Judged()

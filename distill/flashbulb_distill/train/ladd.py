@@ -17,7 +17,7 @@ from ..core.draws import Draws
 from ..core.schedule import add_noise
 from ..core.times import logit_normal_times
 from ..losses import discriminator_hinge, generator_hinge
-from ..pairs.store import Pairs
+from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import LaddRecipe
@@ -30,7 +30,7 @@ class Ladd:
 
     recipe: LaddRecipe
     draws: Draws
-    pairs: Pairs
+    pairs: DrawnPairs
     cond: Condition  # one row for each of the pairs' prompts
     time_steps: Sequence[float]
     student: Denoiser
@@ -58,7 +58,7 @@ class Ladd:
         """Let the student estimate the pairs' endpoints from one of its own times; noise both sides alike."""
         recipe, draws, device = self.recipe, self.draws, device_of(self.student)
         send = sender(device)
-        picks = torch.from_numpy(draws.integers("ladd/pair", step, rows, len(self.pairs)))
+        picks = torch.from_numpy(draws.integers("ladd/pair", step, rows, self.pairs.known(step)))
         x_0 = self.pairs.x_0[picks].to(device)
         cond = self.cond.take(self.pairs.prompt[picks]).to(device)
         which = draws.integers("ladd/step", step, rows, len(self.time_steps))

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..core.draws import Draws
 from ..core.schedule import add_noise, ode_step
 from ..losses import pseudo_huber
-from ..pairs.store import Pairs
+from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
 from ..sharding import own
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
@@ -29,7 +29,7 @@ class Lcm:
 
     recipe: LcmRecipe
     draws: Draws
-    pairs: Pairs
+    pairs: DrawnPairs
     cond: Condition  # one row for each of the pairs' prompts
     uncond: Condition  # the empty prompt
     teacher: Denoiser
@@ -65,7 +65,7 @@ class Lcm:
         """Return the mean loss of some rows of the batch."""
         recipe, draws, device = self.recipe, self.draws, device_of(self.student)
         send = sender(device)
-        picks = torch.from_numpy(draws.integers("lcm/pair", step, rows, len(self.pairs)))
+        picks = torch.from_numpy(draws.integers("lcm/pair", step, rows, self.pairs.known(step)))
         x_0 = self.pairs.x_0[picks].to(device)
         cond = self.cond.take(self.pairs.prompt[picks]).to(device)
 

@@ -33,6 +33,17 @@ class PairsRecipe(Strict):
     )
     guidance: float = Field(ge=1)
     batch_size: int = Field(default=64, ge=1)
+    start_after: int | None = Field(
+        default=None,
+        ge=1,
+        description="pairs with which training may begin, while another process makes the others; null: all",
+    )
+
+    @model_validator(mode="after")
+    def _starts(self) -> "PairsRecipe":
+        if self.start_after is not None and self.start_after > self.count:
+            raise ValueError(f"start_after: expected at most the count, {self.count}, got {self.start_after}")
+        return self
 
 
 class Rates(Strict):

@@ -15,7 +15,7 @@ from ..core.draws import Draws
 from ..core.schedule import add_noise
 from ..core.times import biased_times
 from ..losses import velocity_loss
-from ..pairs.store import Pairs
+from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import RegressionRecipe
@@ -28,7 +28,7 @@ class Regression:
 
     recipe: RegressionRecipe
     draws: Draws
-    pairs: Pairs
+    pairs: DrawnPairs
     cond: Condition  # one row for each of the pairs' prompts
     student: Denoiser
     optimizers: Mapping[str, Optimizer]
@@ -56,7 +56,7 @@ class Regression:
     def _loss(self, step: int, rows: range) -> Tensor:
         """Return the mean loss of some rows of the batch."""
         draws, device = self.draws, device_of(self.student)
-        picks = torch.from_numpy(draws.integers("regression/pair", step, rows, len(self.pairs)))
+        picks = torch.from_numpy(draws.integers("regression/pair", step, rows, self.pairs.known(step)))
         x_0, x_T = self.pairs.x_0[picks].to(device), self.pairs.x_T[picks].to(device)
         cond = self.cond.take(self.pairs.prompt[picks]).to(device)
         uniform = draws.uniform("regression/time", step, rows)
