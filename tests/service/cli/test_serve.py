@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.queue import Queue
@@ -92,6 +93,7 @@ async def test_a_killed_worker_is_replaced(models_dir: Path, tmp_path: Path, wai
         assert not is_running(old)
 
 
+@pytest.mark.timeout(180)
 async def test_a_second_start_is_ready_within_three_seconds(models_dir: Path, tmp_path: Path) -> None:
     times = []
     for _ in range(8):  # other tests run beside this one: one start that was let alone is enough
