@@ -125,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         old = checkout(args.old, folder / "old")
-        models = rig.repository_of(
-            folder / "models", args.bundle
-        )  # the version before may not know the others
+        # What runs before serves its own bundle; it may not know one that was made later.
+        own = old / "models" / args.bundle.parent.name / args.bundle.name
+        models = rig.repository_of(folder / "models", own if own.is_dir() else args.bundle)
         runs = {}
         for first in args.first:
             rig.say(f"rolling: from {args.old} to this checkout, {first} first")
@@ -148,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def checkout(revision: str, folder: Path) -> Path:
-    """Return a folder with the code of a revision."""
+    """Return a folder with the code and the bundles of a revision."""
     folder.mkdir()
     archive = subprocess.run(
-        ["git", "archive", revision, "service", "distill", "kernels"],
+        ["git", "archive", revision, "service", "distill", "kernels", "models"],
         cwd=rig.ROOT, capture_output=True, check=False,
     )  # fmt: skip
     if archive.returncode:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,6 +17,7 @@ from flashbulb_distill.bundle import (
     open_bundle,
     write_manifest,
 )
+from flashbulb_distill.bundle.bundle import manifest_digest
 from support.tiny_bundle import make_tiny_bundle
 
 
@@ -126,12 +126,20 @@ def test_a_schedule_that_contradicts_itself_is_refused(tmp_path, schedules):
         make_tiny_bundle(tmp_path, step_schedules=schedules)
 
 
-def test_a_published_bundle_of_schema_version_1_is_read_as_it_is():
-    path = Path(__file__).parents[3] / "models/emoji/1"
-    assert json.loads((path / "manifest.json").read_text())["schema_version"] == 1
-    opened = open_bundle(path)
+def test_a_bundle_of_schema_version_1_is_read_as_it_is(bundle):
+    """Version 1 had one text encoder, and none of the fields that came with videos and step schedules."""
+    path = bundle / "manifest.json"
+    now, fields = open_bundle(bundle).manifest, json.loads(path.read_text())
+    (text,) = fields["text"]
+    old = {k: v for k, v in fields.items() if k not in ("fps", "step_schedules", "timestep_offset")}
+    latent = {k: v for k, v in fields["latent"].items() if k not in ("frame_downscale", "first_frame_alone")}
+    del old["manifest_sha256"]
+    old |= {"schema_version": 1, "text": text, "latent": latent}
+    path.write_text(json.dumps(old | {"manifest_sha256": manifest_digest(old)}, indent=2) + "\n")
+    opened = open_bundle(bundle)
     assert [text.tokenizer for text in opened.manifest.text] == ["tokenizer.json"]
-    assert opened.sha256 == hash_file(path / "manifest.json")
+    assert opened.manifest == now
+    assert opened.sha256 == hash_file(path)
 
 
 def video(bundle, **changes):
