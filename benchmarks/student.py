@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-from flashbulb_distill.bundle import open_bundle
+from flashbulb_distill.bundle import DISABLED_OPTIMIZERS, open_bundle
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample
 from flashbulb_service.backends.onnx import session_options
@@ -45,7 +45,10 @@ class BareStudent:
         components = self.bundle.manifest.components.model_dump()
         self._sessions = {
             part: onnxruntime.InferenceSession(
-                str(self.bundle.file(name)), options, providers=["CPUExecutionProvider"]
+                str(self.bundle.file(name)),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=[*DISABLED_OPTIMIZERS],
             )
             for part, name in components.items()
         }

@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from flashbulb_distill.bundle import open_bundle
+from flashbulb_distill.bundle import DISABLED_OPTIMIZERS, open_bundle
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample, sample_ode
 from flashbulb_distill.export.generate import teacher_images
@@ -53,7 +53,10 @@ def main() -> None:
     options.intra_op_num_threads = 1
     sessions = {
         part: onnxruntime.InferenceSession(
-            str(bundle.file(name)), options, providers=["CPUExecutionProvider"]
+            str(bundle.file(name)),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=[*DISABLED_OPTIMIZERS],
         )
         for part, name in bundle.manifest.components.model_dump().items()
     }
