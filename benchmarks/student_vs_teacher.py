@@ -23,10 +23,11 @@ import numpy as np
 import onnxruntime
 import torch
 
-from flashbulb_distill.bundle import DISABLED_OPTIMIZERS, open_bundle
+from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample, sample_ode
 from flashbulb_distill.export.generate import teacher_images
+from flashbulb_distill.export.parity import open_session
 from flashbulb_distill.teachers.open import open_teacher
 from flashbulb_distill.teachers.text import load_tokenizer, tokenise
 
@@ -49,16 +50,8 @@ def main() -> None:
     prompt = PROMPTS[family]
     teacher = open_teacher(family, str(args.teacher))
     tokenizer, takes_pooled = load_tokenizer(), family == "emoji"
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
     sessions = {
-        part: onnxruntime.InferenceSession(
-            str(bundle.file(name)),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=[*DISABLED_OPTIMIZERS],
-        )
-        for part, name in bundle.manifest.components.model_dump().items()
+        part: open_session(bundle.file(name)) for part, name in manifest.components.model_dump().items()
     }
 
     def text(prompts: list[str]) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
 from .fake import Samples, pull, update_fake
 from .recipe import AdmRecipe
 from .simulate import simulate_student
-from .step import Judged, Means, Parts, device_of, judge, sender, shaken, update
+from .step import Judged, Means, Parts, judge, sender, shaken, update
 
 
 def keep_position(schedule: Schedule, xt: Tensor, xs: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -92,19 +92,18 @@ class Adm:
     def _simulate(self, step: int, rows: range, *, gradient: bool) -> Samples:
         """Sample the student for some rows of the batch."""
         picks = torch.from_numpy(self.draws.integers("adm/prompt", step, rows, len(self.cond)))
-        cond = self.cond.take(picks).to(device_of(self.student))
-        with torch.set_grad_enabled(gradient):
-            x_0 = simulate_student(
-                self.student,
-                cond,
-                draws=self.draws,
-                purpose="adm",
-                step=step,
-                rows=rows,
-                latent_shape=self.latent_shape,
-                time_steps=self.time_steps,
-            )
-        return Samples(rows, cond, x_0)
+        return simulate_student(
+            self.student,
+            self.cond,
+            picks,
+            gradient=gradient,
+            draws=self.draws,
+            purpose="adm",
+            step=step,
+            rows=rows,
+            latent_shape=self.latent_shape,
+            time_steps=self.time_steps,
+        )
 
     def _pair(self, step: int, samples: Samples, *, gradient: bool) -> "_Pair":
         """Noise the samples and take two short steps down the flow: by the teacher and by the fake score."""

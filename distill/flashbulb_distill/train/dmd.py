@@ -23,7 +23,7 @@ from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
 from .fake import Samples, pull, update_fake
 from .recipe import DmdRecipe
 from .simulate import simulate_student
-from .step import Judged, Means, Parts, device_of, judge, sender, shaken, update
+from .step import Judged, Means, Parts, judge, sender, shaken, update
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,18 @@ class Dmd:
             picks = torch.from_numpy(self.draws.integers("dmd/prompt", step, rows, len(self.cond)))
         else:
             picks = self.pairs.prompt[self._picks(step, rows, self.pairs)]
-        cond = self.cond.take(picks).to(device_of(self.student))
-        with torch.set_grad_enabled(gradient):
-            x_0 = simulate_student(
-                self.student,
-                cond,
-                draws=self.draws,
-                purpose="dmd",
-                step=step,
-                rows=rows,
-                latent_shape=self.latent_shape,
-                time_steps=self.time_steps,
-            )
-        return Samples(rows, cond, x_0)
+        return simulate_student(
+            self.student,
+            self.cond,
+            picks,
+            gradient=gradient,
+            draws=self.draws,
+            purpose="dmd",
+            step=step,
+            rows=rows,
+            latent_shape=self.latent_shape,
+            time_steps=self.time_steps,
+        )
 
     def _picks(self, step: int, rows: range, pairs: DrawnPairs) -> Tensor:
         return torch.from_numpy(self.draws.integers("dmd/pair", step, rows, pairs.known(step)))
