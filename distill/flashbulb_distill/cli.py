@@ -112,11 +112,12 @@ def doctor(recipe: RecipePath, set_: Overrides = None, out: Out = None, device: 
 
 @app.command(
     epilog="Examples:  flashbulb distill plan distill/recipes/sdxl_1step.yaml --gpu 24GiB  |  "
-    "flashbulb distill plan my.yaml --gpu 80GB --stage adm --json"
+    "flashbulb distill plan my.yaml --gpu 80GB --gpus 8 --stage adm --json"
 )
 def plan(
     recipe: RecipePath,
     gpu: Annotated[str, typer.Option("--gpu", metavar="SIZE", help="its memory, like 24GiB or 80GB")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many of them train together")] = 1,
     set_: Overrides = None,
     stage: Annotated[str | None, typer.Option("--stage", help="one training stage; all by default")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -136,13 +137,13 @@ def plan(
         kinds, again = changed.roles, changed.memory.checkpointing
         print(
             f"{name}: student {kinds.student}, fake {kinds.fake}, checkpointing {'on' if again else 'off'}, "
-            f"batch {changed.stages[name].batch_size} ...",
+            f"sharding {changed.memory.sharding}, {changed.stages[name].batch_size} rows ...",
             file=sys.stderr,
             flush=True,
         )
-        return predict(changed, name, budget)
+        return predict(changed, name, budget, gpus=gpus)
 
-    plans = [choose(loaded, name, size, predicted) for name in stages]
+    plans = [choose(loaded, name, size, predicted, gpus=gpus) for name in stages]
     if as_json:
         print(json.dumps([made.model_dump(mode="json") for made in plans], indent=1))
     else:

@@ -1,6 +1,7 @@
 """Which way of training a stage fits a GPU, and why: strategies in order of preference, each predicted."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -14,7 +15,11 @@ GIB = 2**30
 CONTEXT_BYTES = 6 * GIB // 10  # what CUDA and its libraries take; an assumption
 FRAGMENTATION = 0.05  # of the memory that the allocator cannot use; an assumption
 UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
-LEAST_BATCH = 2  # the hinge compares two samples
+UNMEASURED = (
+    "not measured: anything on several GPUs. Shared-out memory is arithmetic (a part of each block, two blocks "
+    "gathered); the time has no communication in it; each GPU holds one network whole while that is loaded"
+)
+LEAST_ROWS = 2  # that are computed at once: fewer leave a GPU idle
 
 
 class Strategy(BaseModel):
@@ -26,35 +31,62 @@ class Strategy(BaseModel):
     roles: tuple[Literal["full", "lora"], Literal["full", "lora"]]  # student, fake score
     checkpointing: bool
     eight_bit: bool = False
+    sharding: Literal["none", "fsdp"] = "none"
     cost: str
 
-    def apply(self, recipe: Recipe, stage: str, batch_size: int) -> Recipe:
-        """Return the recipe with this strategy, with Adam in 32 bits: 8 bits are not run on the meta device."""
-        section = recipe.stages[stage].model_copy(update={"batch_size": batch_size})
+    @property
+    def learns(self) -> tuple[object, ...]:
+        """What decides what is learnt: strategies that differ in nothing of it end at the same student."""
+        return self.roles, self.eight_bit
+
+    def shared_out(self) -> "Strategy":
+        """Return it with networks shared out over several GPUs."""
+        name = f"{self.name}, shared out"
+        cost = "blocks travel between the GPUs at every use"
+        cost = cost if self.cost == NO_COST else f"{self.cost}; {cost}"
+        return self.model_copy(update={"name": name, "sharding": "fsdp", "cost": cost})
+
+    def apply(self, recipe: Recipe, stage: str, rows: int, at_once: int | None = None) -> Recipe:
+        """Return the recipe with this strategy, for one GPU's rows of the batch.
+
+        Adam is the one in 32 bits: 8 bits are not run on the meta device.
+
+        Args:
+            at_once: rows that are computed at once; None: all.
+        """
+        section = recipe.stages[stage].model_copy(update={"batch_size": rows})
         if hasattr(section, "pixel_batch"):
-            section = section.model_copy(update={"pixel_batch": min(section.pixel_batch, batch_size)})
+            section = section.model_copy(update={"pixel_batch": min(section.pixel_batch, rows)})
         roles = recipe.roles.model_copy(update={"student": self.roles[0], "fake": self.roles[1]})
-        memory = recipe.memory.model_copy(update={"checkpointing": self.checkpointing, "optimizer": "adamw"})
+        changes = {
+            "checkpointing": self.checkpointing,
+            "sharding": self.sharding,
+            "micro_batch": at_once,
+            "optimizer": "adamw",
+        }
+        memory = recipe.memory.model_copy(update=changes)
         return recipe.model_copy(update={stage: section, "roles": roles, "memory": memory})
 
     def suits(self, section: StageRecipe) -> bool:
         """Tell whether a stage can be trained so: IDA mixes weights of student and fake score, of one kind then."""
         return self.roles[0] == self.roles[1] or not getattr(section, "ida", 0)
 
-    def overrides(self, stage: str, batch_size: int) -> tuple[str, ...]:
+    def overrides(self, at_once: int | None) -> tuple[str, ...]:
         """Return what to pass to `--set` for it."""
         return (
             f"roles.student={self.roles[0]}",
             f"roles.fake={self.roles[1]}",
             f"memory.checkpointing={str(self.checkpointing).lower()}",
             f"memory.optimizer={'adamw8bit' if self.eight_bit else 'adamw'}",
-            f"{stage}.batch_size={batch_size}",
+            f"memory.sharding={self.sharding}",
+            f"memory.micro_batch={at_once or 'null'}",
         )
 
 
+NO_COST = "nothing"
 FULL: tuple[Literal["full"], Literal["full"]] = ("full", "full")
 STRATEGIES = (
-    Strategy(name="full", roles=FULL, checkpointing=False, cost="nothing"),
+    Strategy(name="full", roles=FULL, checkpointing=False, cost=NO_COST),
     Strategy(name="full, checkpointing", roles=FULL, checkpointing=True, cost="blocks are computed twice"),
     Strategy(
         name="full, checkpointing, 8-bit Adam",
@@ -85,19 +117,31 @@ STRATEGIES = (
 )
 
 
+def strategies_for(gpus: int) -> tuple[Strategy, ...]:
+    """Return what may be tried on so many GPUs, in order of preference; 8-bit moments cannot be shared out."""
+    if gpus == 1:
+        return STRATEGIES
+    both = [(s,) if s.eight_bit else (s, s.shared_out()) for s in STRATEGIES]
+    return tuple(strategy for each in both for strategy in each)
+
+
 class Row(BaseModel):
-    """A strategy's prediction at one batch size."""
+    """A strategy's prediction for one GPU."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     strategy: Strategy
-    batch_size: int | None  # the largest up to the recipe's that fits; None: none does
-    fits: bool
+    rows: int | None  # the most, up to a GPU's share of the batch, that fit at once; None: none do
     weight_bytes: int
     optimizer_bytes: int
     average_bytes: int
     working_bytes: int | None  # None: what stays is too much already
     step_flops: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether it fits at all."""
+        return self.rows is not None
 
     @property
     def total_bytes(self) -> int:
@@ -106,11 +150,12 @@ class Row(BaseModel):
 
 
 class Plan(BaseModel):
-    """A stage on a GPU: every strategy, and the one to take."""
+    """A stage on one GPU of several: every strategy, and the one to take."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage: str
+    gpus: int
     gpu_bytes: int
     usable_bytes: int
     batch_size: int
@@ -121,9 +166,20 @@ class Plan(BaseModel):
     reason: str
 
     @property
+    def share(self) -> int:
+        """How many of the batch's rows one GPU computes."""
+        return self.batch_size // self.gpus
+
+    @property
     def choice(self) -> Row | None:
         """The strategy to take."""
         return None if self.chosen is None else self.rows[self.chosen]
+
+    @property
+    def micro_batch(self) -> int | None:
+        """The recipe's memory.micro_batch; None where a GPU's rows are computed all at once."""
+        row = self.choice
+        return None if row is None or row.rows == self.share else row.rows
 
 
 Predict = Callable[[Recipe, str, int], Prediction]
@@ -134,41 +190,83 @@ def usable(gpu_bytes: int) -> int:
     return int((gpu_bytes - CONTEXT_BYTES) * (1 - FRAGMENTATION))
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Working bytes and operations of a step, for any number of rows: straight lines through a few predictions.
+
+    Args:
+        small: of `least` rows at once.   large: of twice as many; None where nothing more is asked.
+        parts, more: of twice and of three times as many, `least` at once; None where all fit at once.
+    """
+
+    small: Prediction
+    large: Prediction | None = None
+    parts: Prediction | None = None
+    more: Prediction | None = None
+
+    def at(self, rows: int, at_once: int) -> tuple[int, int]:
+        """Return working bytes and operations of `rows` rows that are computed `at_once` at a time."""
+        least = self.small.batch_size
+        working, flops = _bytes(self.small), self.small.step_flops
+        if self.large is None:
+            return working, flops
+        row_bytes = (_bytes(self.large) - working) / least
+        row_flops = (self.large.step_flops - flops) / least
+        whole = working + (at_once - least) * row_bytes, flops + (rows - least) * row_flops
+        if rows == at_once or self.parts is None or self.more is None:
+            return int(whole[0]), int(whole[1])
+        # In parts each row is kept as it was sampled, gradients wait, and the student is sampled once more.
+        kept = max(0.0, (_bytes(self.more) - _bytes(self.parts)) / least)
+        waiting = max(0.0, _bytes(self.parts) - working - least * kept)
+        again = self.parts.step_flops / self.large.step_flops
+        return int(whole[0] + waiting + (rows - at_once) * kept), int(whole[1] * again)
+
+
+def _bytes(prediction: Prediction) -> int:
+    assert prediction.working_bytes is not None  # it ran
+    return prediction.working_bytes
+
+
 def plan(
     recipe: Recipe,
     stage: str,
     gpu_bytes: int,
     predict: Predict,
-    strategies: Sequence[Strategy] = STRATEGIES,
+    strategies: Sequence[Strategy] | None = None,
+    *,
+    gpus: int = 1,
 ) -> Plan:
-    """Predict what suits the stage in order until one fits with the recipe's own batch; else take the first that fits.
+    """Predict what suits the stage in order until one fits, and choose.
 
-    Memory grows in a straight line with the batch, so two predictions tell every size.
+    What learns the same as the first that fits is compared, however few rows fit at once: taken is what computes a
+    GPU's rows all at once, else what computes the most.
 
     Args:
         predict: (recipe, stage, budget of bytes) -> its prediction.
+    Raises:
+        ValueError: the GPUs cannot share the batch equally.
     """
     wanted, budget = recipe.stages[stage].batch_size, usable(gpu_bytes)
-    rows: list[Row] = []
-    known: dict[tuple[object, ...], tuple[Prediction, Prediction | None]] = {}
+    if wanted % gpus:
+        raise ValueError(f"--gpus: expected a number that shares {stage}'s batch of {wanted}, got {gpus}")
+    share, rows = wanted // gpus, list[Row]()
+    known: dict[tuple[object, ...], Line] = {}
     parameters: dict[str, int] = {}
-    for strategy in (one for one in strategies if one.suits(recipe.stages[stage])):
-        key = (strategy.roles, strategy.checkpointing)
-        if key not in known:
-            small = predict(strategy.apply(recipe, stage, LEAST_BATCH), stage, budget)
-            large = None
-            if small.working_bytes is not None and wanted > LEAST_BATCH:
-                large = predict(strategy.apply(recipe, stage, 2 * LEAST_BATCH), stage, budget)
-            known[key] = small, large
-        parameters = parameters or known[key][0].parameters
-        rows.append(_row(strategy, *known[key], wanted, budget))
-        if rows[-1].fits and rows[-1].batch_size == wanted:
+    tried = strategies_for(gpus) if strategies is None else strategies
+    for strategy in (one for one in tried if one.suits(recipe.stages[stage])):
+        if (best := _best(rows, share)) is not None and (
+            rows[best].rows == share or strategy.learns != rows[best].strategy.learns
+        ):
             break
-    chosen = next((i for i, row in enumerate(rows) if row.batch_size == wanted), None)
-    if chosen is None:
-        chosen = next((i for i, row in enumerate(rows) if row.fits), None)
+        key = (strategy.roles, strategy.checkpointing, strategy.sharding)
+        if key not in known:
+            known[key] = _line(strategy, recipe, stage, share, budget, predict)
+        parameters = parameters or known[key].small.parameters
+        rows.append(_row(strategy, known[key], share, budget))
+    chosen = _best(rows, share)
     return Plan(
         stage=stage,
+        gpus=gpus,
         gpu_bytes=gpu_bytes,
         usable_bytes=budget,
         batch_size=wanted,
@@ -176,68 +274,90 @@ def plan(
         parameters=parameters,
         rows=tuple(rows),
         chosen=chosen,
-        reason=_reason(rows, chosen, wanted, budget),
+        reason=_reason(rows, chosen, share, budget),
     )
 
 
-def _row(strategy: Strategy, small: Prediction, large: Prediction | None, wanted: int, budget: int) -> Row:
-    moments = sum(small.optimizer_bytes.values())
+def _best(rows: Sequence[Row], share: int) -> int | None:
+    """Return the place of the row to take."""
+    first = next((row for row in rows if row.fits), None)
+    if first is None:
+        return None
+    same = [i for i, row in enumerate(rows) if row.fits and row.strategy.learns == first.strategy.learns]
+    return max(same, key=lambda i: (rows[i].rows or 0, -i))
+
+
+def _line(strategy: Strategy, recipe: Recipe, stage: str, share: int, budget: int, predict: Predict) -> Line:
+    """Predict as much of a strategy as the choice needs."""
+    least = min(LEAST_ROWS, share)
+    small = predict(strategy.apply(recipe, stage, least), stage, budget)
+    if small.working_bytes is None or share == least:
+        return Line(small)
+    large = predict(strategy.apply(recipe, stage, 2 * least), stage, budget)
+    line = Line(small, large)
+    if _fixed(strategy, small) + line.at(share, share)[0] <= budget:
+        return line
+    parts, more = (
+        predict(strategy.apply(recipe, stage, k * least, at_once=least), stage, budget) for k in (2, 3)
+    )
+    return Line(small, large, parts, more)
+
+
+def _moments(strategy: Strategy, prediction: Prediction) -> int:
+    moments = sum(prediction.optimizer_bytes.values())
     if strategy.eight_bit:
-        moments = moments // 4 + moments // 1024  # 1 byte for 4, and a float32 scale for every 256 values
-    weights = sum(small.weight_bytes.values())
-    fixed = weights + moments + small.average_bytes
-    sizes = [size for size in (2**k for k in range(1, 20)) if size <= wanted]
-    sizes = sorted({*sizes, wanted}, reverse=True)
-    working: dict[int, tuple[int, int]] = {}
-    if small.working_bytes is not None:
-        for size in sizes:
-            working[size] = _at(small, large, size)
-    fitting = [size for size in working if fixed + working[size][0] <= budget]
-    batch = fitting[0] if fitting else None
-    shown = working.get(batch or LEAST_BATCH)
+        return moments // 4 + moments // 1024  # 1 byte for 4, and a float32 scale for every 256 values
+    return moments
+
+
+def _fixed(strategy: Strategy, prediction: Prediction) -> int:
+    """Return the bytes that stay from step to step."""
+    weights = sum(prediction.weight_bytes.values())
+    return weights + _moments(strategy, prediction) + prediction.average_bytes
+
+
+def _row(strategy: Strategy, line: Line, share: int, budget: int) -> Row:
+    small, fixed = line.small, _fixed(strategy, line.small)
+    least = small.batch_size
+    sizes = sorted(
+        {size for size in (2**k for k in range(20)) if least <= size < share} | {share}, reverse=True
+    )
+    needed = {size: line.at(share, size) for size in sizes} if small.working_bytes is not None else {}
+    rows = next((size for size, (working, _) in needed.items() if fixed + working <= budget), None)
+    shown = needed.get(rows or least)
     return Row(
         strategy=strategy,
-        batch_size=batch,
-        fits=batch is not None,
-        weight_bytes=weights,
-        optimizer_bytes=moments,
+        rows=rows,
+        weight_bytes=sum(small.weight_bytes.values()),
+        optimizer_bytes=_moments(strategy, small),
         average_bytes=small.average_bytes,
         working_bytes=shown[0] if shown else None,
         step_flops=shown[1] if shown else None,
     )
 
 
-def _at(small: Prediction, large: Prediction | None, size: int) -> tuple[int, int]:
-    """Return working bytes and operations of a step at a batch size, on the line through two predictions."""
-    assert small.working_bytes is not None
-    if large is None or large.working_bytes is None or size == small.batch_size:
-        return small.working_bytes, small.step_flops
-    part = (size - small.batch_size) / (large.batch_size - small.batch_size)
-    working = small.working_bytes + part * (large.working_bytes - small.working_bytes)
-    return int(working), int(small.step_flops + part * (large.step_flops - small.step_flops))
-
-
-def _reason(rows: Sequence[Row], chosen: int | None, wanted: int, budget: int) -> str:
+def _reason(rows: Sequence[Row], chosen: int | None, share: int, budget: int) -> str:
     if chosen is None:
         least = min(rows, key=lambda row: row.total_bytes)
-        size = f"at batch {LEAST_BATCH}" if least.working_bytes is not None else "before its first activation"
+        size = f"for {LEAST_ROWS} rows" if least.working_bytes is not None else "before its first activation"
         return (
             f"nothing fits {budget / GIB:.1f} GiB: the smallest, {least.strategy.name}, needs "
-            f"{least.total_bytes / GIB:.1f} GiB {size}; take a larger GPU, or a smaller shape"
+            f"{least.total_bytes / GIB:.1f} GiB {size}; take a larger GPU, more of them, or a smaller shape"
         )
     row = rows[chosen]
-    passed = [r.strategy.name for r in rows[:chosen]]
+    passed = [r.strategy.name for r in rows[:chosen] if not r.fits]
     less = f"{'; '.join(passed)} would not fit" if passed else "the first choice fits"
-    if row.batch_size != wanted:
+    if row.rows != share:
+        again = "" if row.strategy.cost == NO_COST else f"{row.strategy.cost}; "
         return (
-            f"{row.strategy.name}, with batch {row.batch_size} instead of {wanted}: no strategy fits the recipe's "
-            f"batch in {budget / GIB:.1f} GiB. Cost: {row.strategy.cost}, and a noisier gradient"
+            f"{row.strategy.name}, {row.rows} of {share} rows at once: {less}. "
+            f"Cost: {again}samples are drawn twice; the gradient is the whole batch's"
         )
     return f"{row.strategy.name}: {less}. Cost: {row.strategy.cost}"
 
 
 def hours(plan: Plan, utilisation: float = UTILISATION) -> dict[str, float]:
-    """Estimate the chosen strategy's hours on one GPU of each known kind: operations over a share of the peak."""
+    """Estimate the chosen strategy's hours on GPUs of each known kind: one's operations over a share of its peak."""
     row = plan.choice
     if row is None or row.step_flops is None:
         return {}
@@ -247,29 +367,31 @@ def hours(plan: Plan, utilisation: float = UTILISATION) -> dict[str, float]:
 def table(plan: Plan) -> str:
     """Return the plan as text."""
     sizes = ", ".join(f"{role} {count / 1e6:,.1f} M" for role, count in plan.parameters.items())
-    title = f"{plan.stage}: {plan.gpu_bytes / GIB:.0f} GiB, of which {plan.usable_bytes / GIB:.1f} usable"
-    columns = f"{'batch':>6}{'weights':>9}{'optimiser':>11}{'average':>9}{'working':>9}{'total':>9}  GiB"
-    lines = [f"{title}; parameters: {sizes}", f"  {'strategy':<52}{columns}"]
+    several = f"{plan.gpus} GPUs of {plan.gpu_bytes / GIB:.0f} GiB each" if plan.gpus > 1 else ""
+    where = several or f"{plan.gpu_bytes / GIB:.0f} GiB"
+    title = f"{plan.stage}: {where}, of which {plan.usable_bytes / GIB:.1f} usable"
+    columns = f"{'rows':>6}{'weights':>9}{'optimiser':>11}{'average':>9}{'working':>9}{'total':>9}  GiB"
+    lines = [f"{title}; parameters: {sizes}", f"  {'strategy':<64}{columns}"]
     for index, row in enumerate(plan.rows):
         mark = "*" if index == plan.chosen else " "
-        batch = str(row.batch_size) if row.fits else "no"
+        rows = str(row.rows) if row.fits else "no"
         working = "?" if row.working_bytes is None else f"{row.working_bytes / GIB:.2f}"
         more = ">" if row.working_bytes is None else ""
         total = f"{more}{row.total_bytes / GIB:.2f}"
         lines.append(
-            f"{mark} {row.strategy.name:<52}{batch:>6}{row.weight_bytes / GIB:>9.2f}{row.optimizer_bytes / GIB:>11.2f}"
+            f"{mark} {row.strategy.name:<64}{rows:>6}{row.weight_bytes / GIB:>9.2f}{row.optimizer_bytes / GIB:>11.2f}"
             f"{row.average_bytes / GIB:>9.2f}{working:>9}{total:>9}"
         )
     lines.append(f"  {plan.reason}")
     if row_ := plan.choice:
-        assert row_.batch_size is not None
-        lines.append(
-            f"  {' '.join(f'--set {o}' for o in row_.strategy.overrides(plan.stage, row_.batch_size))}"
-        )
+        lines.append(f"  {' '.join(f'--set {o}' for o in row_.strategy.overrides(plan.micro_batch))}")
         guess = ", ".join(f"{name} {_duration(value)}" for name, value in hours(plan).items())
+        count = "one GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
         lines.append(
-            f"  estimate, {plan.steps} steps on one GPU at {UTILISATION:.0%} of its bfloat16 peak: {guess}"
+            f"  estimate, {plan.steps} steps on {count} at {UTILISATION:.0%} of the bfloat16 peak: {guess}"
         )
+    if plan.gpus > 1:
+        lines.append(f"  {UNMEASURED}")
     return "\n".join(lines)
 
 

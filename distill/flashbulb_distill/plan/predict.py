@@ -1,12 +1,13 @@
 """Predict what one training step of a recipe's stage holds in memory and computes, by running it on the meta device."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ..core.draws import Draws
@@ -17,6 +18,7 @@ from ..train.recipe import Recipe, StageRecipe
 from ..train.trainer import Method
 from .meta import Compute, Meter
 from .outline import META, outline
+from .shares import Shares, moments_of, tensors_of
 
 PROMPTS = 64  # stand-ins; embeddings lie in the host's memory
 PAIRS = 256
@@ -39,7 +41,7 @@ class Prediction(BaseModel):
     """What a stage's step needs on its device, bytes, and computes.
 
     `working_bytes` is the peak beyond what stays: activations, gradients, casts, the optimiser's temporaries; None
-    where no step was run, since what stays is above the budget already.
+    where no step was run, since what stays is above the budget already. Of several GPUs it is one's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,12 +70,13 @@ class Prediction(BaseModel):
 
 
 def predict(
-    recipe: Recipe, stage: str, budget_bytes: int | None = None, *, for_cuda: bool = True
+    recipe: Recipe, stage: str, budget_bytes: int | None = None, *, gpus: int = 1, for_cuda: bool = True
 ) -> Prediction:
     """Run one step of a stage on the meta device.
 
     Args:
         budget_bytes: no step is run if what stays is more than this, were the moments in 8 bits.
+        gpus: over which the recipe may share networks out; the recipe's batch is then one GPU's rows of it.
         for_cuda: norms in float32 under autocast and the optimisers' grouped arithmetic, as on a GPU.
     Raises:
         RecipeError: the teacher's configuration is not known here.
@@ -85,35 +88,39 @@ def predict(
         averages = [p.detach().clone() for p in method.modules["student"].parameters()]
         for optimizer in method.optimizers.values():
             _prime(optimizer, grouped=for_cuda)
-        resident = meter.alive_bytes
+        networks, optimizers = _networks(teacher, method), method.optimizers
+        shares = Shares(networks, gpus if recipe.memory.sharding == "fsdp" else 1)
+        own = _resident(shares, networks, optimizers, averages, student=method.modules["student"])
+        all_of_it = _resident(
+            Shares(networks, 1), networks, optimizers, averages, student=method.modules["student"]
+        )
+        # Inputs and what is fixed, like positions, belong to what stays as well; they are small.
+        before = meter.alive_bytes
+        other = max(0, before - all_of_it.total)
+        moments = sum(own.optimizer_bytes.values())
+        runs = budget_bytes is None or own.total + other - moments * 3 // 4 <= budget_bytes
         meter.start()
-        moments = sum(_state_bytes(optimizer) for optimizer in method.optimizers.values())
-        runs = budget_bytes is None or resident - moments * 3 // 4 <= budget_bytes
         if runs:
-            method.step(_moving_step(recipe.stages[stage]))
-        peak, flops = meter.peak_bytes, meter.flops
-    networks = _networks(teacher, method)
-    trained = {role: _trained(optimizer) for role, optimizer in method.optimizers.items()}
-    weight_bytes = {role: _bytes(network) for role, network in networks.items()}
-    optimizer_bytes = {role: _state_bytes(optimizer) for role, optimizer in method.optimizers.items()}
-    average_bytes = sum(average.nbytes for average in averages)
-    # Inputs and what is fixed, like positions, belong to what stays as well; they are small.
-    other = max(0, resident - sum(weight_bytes.values()) - sum(optimizer_bytes.values()) - average_bytes)
+            with shares.reduced(list(optimizers.values())):
+                method.step(_moving_step(recipe.stages[stage]))
+        working = meter.peak_bytes - before
+        working = max(working, *(shares.updating_bytes(optimizer) for optimizer in optimizers.values()))
+    trained = {role: _trained(optimizer) for role, optimizer in optimizers.items()}
     return Prediction(
         stage=stage,
         batch_size=recipe.stages[stage].batch_size,
         steps=recipe.stages[stage].steps,
         parameters={role: sum(p.numel() for p in network.parameters()) for role, network in networks.items()},
         trainable=trained,
-        weight_bytes=weight_bytes | {"inputs": other},
-        optimizer_bytes=optimizer_bytes,
-        average_bytes=average_bytes,
+        weight_bytes=own.weight_bytes | {"inputs": other},
+        optimizer_bytes=own.optimizer_bytes,
+        average_bytes=own.average_bytes,
         gradient_bytes=max(
             sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
             for optimizer in method.optimizers.values()
         ),
-        working_bytes=peak - resident if runs else None,
-        step_flops=flops,
+        working_bytes=working + shares.gathered_bytes if runs else None,
+        step_flops=meter.flops,
     )
 
 
@@ -162,14 +169,33 @@ def _networks(teacher: Teacher, method: Method) -> Mapping[str, nn.Module]:
     return networks
 
 
-def _bytes(network: nn.Module) -> int:
-    return sum(t.nbytes for t in [*network.parameters(), *network.buffers()])
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    """What stays on one GPU from step to step."""
+
+    weight_bytes: dict[str, int]
+    optimizer_bytes: dict[str, int]
+    average_bytes: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.weight_bytes.values()) + sum(self.optimizer_bytes.values()) + self.average_bytes
+
+
+def _resident(
+    shares: Shares,
+    networks: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    averages: Sequence[Tensor],
+    *,
+    student: nn.Module,
+) -> _Resident:
+    return _Resident(
+        {role: shares.bytes_of(tensors_of(network)) for role, network in networks.items()},
+        {role: shares.bytes_of(moments_of(optimizer)) for role, optimizer in optimizers.items()},
+        shares.bytes_of(list(zip(averages, student.parameters(), strict=True))),
+    )
 
 
 def _trained(optimizer: Optimizer) -> int:
     return sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-
-
-def _state_bytes(optimizer: Optimizer) -> int:
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from flashbulb_distill.plan.choose import GIB, STRATEGIES, hours, plan, read_bytes, table, usable
+from flashbulb_distill.plan.choose import (
+    GIB,
+    STRATEGIES,
+    hours,
+    plan,
+    read_bytes,
+    strategies_for,
+    table,
+    usable,
+)
 from flashbulb_distill.plan.predict import Prediction
 from flashbulb_distill.train.recipe import load_recipe
 
@@ -13,43 +22,80 @@ RECIPE = load_recipe(RECIPES / "sdxl_1step.yaml", ["adm.batch_size=16"])
 
 
 def predicted(recipe, stage, budget):
-    """A network of 2 GiB: whole roles cost 4 more GiB each with their moments, adapters nothing; 1 GiB a sample."""
+    """A network of 2 GiB: whole roles cost 4 more GiB each with their moments, adapters nothing; 1 GiB a row at once.
+
+    In parts gradients wait (1 GiB) and each row is kept (1/16 GiB). Shared out over 4 GPUs, a quarter stays.
+    """
     whole = [recipe.roles.student, recipe.roles.fake].count("full")
-    per_sample = GIB // 4 if recipe.memory.checkpointing else GIB
+    a_row = GIB // 4 if recipe.memory.checkpointing else GIB
     size = recipe.stages[stage].batch_size
-    resident = 2 * GIB + whole * 6 * GIB
+    at_once = recipe.memory.micro_batch or size
+    part = 4 if recipe.memory.sharding == "fsdp" else 1
+    resident = (2 * GIB + whole * 6 * GIB) // part
+    waiting = GIB + size * GIB // 16 if at_once < size else 0
     return Prediction(
         stage=stage,
         batch_size=size,
         steps=1000,
         parameters={"teacher": 10},
         trainable={},
-        weight_bytes={"all": 2 * GIB + whole * 2 * GIB},
-        optimizer_bytes={"all": whole * 4 * GIB},
+        weight_bytes={"all": (2 * GIB + whole * 2 * GIB) // part},
+        optimizer_bytes={"all": whole * 4 * GIB // part},
         average_bytes=0,
         gradient_bytes=0,
-        working_bytes=size * per_sample if resident <= budget else None,
-        step_flops=size * 10**15,
+        working_bytes=at_once * a_row + waiting if resident <= budget else None,
+        step_flops=size * 10**15 * (5 if at_once < size else 4) // 4,
     )
 
 
 @pytest.mark.parametrize(
-    ("gib", "strategy", "batch"),
+    ("gib", "strategy", "rows"),
     [
         (80, "full", 16),
         (24, "full, checkpointing", 16),
-        (18, "full, checkpointing, 8-bit Adam", 16),
+        (18, "full, checkpointing", 2),  # 14 stay, 1 waits, 1 is kept: rather this than coarser moments
         (14, "LoRA student, full fake, checkpointing", 16),
         (8, "LoRA both, checkpointing", 16),
-        (5, "LoRA both, checkpointing", 8),
+        (5.5, "LoRA both, checkpointing", 2),
     ],
 )
-def test_the_first_strategy_that_fits_with_the_recipes_batch_is_taken(gib, strategy, batch):
-    made = plan(RECIPE, "adm", gib * GIB, predicted)
-    assert (made.choice.strategy.name, made.choice.batch_size) == (strategy, batch)
-    assert made.choice.total_bytes <= usable(gib * GIB)
+def test_what_learns_most_is_taken_and_computes_as_many_rows_at_once_as_fit(gib, strategy, rows):
+    made = plan(RECIPE, "adm", int(gib * GIB), predicted)
+    assert (made.choice.strategy.name, made.choice.rows) == (strategy, rows)
+    assert made.choice.total_bytes <= usable(int(gib * GIB))
     assert strategy in made.reason
-    assert f"adm.batch_size={batch}" in table(made)
+    assert f"memory.micro_batch={'null' if rows == 16 else rows}" in table(made)
+    assert ("the gradient is the whole batch's" in made.reason) == (rows < 16)
+
+
+@pytest.mark.parametrize(
+    ("gib", "strategy", "rows"),
+    [
+        (24, "full", 4),  # a GPU has 4 of 16 rows: no sharing needed
+        (12, "full, shared out", 4),
+        (6, "full, checkpointing, shared out", 4),
+    ],
+)
+def test_several_gpus_share_the_batch_and_where_it_is_needed_the_networks(gib, strategy, rows):
+    made = plan(RECIPE, "adm", gib * GIB, predicted, gpus=4)
+    assert (made.choice.strategy.name, made.choice.rows) == (strategy, rows)
+    shown = table(made)
+    assert f"memory.sharding={'fsdp' if 'shared' in strategy else 'none'}" in shown
+    assert "not measured: anything on several GPUs" in shown
+    assert f"4 GPUs of {gib} GiB each" in shown
+    assert not any(s.eight_bit and s.sharding == "fsdp" for s in strategies_for(4))
+
+
+def test_parts_cost_time_and_are_told_from_predictions_of_parts():
+    made = plan(RECIPE, "adm", 18 * GIB, predicted)
+    # Two rows at once, gradients that wait, all sixteen kept.
+    assert made.choice.working_bytes == 2 * GIB // 4 + GIB + 16 * GIB // 16
+    assert made.choice.step_flops == 16 * 10**15 * 5 // 4
+
+
+def test_a_batch_that_the_gpus_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="--gpus: expected a number that shares adm's batch of 16, got 3"):
+        plan(RECIPE, "adm", 80 * GIB, predicted, gpus=3)
 
 
 def test_nothing_fits_and_it_says_what_would():
@@ -63,15 +109,18 @@ def test_nothing_fits_and_it_says_what_would():
 def test_time_is_operations_over_a_share_of_the_peak():
     made = plan(RECIPE, "adm", 80 * GIB, predicted)
     assert hours(made)["A100 SXM 80 GB"] == pytest.approx(16e15 * 24000 / (312e12 * 0.35) / 3600)
+    quarter = plan(RECIPE, "adm", 80 * GIB, predicted, gpus=4)
+    assert hours(quarter)["A100 SXM 80 GB"] == pytest.approx(hours(made)["A100 SXM 80 GB"] / 4)
 
 
 def test_the_overrides_are_ones_that_a_recipe_takes():
     path = Path(__file__).parents[3] / "distill/recipes/sdxl_1step.yaml"
-    for strategy in STRATEGIES:
-        changed = load_recipe(path, list(strategy.overrides("adm", 4)))
+    for strategy in strategies_for(2):
+        changed = load_recipe(path, list(strategy.overrides(4)))
         assert (changed.roles.student, changed.roles.fake) == strategy.roles
         assert changed.memory.checkpointing == strategy.checkpointing
-        assert changed.adm.batch_size == 4
+        assert changed.memory.sharding == strategy.sharding
+        assert changed.memory.micro_batch == 4
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -85,10 +134,11 @@ def test_what_is_planned_of_any_recipe_is_a_recipe_too(path):
         return predicted(changed, stage, 0)
 
     for stage in recipe.stages:
-        rows = plan(recipe, stage, GIB, never_fits).rows
-        assert {"full", "LoRA both, checkpointing"} <= {row.strategy.name for row in rows}
-        for row in rows:
-            load_recipe(path, list(row.strategy.overrides(stage, 2)))
+        for gpus in (1, 2):
+            rows = plan(recipe, stage, GIB, never_fits, gpus=gpus).rows
+            assert {"full", "LoRA both, checkpointing"} <= {row.strategy.name for row in rows}
+            for row in rows:
+                load_recipe(path, list(row.strategy.overrides(2)))
     for changed in tried:
         type(changed).model_validate(changed.model_dump())
         assert changed.memory.optimizer == "adamw"  # 8 bits are a quarter of that, and need no GPU to tell

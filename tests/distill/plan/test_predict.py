@@ -23,6 +23,8 @@ RECIPES = Path(__file__).parents[3] / "distill" / "recipes"
 TOLERANCES = {
     "emoji": 0.03,
     "emoji adp": 0.03,
+    "emoji in parts": 0.03,
+    "emoji adp in parts": 0.03,
     "sdxl": 0.03,
     "sd35-large": 0.03,
     "cogvideox-5b": 0.12,
@@ -62,6 +64,12 @@ VIDEO = [*SMALL, "shape.width=64", "shape.height=64", "shape.frames=9", "adm.tap
 CASES = {
     "emoji": ("emoji", "adm", SMALL[:2]),
     "emoji adp": ("emoji", "adp", ["adp.batch_size=8", "adp.pixel_batch=4", "adp.warmup_steps=0"]),
+    "emoji in parts": ("emoji", "adm", [*SMALL[:2], "memory.micro_batch=2"]),
+    "emoji adp in parts": (
+        "emoji",
+        "adp",
+        ["adp.batch_size=8", "adp.pixel_batch=4", "adp.warmup_steps=0", "memory.micro_batch=3"],
+    ),
     "sdxl": ("sdxl_1step", "adm", IMAGE),
     "sd35-large": ("sd35_large_4step", "adm", IMAGE),
     "cogvideox-5b": ("cogvideox_5b_8step", "adm", VIDEO),
@@ -85,6 +93,8 @@ def recipe_of(case, tmp_path, *overrides):
     [
         ("emoji", "bfloat16"),
         ("emoji adp", "float32"),
+        ("emoji in parts", "float32"),
+        ("emoji adp in parts", "float32"),
         ("sdxl", "bfloat16"),
         ("sd35-large", "float32"),
         ("cogvideox-5b", "float32"),
