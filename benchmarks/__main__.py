@@ -7,6 +7,7 @@ saturate    pictures/s of the whole server beside a bare onnxruntime loop
 overhead    what the server adds to a picture at light load
 stages      where that time goes, by the stages of API and worker
 decide      a decision and a claim with a thousand requests waiting
+durability  what `appendfsync always` of a Valkey of your own costs beside `everysec`
 capacity    workers and p99 that `flashbulb plan-capacity` predicts, beside what `bench serve` measures
 live        goodput of the server on a synthetic device, beside the simulation
 mixed       p99 of pictures at half of the capacity, without and beside videos back to back
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "overhead": ("overhead.py", SERVICE_TESTS),
     "stages": ("stages.py", SERVICE_TESTS),
     "decide": ("decide.py", ("tests/service/queue", "tests/service/test_scheduler.py")),
+    "durability": ("durability.py", ("tests/service/queue", "tests/deploy/test_compose.py")),
     "capacity": ("capacity.py", ("tests/service/test_capacity.py", "tests/service/test_simulate.py")),
     "live": ("live.py", (*SERVICE_TESTS, "tests/service/test_simulate.py")),
     "mixed": ("mixed.py", ("tests/service/video", "tests/service/test_turns.py")),

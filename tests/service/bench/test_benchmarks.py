@@ -65,5 +65,15 @@ def test_the_command_lists_what_there_is(arguments: list[str], code: int) -> Non
     assert done.returncode == code
     assert all(
         name in done.stdout
-        for name in ("student", "saturate", "overhead", "live", "chaos", "fuzz", "soak", "peers")
+        for name in (
+            "student",
+            "saturate",
+            "overhead",
+            "durability",
+            "live",
+            "chaos",
+            "fuzz",
+            "soak",
+            "peers",
+        )
     )
