@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from .run import Run
 
 app = typer.Typer(
-    help="Distil a diffusion teacher into a one-step or few-step student.", no_args_is_help=True
+    help="Distil a diffusion teacher into a one-step or few-step student.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 
 RecipePath = Annotated[
@@ -38,8 +41,8 @@ def distill() -> None:
 
 
 @app.command(
-    epilog="Examples:  flashbulb distill run distill/recipes/emoji.yaml  |  "
-    "flashbulb distill run my.yaml --set adm.steps=100 --out runs/try --resume  |  "
+    epilog="\b\nExamples:\n  flashbulb distill run distill/recipes/emoji.yaml\n  "
+    "flashbulb distill run my.yaml --set adm.steps=100 --out runs/try --resume\n  "
     "torchrun --nproc-per-node=8 --no-python flashbulb distill run my.yaml --resume"
 )
 def run(
@@ -99,7 +102,7 @@ def _started(
 
 
 @app.command(
-    epilog="Examples:  flashbulb distill doctor distill/recipes/emoji.yaml  |  "
+    epilog="\b\nExamples:\n  flashbulb distill doctor distill/recipes/emoji.yaml\n  "
     "flashbulb distill doctor my.yaml --set precision=float32 --device cuda"
 )
 def doctor(recipe: RecipePath, set_: Overrides = None, out: Out = None, device: Device = "auto") -> None:
@@ -111,7 +114,7 @@ def doctor(recipe: RecipePath, set_: Overrides = None, out: Out = None, device: 
 
 
 @app.command(
-    epilog="Examples:  flashbulb distill plan distill/recipes/sdxl_1step.yaml --gpu 24GiB  |  "
+    epilog="\b\nExamples:\n  flashbulb distill plan distill/recipes/sdxl_1step.yaml --gpu 24GiB\n  "
     "flashbulb distill plan my.yaml --gpu 80GB --gpus 8 --stage adm --json"
 )
 def plan(
@@ -150,7 +153,7 @@ def plan(
         print("\n\n".join(table(made) for made in plans))
 
 
-@app.command(epilog="Example:  flashbulb distill report distill/recipes/emoji.yaml --out runs/emoji")
+@app.command(epilog="\b\nExample:\n  flashbulb distill report distill/recipes/emoji.yaml --out runs/emoji")
 def report(recipe: RecipePath, set_: Overrides = None, out: Out = None, device: Device = "auto") -> None:
     """Write report.html of a run that is done: pictures, figures with intervals, cost, health, recipe, hashes."""
     with _started(recipe, set_, out, resume=True, device=device) as started:
@@ -168,7 +171,7 @@ def _examine(started: "Run", *, again: bool) -> None:
 
 
 @app.command(
-    epilog="Examples:  flashbulb distill compare  |  flashbulb distill compare --methods A1,B4,DMD2 --seeds 5  |  "
+    epilog="\b\nExamples:\n  flashbulb distill compare\n  flashbulb distill compare --methods A1,B4,DMD2 --seeds 5\n  "
     "flashbulb distill compare --on distill/recipes/emoji.yaml --moves 100 --seeds 1"
 )
 def compare(

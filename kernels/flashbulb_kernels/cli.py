@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
     from .aot import Variant
 
-app = typer.Typer(help="Compile, inspect, verify and measure the Triton kernels.", no_args_is_help=True)
+app = typer.Typer(
+    help="Compile, inspect, verify and measure the Triton kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 GPU = "cuda"
 DTYPES = ("fp16", "bf16", "fp32")
@@ -35,7 +40,7 @@ def kernels() -> None:
 
 
 @app.command(
-    epilog="Examples:  flashbulb kernels compile --arch sm_89  |  flashbulb kernels compile --arch sm_80,sm_90 "
+    epilog="\b\nExamples:\n  flashbulb kernels compile --arch sm_89\n  flashbulb kernels compile --arch sm_80,sm_90 "
     "--entry forward --dtype fp16 --head-dim 64 --cache-dir build/kernels"
 )
 def compile(
@@ -69,8 +74,8 @@ def compile(
 
 
 @app.command(
-    epilog="Examples:  flashbulb kernels inspect --arch sm_90 --entry forward --dtype fp16 --head-dim 64  |  "
-    "flashbulb kernels inspect --check --write kernels/static-table.csv  |  flashbulb kernels inspect --roofline"
+    epilog="\b\nExamples:\n  flashbulb kernels inspect --arch sm_90 --entry forward --dtype fp16 --head-dim 64\n  "
+    "flashbulb kernels inspect --check --write kernels/static-table.csv\n  flashbulb kernels inspect --roofline"
 )
 def inspect(
     arch: Archs = "all",
@@ -134,7 +139,7 @@ def inspect(
 
 
 @app.command(
-    epilog="Examples:  flashbulb kernels verify  |  TRITON_INTERPRET=1 flashbulb kernels verify --dtype bf16"
+    epilog="\b\nExamples:\n  flashbulb kernels verify\n  TRITON_INTERPRET=1 flashbulb kernels verify --dtype bf16"
 )
 def verify(dtype: DType = "all") -> None:
     """Compare the kernels with their definition on this machine: values and gradients."""
@@ -145,7 +150,7 @@ def verify(dtype: DType = "all") -> None:
 
 
 @app.command(
-    epilog="Examples:  flashbulb kernels bench  |  flashbulb kernels bench --family sd35,cogvideox --dtype fp16 "
+    epilog="\b\nExamples:\n  flashbulb kernels bench\n  flashbulb kernels bench --family sd35,cogvideox --dtype fp16 "
     "--batch 2 --out times.json"
 )
 def bench(

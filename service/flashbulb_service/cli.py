@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from flashbulb_service.tasks import Task
 
 COMMAND_GROUP = "flashbulb.commands"
+# What `flashbulb --help` says of them, since asking them would import them.
+PLUGIN_HELP = {
+    "bench": "Measure a server of pictures under load.",
+    "distill": "Distil a diffusion teacher into a one-step or few-step student.",
+    "export": "Export networks to ONNX, and bundles to TensorRT engines.",
+    "kernels": "Compile, inspect, verify and measure the Triton kernels.",
+}
 VERIFIER_GROUP = (
     "flashbulb.verifiers"  # (bundle's folder) -> what was compared, each with component and error
 )
@@ -45,7 +52,13 @@ Public = Annotated[
     bool, typer.Option("--allow-public", help="Listen where others can reach it, key or no key")
 ]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help is text: as markup, "[auto]" would be a tag and vanish
+    context_settings={"max_content_width": 120},
+)
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(queue_app, name="queue")
@@ -323,7 +336,8 @@ def inspect_model(
 
 
 @models_app.command(
-    "verify", epilog="Examples:  flashbulb models verify  |  flashbulb models verify emoji@1 --hashes-only"
+    "verify",
+    epilog="\b\nExamples:\n  flashbulb models verify\n  flashbulb models verify emoji@1 --hashes-only",
 )
 def verify_models(
     names: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="[all]")] = None,
@@ -459,9 +473,7 @@ def _add_plugin(entry: EntryPoint) -> None:
         if isinstance(code, int) and code:
             raise typer.Exit(code)
 
-    forward.__doc__ = (
-        f"Run the commands of {entry.value.partition('.')[0]}; see 'flashbulb {entry.name} --help'."
-    )
+    forward.__doc__ = PLUGIN_HELP.get(entry.name, f"Run a command of {entry.value.partition('.')[0]}.")
     app.command(
         entry.name,
         add_help_option=False,

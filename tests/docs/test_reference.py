@@ -10,6 +10,7 @@ import pytest
 import typer
 from pydantic import BaseModel, Field
 
+from flashbulb_service.cli import PLUGIN_HELP, app
 from flashbulb_service.errors import ServiceError
 from flashbulb_service.observability import Metrics
 from flashbulb_service.settings import Settings
@@ -22,6 +23,24 @@ def test_reference_pages_are_what_the_code_says(reference: ModuleType) -> None:
     for name, text in reference.pages().items():
         written = (DOCS / "reference" / name).read_text(encoding="utf-8")
         assert written == text, f"docs/reference/{name} is stale: run python docs/reference.py"
+
+
+def told(command: typer.core.TyperGroup) -> str:
+    """Return what --help prints, its lines joined."""
+    context = typer.Context(command, info_name="flashbulb", max_content_width=200)
+    return " ".join(command.get_help(context).split())
+
+
+def test_help_on_a_terminal_tells_what_the_reference_tells(reference: ModuleType) -> None:
+    """As markup, which typer reads into it by default, a default such as "[auto]" is a tag and vanishes."""
+    root = reference._with_plugins(typer.main.get_command(app))
+    for path, command in reference._commands(root, ("flashbulb",)):
+        text = told(command)
+        for parameter in command.params:
+            if not getattr(parameter, "hidden", False):
+                assert " ".join((parameter.help or "").split()) in text, (path, parameter.name)
+    for name, text in PLUGIN_HELP.items():
+        assert root.commands[name].help.startswith(text), name
 
 
 def test_a_planted_setting_changes_the_page(reference: ModuleType) -> None:

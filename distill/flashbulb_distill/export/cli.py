@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Export networks to ONNX, and bundles to TensorRT engines.", no_args_is_help=True)
+app = typer.Typer(
+    help="Export networks to ONNX, and bundles to TensorRT engines.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 
 class Dtype(StrEnum):
@@ -31,7 +36,7 @@ def export() -> None:
 
 
 @app.command(
-    epilog="Examples:  flashbulb export onnx ./stable-diffusion-3.5-large --opset 23 --dtype bfloat16  |  "
+    epilog="\b\nExamples:\n  flashbulb export onnx ./stable-diffusion-3.5-large --opset 23 --dtype bfloat16\n  "
     "flashbulb export onnx ./CogVideoX-5b --no-check"
 )
 def onnx(
@@ -60,7 +65,7 @@ def onnx(
 
 
 @app.command(
-    epilog="Examples:  flashbulb export tensorrt models/emoji/1 --flavor rtx --target sm_86,sm_89  |  "
+    epilog="\b\nExamples:\n  flashbulb export tensorrt models/emoji/1 --flavor rtx --target sm_86,sm_89\n  "
     "flashbulb export tensorrt models/emoji/1 --flavor standard"
 )
 def tensorrt(

@@ -20,27 +20,25 @@ from flashbulb_service.bench.workload import DEFAULT_PROMPTS, Mix, Target, Tenan
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.processes import stop_on_signals
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
 EXAMPLES = """
+\b
 Examples:
-
   flashbulb bench serve --rate 0.5x --rate 1x --rate 1.5x
-
   flashbulb bench serve --rate 20 --rate 40 --slo-ms 250 --cv 2 --out load/
-
   flashbulb bench serve --rate 30 --size 64x64=3 --size 128x128=1 --n 1=9 --n 4=1 --zipf 1.1
-
   flashbulb bench serve --trace yesterday.jsonl --rate 0.8x
-
-  flashbulb bench serve --base-url http://127.0.0.1:9000/v1 --model sdxl-turbo --no-seed
-  --extra-body '{"num_inference_steps": 1}' --rate 2 --slo-scale 3
-"""
+  flashbulb bench serve --base-url http://127.0.0.1:9000/v1 --model sdxl-turbo --no-seed \\
+    --extra-body '{"num_inference_steps": 1}' --rate 2 --slo-scale 3
+"""  # \b: these lines are not joined and wrapped
 
 
 @app.callback()
 def _root() -> None:
-    """Measure servers."""
+    """Measure a server of pictures under load."""
 
 
 @app.command(epilog=EXAMPLES)
