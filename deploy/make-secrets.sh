@@ -9,12 +9,13 @@ random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 
 if [ ! -e "$folder/valkey.conf" ]; then
   password=$(random)
-  # Every write is on disk within a second; a full memory refuses new jobs and never drops old ones.
+  # Every write is on the disk before it is answered (docs/operations.md tells what "everysec" saves, and risks);
+  # a full memory refuses new jobs and never drops old ones.
   cat >"$folder/valkey.conf" <<CONF
 requirepass $password
 dir /data
 appendonly yes
-appendfsync everysec
+appendfsync always
 maxmemory 1gb
 maxmemory-policy noeviction
 CONF

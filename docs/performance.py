@@ -93,6 +93,27 @@ def _decide(result: Result) -> list[str]:
     return _table([f"{result['waiting']} requests waiting, ms", "p50", "p99"], rows)
 
 
+def _durability(result: Result) -> list[str]:
+    names = {
+        "store_p50_ms": "storing one job, ms",
+        "picture_p50_ms": "a picture alone, median, ms",
+        "picture_p90_ms": "a picture alone, p90, ms",
+        "pictures_per_s": f"pictures per second, {result['concurrency']} in flight",
+    }
+    rows = [
+        [
+            says,
+            *("{mean:.3g} ± {ci95:.2g}".format(**result[policy][key]) for policy in ("everysec", "always")),
+        ]
+        for key, says in names.items()
+    ]
+    disk = result["disk_ms"]
+    told = (
+        f"A sync of this disk takes {disk['p50']:.2g} ms (p99 {disk['p99']:.2g}). Means and 95 % intervals."
+    )
+    return [told, "", *_table(["`appendfsync` of a Valkey of your own", "everysec", "always"], rows)]
+
+
 def _live(result: Result) -> list[str]:
     rows = [
         [
@@ -190,6 +211,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
     ),
     "stages": ("The way of a picture", _stages),
     "decide": ("Decisions under a backlog", _decide),
+    "durability": ("A sync before every answer", _durability),
     "capacity": ("The capacity planner beside a measurement", _capacity),
     "live": ("The live server beside the simulation", _live),
     "chaos": ("Chaos", _chaos),

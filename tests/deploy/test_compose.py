@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import redis
 import yaml
+
+from flashbulb_service.embedded import find_server
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -110,6 +113,36 @@ def test_secrets_are_made_once_and_kept(tmp_path: Path) -> None:
     assert len(password) == 48
     assert first["flashbulb_redis"].decode() == f"redis://:{password}@valkey:6379/0"
     assert tmp_path.stat().st_mode & 0o077 == 0
+
+
+def test_valkey_puts_every_write_on_the_disk_before_it_answers_and_drops_none(tmp_path: Path) -> None:
+    """The server reads the very file; only its folder is another one.
+
+    At `everysec` it answers before it writes for as long as an fsync is busy: a `kill -9` then, or a crash of the host
+    at any time, took jobs along that clients had been told of.
+    """
+    assert run("sh", DEPLOY / "make-secrets.sh", tmp_path).returncode == 0
+    config = (tmp_path / "valkey.conf").read_text(encoding="utf-8")
+    password = config.split()[1]
+    server = subprocess.Popen(
+        [find_server(), "-", "--port", "0", "--unixsocket", tmp_path / "s", "--save", ""],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdin is not None and server.stdout is not None
+        with server.stdin:
+            server.stdin.write(config.replace("dir /data", f"dir {tmp_path}"))
+        assert any("ready to accept connections" in line.lower() for line in server.stdout)
+        with redis.Redis(unix_socket_path=str(tmp_path / "s"), password=password) as client:
+            wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+            assert {name: client.config_get(name)[name] for name in wanted} == wanted
+    finally:
+        server.kill()
+        server.wait()
+        assert server.stdout is not None
+        server.stdout.close()
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
