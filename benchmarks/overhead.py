@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--pause-ms", type=float, default=50.0)
     args = parser.parse_args(argv)
-    student = BareStudent(args.bundle, threads=args.threads)
+    student = BareStudent(args.bundle, threads=args.threads, cut=True)
     with rig.serving(args.bundle, threads=args.threads) as server:
         result = measure(server, student, args.requests, args.pause_ms / 1000)
     rig.finish(NAME, {**result, "threads": args.threads, "pause_ms": args.pause_ms}, write=args.write)

@@ -1,6 +1,8 @@
 """The three graphs of a bundle in onnxruntime sessions, and nothing of the service: what everything is compared with.
 
 The peers serve this very code; `saturate` and `overhead` time it. It needs numpy, onnxruntime, tokenizers, pydantic.
+Prompts are padded to the student's length, as a plain loop does it; `overhead`, which asks what the server adds to the
+same work, leaves out padding as a worker does.
 """
 
 from collections.abc import Sequence
@@ -39,8 +41,10 @@ class Inputs:
 class BareStudent:
     """A bundle in three sessions, with the session options of the service."""
 
-    def __init__(self, folder: Path, *, threads: int) -> None:
+    def __init__(self, folder: Path, *, threads: int, cut: bool = False) -> None:
+        """Open the sessions. cut: leave out the padding that all prompts of a batch have."""
         self.bundle = open_bundle(folder)
+        self._cut = cut and self.bundle.manifest.text[0].padding == "zeros"
         options = session_options(threads)
         components = self.bundle.manifest.components.model_dump()
         self._sessions = {
@@ -61,9 +65,11 @@ class BareStudent:
         """Tokenise, and draw the noise of every step."""
         manifest = self.bundle.manifest
         (text,), latent, size = manifest.text, manifest.latent, manifest.shapes[0]
-        ids = np.full((len(asks), text.max_length), text.pad_id, dtype=np.int64)
+        encodings = self._tokenizer.encode_batch([ask.prompt for ask in asks])
+        length = max(len(encoding.ids) for encoding in encodings) if self._cut else text.max_length
+        ids = np.full((len(asks), length), text.pad_id, dtype=np.int64)
         mask = np.zeros_like(ids)
-        for row, encoding in enumerate(self._tokenizer.encode_batch([ask.prompt for ask in asks])):
+        for row, encoding in enumerate(encodings):
             ids[row, : len(encoding.ids)] = encoding.ids
             mask[row, : len(encoding.ids)] = 1
         shape = (latent.channels, size.height // latent.downscale, size.width // latent.downscale)
@@ -80,6 +86,10 @@ class BareStudent:
             ["prompt_embeds", "pooled_prompt_embeds"],
             {"input_ids": inputs.ids, "attention_mask": inputs.mask},
         )
+
+        left_out = manifest.text[0].max_length - embeds.shape[1]
+        if left_out:
+            embeds = np.pad(embeds, ((0, 0), (0, left_out), (0, 0)))
 
         def denoise(latents: np.ndarray, t: float) -> np.ndarray:
             feed = {

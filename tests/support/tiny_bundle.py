@@ -92,24 +92,27 @@ def _save(graph: onnx.GraphProto, path: Path) -> None:
 
 
 def _text_encoder(rng: np.random.Generator) -> onnx.GraphProto:
+    """Embeddings are rows of a table, zeros for padding, and pooled a LENGTH-th of their sum: any length will do."""
     table = rng.standard_normal((len(WORDS) + 2, WIDTH), dtype=np.float32)
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
         helper.make_node("Cast", ["attention_mask"], ["mask2"], to=TensorProto.FLOAT),
         helper.make_node("Unsqueeze", ["mask2", "last"], ["mask"]),
         helper.make_node("Mul", ["rows", "mask"], ["prompt_embeds"]),
-        helper.make_node("ReduceMean", ["prompt_embeds", "one"], ["pooled_prompt_embeds"], keepdims=0),
+        helper.make_node("ReduceSum", ["prompt_embeds", "one"], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["sum", "share"], ["pooled_prompt_embeds"]),
     ]
     constants = [
         _constant("table", table),
         _constant("last", np.array([2], dtype=np.int64)),
         _constant("one", np.array([1], dtype=np.int64)),
+        _constant("share", np.array(1 / LENGTH, dtype=np.float32)),
     ]
     inputs = [
-        _tensor("input_ids", ["b", LENGTH], TensorProto.INT64),
-        _tensor("attention_mask", ["b", LENGTH], TensorProto.INT64),
+        _tensor("input_ids", ["b", "l"], TensorProto.INT64),
+        _tensor("attention_mask", ["b", "l"], TensorProto.INT64),
     ]
-    outputs = [_tensor("prompt_embeds", ["b", LENGTH, WIDTH]), _tensor("pooled_prompt_embeds", ["b", WIDTH])]
+    outputs = [_tensor("prompt_embeds", ["b", "l", WIDTH]), _tensor("pooled_prompt_embeds", ["b", WIDTH])]
     return helper.make_graph(nodes, "text_encoder", inputs, outputs, constants)
 
 

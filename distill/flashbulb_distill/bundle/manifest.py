@@ -77,6 +77,11 @@ class Text(Strict):
     tokenizer: str = Field(description="file, in the format of Hugging Face tokenizers")
     max_length: int = Field(ge=1, le=4096, description="token ids a prompt")
     pad_id: int = Field(default=0, description="token id of padding")
+    padding: Literal["encoded", "zeros"] = Field(
+        default="encoded",
+        description="zeros: what padding becomes is zeros, and nothing else depends on it, so that the graph may be "
+        "run on as many ids as the longest prompt has; of a student with one text encoder only",
+    )
 
 
 class Components(Strict):
@@ -161,6 +166,8 @@ class Manifest(Strict):
                 )
         for shape in self.shapes:
             self._check_shape(shape)
+        if len(self.text) > 1 and any(text.padding == "zeros" for text in self.text):
+            raise ValueError("text: expected padding 'zeros' of one text encoder alone, got several encoders")
         if (self.fps is not None) != self.is_video:
             raise ValueError(f"fps: expected of a video and only there, got {self.fps} for {self.task}")
         named = [*self.components.model_dump().values(), *(text.tokenizer for text in self.text)]

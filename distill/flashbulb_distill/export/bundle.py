@@ -22,10 +22,9 @@ from .external import place_weights
 from .folder import forget_origin
 from .graph import save_graph, trace_graph
 from .measure import Parts, batch_times_ms, is_batch_invariant
-from .parity import Parity, check_component
+from .parity import TEXT_OUTPUTS, Parity, check_component, check_padding
 from .pictures import TorchStudent
 from .student import (
-    TEXT_OUTPUTS,
     DenoiserGraph,
     batched,
     batches,
@@ -96,7 +95,7 @@ def export_bundle(
             fps=fps,
             max_batch=max_batch,
             latent=latent,
-            text=(Text(tokenizer="tokenizer.json", max_length=MAX_LENGTH),),
+            text=(Text(tokenizer="tokenizer.json", max_length=MAX_LENGTH, padding="zeros"),),
             parents=dict(parents),
             licence=licence,
             attribution=attribution,
@@ -167,11 +166,14 @@ def _write(
             place_weights(graph, component, folders, work)
         save_graph(graph, path)
         parity.append(check_component(component.name, path, component.module, batches(component), tolerance))
+        if component.name == "text_encoder":
+            check_padding(path, component.inputs, tolerance)
         rows = np.arange(max_batch) % len(in_torch.cond)
-        parts[component.name] = (
-            path,
-            {name: value.numpy()[rows] for name, value in component.inputs.items()},
-        )
+        feeds = {name: value.numpy()[rows] for name, value in component.inputs.items()}
+        if component.name == "text_encoder":  # as a worker runs it: without padding that all prompts have
+            longest = feeds["attention_mask"].sum(1).max()
+            feeds = {name: value[:, :longest] for name, value in feeds.items()}
+        parts[component.name] = (path, feeds)
     return parity, parts
 
 
@@ -188,7 +190,7 @@ def torch_demo(family: str, teacher: DemoTeacher[Any, Any], student: DemoStudent
         denoiser_in["pooled_prompt_embeds"] = cond.pooled
     text_in = {"input_ids": ids, "attention_mask": mask}
     components = (
-        batched("text_encoder", teacher.text_encoder, text_in, TEXT_OUTPUTS),
+        batched("text_encoder", teacher.text_encoder, text_in, TEXT_OUTPUTS, {0: "batch", 1: "text"}),
         batched("denoiser", DenoiserGraph(student), denoiser_in, ("prediction",)),
         batched("decoder", DecoderGraph(teacher.codec), {"latents": latents}, ("pixels",)),
     )

@@ -16,6 +16,8 @@ from ..bundle import DISABLED_OPTIMIZERS
 # different orders differ by one to three times that error; a wrong weight, layout or scale by orders of magnitude.
 MARGIN = 8.0
 
+TEXT_OUTPUTS = ("prompt_embeds", "pooled_prompt_embeds")
+
 Case = Mapping[str, Tensor]
 
 
@@ -65,6 +67,31 @@ def check_component(
             "the graph does not compute what its weights do in torch"
         )
     return Parity(component, worst, allowed)
+
+
+def check_padding(path: Path, inputs: Mapping[str, Tensor], tolerance: float) -> None:
+    """Hold a text encoder to what a manifest calls padding "zeros": each prompt run on its own ids alone.
+
+    Args:
+        inputs: input_ids and attention_mask [b, l], padded.
+        tolerance: relative to each output's root mean square.
+    Raises:
+        ParityError: what padding becomes is not zeros, or other outputs depend on it.
+    """
+    session = open_session(path)
+    ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
+    embeds, pooled = session.run(TEXT_OUTPUTS, {"input_ids": ids, "attention_mask": mask})
+    for row, length in enumerate(mask.sum(1)):
+        one = slice(row, row + 1)
+        feed = {"input_ids": ids[one, :length], "attention_mask": mask[one, :length]}
+        cut, cut_pooled = session.run(TEXT_OUTPUTS, feed)
+        cut = np.pad(cut, ((0, 0), (0, ids.shape[1] - length), (0, 0)))
+        error = _difference([embeds[one], pooled[one]], [cut, cut_pooled])
+        if np.any(embeds[one, length:]) or not error <= tolerance:
+            raise ParityError(
+                f"text_encoder: expected zeros for padding and all else within {tolerance:.3g} without it, got "
+                f"{error:.3g}; this encoder needs its padding"
+            )
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ The text encoders of a family become one graph that joins their embeddings, and 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,11 +33,10 @@ from .external import place_weights
 from .families import Component, VaeDecoder
 from .folder import save_student
 from .graph import save_graph, trace_graph
-from .parity import Case, Parity, check_component
+from .parity import TEXT_OUTPUTS, Case, Parity, check_component
 from .pictures import MIN_SSIM, TorchStudent, compare_pictures
 
 PROBES = ("a red dog on a bicycle", "")
-TEXT_OUTPUTS = ("prompt_embeds", "pooled_prompt_embeds")
 
 
 class DenoiserGraph(nn.Module):
@@ -79,10 +79,14 @@ def torch_student(denoiser: Denoiser, codec: VaeCodec, prompts: PromptEncoder, s
 
 
 def batched(
-    name: str, module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]
+    name: str,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: tuple[str, ...],
+    axes: Mapping[int, str] = MappingProxyType({0: "batch"}),
 ) -> Component:
-    """Return a component of which the batch alone may vary."""
-    return Component(name, module, inputs, {key: {0: "batch"} for key in inputs}, outputs)
+    """Return a component of which the batch alone may vary, or these axes of every input."""
+    return Component(name, module, inputs, dict.fromkeys(inputs, axes), outputs)
 
 
 def batches(component: Component) -> list[Case]:

@@ -11,7 +11,7 @@ from ..teachers.emoji_motion import load_motion_teacher
 from ..teachers.load import open_source
 from .bundle import torch_demo
 from .external import read_places
-from .parity import Parity, check_component
+from .parity import Parity, check_component, check_padding
 from .pictures import MIN_SSIM, TorchStudent, compare_pictures
 from .pipeline import stored_dtype
 from .student import batches, torch_student
@@ -36,6 +36,8 @@ def verify_bundle(path: Path) -> list[Parity]:
         check_component(one.name, bundle.file(names[one.name]), one.module, batches(one), tolerance)
         for one in student.components
     ]
+    if bundle.manifest.text[0].padding == "zeros":
+        check_padding(bundle.file(names["text_encoder"]), student.components[0].inputs, tolerance)
     pictures = compare_pictures(bundle, student)
     return [*found, Parity("pictures", 1 - pictures.ssim, 1 - MIN_SSIM)]
 

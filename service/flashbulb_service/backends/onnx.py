@@ -26,6 +26,7 @@ class OnnxBackend:
     """One bundle in three onnxruntime sessions on the CPU."""
 
     name = "onnx"
+    takes_any_length = True  # of prompts, where the student can do without padding
 
     def __init__(self, *, threads: int = 0, cache: EmbeddingCache | None = None) -> None:
         """Remember the number of operator threads; 0 means one per core. Backends may share a cache."""
@@ -65,7 +66,7 @@ class OnnxBackend:
         for start in range(0, len(missing), step):
             batch = missing[start : start + step]
             filled = batch + batch[-1:] * ((pad_to or 0) - len(batch))
-            encoded = self._encode(bundle, filled)
+            encoded = self._encode(bundle, filled, cut=self.takes_any_length and pad_to is None)
             for prompt, tokens, pooled in zip(batch, *encoded, strict=False):
                 rows[prompt] = (tokens, pooled)
                 self.cache.put(bundle.sha256, prompt, (tokens, pooled))
@@ -139,22 +140,33 @@ class OnnxBackend:
             raise RuntimeError("expected a loaded bundle: call load() first")
         return self._bundle
 
-    def _encode(self, bundle: Bundle, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Run tokenizers and text encoders: -> [b, l, d], [b, d]."""
+    def _encode(self, bundle: Bundle, prompts: list[str], *, cut: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Run tokenizers and text encoders: -> [b, l, d], [b, d].
+
+        Args:
+            cut: leave out the padding that is common to all prompts, where the student does not need it.
+        """
         inputs: dict[str, np.ndarray] = {}
+        left_out = 0
         for number, (tokenizer, text) in enumerate(
             zip(self._tokenizers, bundle.manifest.text, strict=True), start=1
         ):
             suffix = "" if number == 1 else f"_{number}"
-            ids = np.full((len(prompts), text.max_length), text.pad_id, dtype=np.int64)
+            # encode_batch hands prompts of microseconds to threads of its own, which a busy machine makes wait
+            rows = [tokenizer.encode(prompt).ids[: text.max_length] for prompt in prompts]
+            if cut and text.padding == "zeros":
+                left_out = text.max_length - max(1, *map(len, rows))
+            ids = np.full((len(prompts), text.max_length - left_out), text.pad_id, dtype=np.int64)
             mask = np.zeros_like(ids)
-            for row, prompt in enumerate(prompts):
-                # encode_batch hands prompts of microseconds to threads of its own, which a busy machine makes wait
-                tokens = tokenizer.encode(prompt).ids[: text.max_length]
+            for row, tokens in enumerate(rows):
                 ids[row, : len(tokens)] = tokens
                 mask[row, : len(tokens)] = 1
             inputs |= {f"input_ids{suffix}": ids, f"attention_mask{suffix}": mask}
         embeds, pooled = self._run("text_encoder", inputs, ["prompt_embeds", "pooled_prompt_embeds"])
+        if left_out:
+            whole = np.zeros((len(embeds), embeds.shape[1] + left_out, embeds.shape[2]), embeds.dtype)
+            whole[:, : embeds.shape[1]] = embeds
+            embeds = whole
         return embeds, pooled
 
     def _run(

@@ -27,6 +27,8 @@ from flashbulb_service.errors import BackendUnavailable
 class TensorRTBackend(OnnxBackend):
     """One bundle in three engines on one GPU."""
 
+    takes_any_length = False  # an engine is built for one
+
     def __init__(
         self,
         *,

@@ -126,6 +126,13 @@ def test_a_schedule_that_contradicts_itself_is_refused(tmp_path, schedules):
         make_tiny_bundle(tmp_path, step_schedules=schedules)
 
 
+def test_padding_may_be_left_out_of_one_text_encoder_alone(tmp_path):
+    text = {"tokenizer": "tokenizer.json", "max_length": 14, "padding": "zeros"}
+    assert open_bundle(make_tiny_bundle(tmp_path, text=(text,))).manifest.text[0].padding == "zeros"
+    with pytest.raises(ValueError, match="one text encoder alone"):
+        make_tiny_bundle(tmp_path, version=2, text=(text, text))
+
+
 def test_a_bundle_of_schema_version_1_is_read_as_it_is(bundle):
     """Version 1 had one text encoder, and none of the fields that came with videos and step schedules."""
     path = bundle / "manifest.json"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from flashbulb_distill.bundle import Bundle, describe_files, open_bundle, write_manifest
+from flashbulb_distill.bundle import Bundle, Text, describe_files, open_bundle, write_manifest
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_service.backends import ImageRequest, Student, create_backend
 from flashbulb_service.backends.embeddings import EmbeddingCache
@@ -81,6 +81,26 @@ def test_canonical_batches_have_one_size_in_every_stage(
     assert seen == {("text_encoder", 4), ("denoiser", 4), ("decoder", 4)}
     with pytest.raises(ValueError, match="at most 4"):
         Student(onnx, 4).decode(np.zeros((5, 64, 8, 8), dtype=np.float32))
+
+
+def test_prompts_are_encoded_without_their_common_padding_to_the_same_pictures(tmp_path: Path) -> None:
+    padded, cut = (OnnxBackend(threads=1, cache=EmbeddingCache(0)) for _ in range(2))
+    text = Text(tokenizer="tokenizer.json", max_length=14, padding="zeros")
+    padded.load(open_bundle(make_tiny_bundle(tmp_path / "padded")))
+    cut.load(open_bundle(make_tiny_bundle(tmp_path / "cut", text=(text,))))
+    session, lengths = cut._sessions["text_encoder"], []
+
+    def run(names: Sequence[str], inputs: dict[str, np.ndarray]) -> Any:
+        lengths.append(inputs["input_ids"].shape[1])
+        return session.run(names, inputs)
+
+    cut._sessions["text_encoder"] = SimpleNamespace(run=run)  # type: ignore[assignment]
+    for prompts in (["dog"], ["red apple", "dog"], ["a red heart", "a green rocket dog", ""], [""]):
+        rows = [request(prompt, seed=row) for row, prompt in enumerate(prompts)]
+        np.testing.assert_array_equal(Student(cut).generate(rows), Student(padded).generate(rows))
+    assert lengths == [1, 2, 4, 1]
+    Student(cut, canonical=4).generate([request()])
+    assert lengths[-1] == 14  # where bytes depend on sizes, the length is one of them
 
 
 def test_cached_embeddings_have_the_bytes_of_fresh_ones(onnx: OnnxBackend) -> None:
