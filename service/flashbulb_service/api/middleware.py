@@ -112,7 +112,13 @@ class RequestFrame:
                     raise  # the answer has begun: the connection must break, or it would look whole
                 await describe(error).response()(scope, receive, send_with_id)
             finally:
-                self._account(scope, status, time.monotonic() - start)
+                took_s = time.monotonic() - start
+                try:
+                    await asyncio.sleep(
+                        0
+                    )  # the loop sends what was written after this turn: the answer goes first
+                finally:
+                    self._account(scope, status, took_s)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         hosts = Headers(scope=scope).getlist("host")
