@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _SCALAR = torch.ops.aten._local_scalar_dense.default
@@ -40,6 +41,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self.flops = 0
         self._sizes: dict[int, int] = {}
+        self._shapes = _Shapes()
 
     def start(self) -> None:
         """Begin a new peak and a new count of operations."""
@@ -51,7 +53,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is _SCALAR and args[0].device.type == "meta":
             return False if args[0].dtype == torch.bool else 1
-        out = func(*args, **kwargs)
+        out = self._shapes.of(func, args, kwargs)
         count: Callable[..., int] | None = flop_registry.get(
             _AS.get(func._overloadpacket, func._overloadpacket)
         )
@@ -74,6 +76,70 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _forget(self, key: int) -> None:
         self.alive_bytes -= self._sizes.pop(key, 0)
+
+
+class _Shapes:
+    """What operations on meta tensors return: torch works a shape out in Python, here once for each kind of call."""
+
+    def __init__(self) -> None:
+        self._known: dict[
+            Any, tuple[bool, list[Any]]
+        ] = {}  # whether it is one value, and (size, stride, dtype) of each
+
+    def of(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what `func` returns."""
+        if not _is_fresh(func):
+            return func(*args, **kwargs)
+        try:
+            key = (func, _key(args), _key(tuple(kwargs.items())))
+            known = self._known.get(key)
+        except TypeError:  # a value that no key can have
+            return func(*args, **kwargs)
+        if known is None:
+            out = func(*args, **kwargs)
+            values = list(out) if isinstance(out, (tuple, list)) else [out]
+            given = {
+                leaf.untyped_storage()._cdata
+                for leaf in tree_leaves((args, kwargs))
+                if isinstance(leaf, Tensor)
+            }
+            if all(_is_plain(value, given) for value in values):
+                kinds = [(value.size(), value.stride(), value.dtype) for value in values]
+                self._known[key] = not isinstance(out, (tuple, list)), kinds
+            return out
+        alone, kinds = known
+        made = [torch.empty_strided(*kind[:2], dtype=kind[2], device="meta") for kind in kinds]
+        return made[0] if alone else tuple(made)
+
+
+_FRESH: dict[Any, bool] = {}
+
+
+def _is_fresh(func: Any) -> bool:
+    """Tell whether an operation returns tensors of its own: no views, nothing that it was given."""
+    if func not in _FRESH:
+        schema = func._schema
+        _FRESH[func] = not any(value.alias_info for value in [*schema.arguments, *schema.returns])
+    return _FRESH[func]
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.device.type != "meta":
+            raise TypeError("a tensor with values")
+        return value.size(), value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_key, value))
+    return type(value), value  # 1 is no 1.0
+
+
+def _is_plain(value: Any, given: set[int]) -> bool:
+    """Tell whether a value is a tensor with memory of its own, and no more of it than it shows."""
+    if not isinstance(value, Tensor) or value.device.type != "meta" or value.storage_offset() != 0:
+        return False
+    like = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    storage = value.untyped_storage()
+    return storage._cdata not in given and storage.nbytes() == like.untyped_storage().nbytes()
 
 
 def _flops(count: Callable[..., int], func: Any, args: Any, kwargs: Any, out: Any) -> int:
