@@ -16,8 +16,9 @@ CONTEXT_BYTES = 6 * GIB // 10  # what CUDA and its libraries take; an assumption
 FRAGMENTATION = 0.05  # of the memory that the allocator cannot use; an assumption
 UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
 UNMEASURED = (
-    "not measured: anything on several GPUs. Shared-out memory is arithmetic (a part of each block, two blocks "
-    "gathered); the time has no communication in it; each GPU holds one network whole while that is loaded"
+    "not measured on several GPUs: shared-out memory is arithmetic (a part of each block, two blocks gathered), held "
+    "against two small processes on a CPU; the time has no communication in it; each GPU holds one network whole "
+    "while that is loaded"
 )
 LEAST_ROWS = 2  # that are computed at once: fewer leave a GPU idle
 

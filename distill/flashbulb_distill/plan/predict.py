@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..core.draws import Draws
 from ..pairs.store import Pairs
+from ..ranks import ALONE, Ranks
 from ..teachers.teacher import Teacher
 from ..train.build import Inputs, build
 from ..train.recipe import Recipe, StageRecipe
@@ -20,8 +21,17 @@ from .meta import Compute, Meter
 from .outline import META, outline
 from .shares import Shares, moments_of, tensors_of
 
-PROMPTS = 64  # stand-ins; embeddings lie in the host's memory
-PAIRS = 256
+PROMPTS, PAIRS = 2, 2  # stand-ins, as few as will do: in a run both lie in the host's memory
+
+
+@dataclass(frozen=True, slots=True)
+class OneOfSeveral(Ranks):
+    """One process of several as far as memory goes: its rows are all, but its gradients are copied to be averaged."""
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """Take the memory that averaging takes."""
+        if gradients:
+            torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 class NoNoise(Draws):
@@ -84,7 +94,7 @@ def predict(
     meter = Meter()
     with Compute(norms_in_float32=for_cuda), meter:
         teacher = outline(recipe)
-        method = build(stage, _inputs(recipe, teacher))
+        method = build(stage, _inputs(recipe, teacher, OneOfSeveral() if gpus > 1 else ALONE))
         averages = [p.detach().clone() for p in method.modules["student"].parameters()]
         for optimizer in method.optimizers.values():
             _prime(optimizer, grouped=for_cuda)
@@ -124,7 +134,7 @@ def predict(
     )
 
 
-def _inputs(recipe: Recipe, teacher: Teacher) -> Inputs:
+def _inputs(recipe: Recipe, teacher: Teacher, ranks: Ranks) -> Inputs:
     prompts = [f"prompt {number}" for number in range(PROMPTS)]
     pairs = None
     if recipe.pairs is not None:
@@ -138,6 +148,7 @@ def _inputs(recipe: Recipe, teacher: Teacher) -> Inputs:
         uncond=teacher.encode_uncond().to(META),
         pairs=pairs,
         draws=NoNoise,
+        ranks=ranks,
     )
 
 

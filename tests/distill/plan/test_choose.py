@@ -81,7 +81,7 @@ def test_several_gpus_share_the_batch_and_where_it_is_needed_the_networks(gib, s
     assert (made.choice.strategy.name, made.choice.rows) == (strategy, rows)
     shown = table(made)
     assert f"memory.sharding={'fsdp' if 'shared' in strategy else 'none'}" in shown
-    assert "not measured: anything on several GPUs" in shown
+    assert "not measured on several GPUs" in shown
     assert f"4 GPUs of {gib} GiB each" in shown
     assert not any(s.eight_bit and s.sharding == "fsdp" for s in strategies_for(4))
 
