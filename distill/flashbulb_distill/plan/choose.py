@@ -1,7 +1,7 @@
 """Which way of training a stage fits a GPU, and why: strategies in order of preference, each predicted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -198,12 +198,16 @@ class Line:
     Args:
         small: of `least` rows at once.   large: of twice as many; None where nothing more is asked.
         parts, more: of twice and of three times as many, `least` at once; None where all fit at once.
+        shown: how many of the rows the pixel discriminator sees, and `unshown`: `small` where it sees one row less;
+            None where it sees them all, or there is none.
     """
 
     small: Prediction
     large: Prediction | None = None
     parts: Prediction | None = None
     more: Prediction | None = None
+    shown: int = 0
+    unshown: Prediction | None = None
 
     def at(self, rows: int, at_once: int) -> tuple[int, int]:
         """Return working bytes and operations of `rows` rows that are computed `at_once` at a time."""
@@ -214,6 +218,12 @@ class Line:
         row_bytes = (_bytes(self.large) - working) / least
         row_flops = (self.large.step_flops - flops) / least
         whole = working + (at_once - least) * row_bytes, flops + (rows - least) * row_flops
+        if self.unshown is not None:
+            a_look = working - _bytes(self.unshown), flops - self.unshown.step_flops
+            whole = (
+                whole[0] - max(0, at_once - self.shown) * a_look[0],
+                whole[1] - max(0, rows - self.shown) * a_look[1],
+            )
         if rows == at_once or self.parts is None or self.more is None:
             return int(whole[0]), int(whole[1])
         # In parts each row is kept as it was sampled, gradients wait, and the student is sampled once more.
@@ -248,8 +258,7 @@ def plan(
         ValueError: the GPUs cannot share the batch equally.
     """
     wanted, budget = recipe.stages[stage].batch_size, usable(gpu_bytes)
-    if wanted % gpus:
-        raise ValueError(f"--gpus: expected a number that shares {stage}'s batch of {wanted}, got {gpus}")
+    recipe = _one_of(recipe, stage, gpus)
     share, rows = wanted // gpus, list[Row]()
     known: dict[tuple[object, ...], Line] = {}
     parameters: dict[str, int] = {}
@@ -279,6 +288,18 @@ def plan(
     )
 
 
+def _one_of(recipe: Recipe, stage: str, gpus: int) -> Recipe:
+    """Return the recipe with one GPU's rows of the batch, and of those that the pixel discriminator sees."""
+    section, changes = recipe.stages[stage], dict[str, int]()
+    looks = getattr(section, "pixel_backbone", "none") != "none"
+    for name in ("batch_size", "pixel_batch") if looks else ("batch_size",):
+        rows = getattr(section, name)
+        if rows % gpus:
+            raise ValueError(f"--gpus: expected a number that shares {stage}.{name}, {rows}, got {gpus}")
+        changes[name] = rows // gpus
+    return _with(recipe, stage, **changes)
+
+
 def _best(rows: Sequence[Row], share: int) -> int | None:
     """Return the place of the row to take."""
     first = next((row for row in rows if row.fits), None)
@@ -291,17 +312,26 @@ def _best(rows: Sequence[Row], share: int) -> int | None:
 def _line(strategy: Strategy, recipe: Recipe, stage: str, share: int, budget: int, predict: Predict) -> Line:
     """Predict as much of a strategy as the choice needs."""
     least = min(LEAST_ROWS, share)
+    shown = getattr(recipe.stages[stage], "pixel_batch", share)
+    if least < share and shown < share:  # a straight line is of rows that are all shown
+        recipe = _with(recipe, stage, pixel_batch=share)
     small = predict(strategy.apply(recipe, stage, least), stage, budget)
     if small.working_bytes is None or share == least:
         return Line(small)
-    large = predict(strategy.apply(recipe, stage, 2 * least), stage, budget)
-    line = Line(small, large)
+    line = Line(small, predict(strategy.apply(recipe, stage, 2 * least), stage, budget))
+    if shown < share:
+        fewer = strategy.apply(_with(recipe, stage, pixel_batch=least - 1), stage, least)
+        line = replace(line, shown=shown, unshown=predict(fewer, stage, budget))
     if _fixed(strategy, small) + line.at(share, share)[0] <= budget:
         return line
     parts, more = (
         predict(strategy.apply(recipe, stage, k * least, at_once=least), stage, budget) for k in (2, 3)
     )
-    return Line(small, large, parts, more)
+    return replace(line, parts=parts, more=more)
+
+
+def _with(recipe: Recipe, stage: str, **changes: int) -> Recipe:
+    return recipe.model_copy(update={stage: recipe.stages[stage].model_copy(update=changes)})
 
 
 def _moments(strategy: Strategy, prediction: Prediction) -> int:

@@ -94,7 +94,7 @@ def test_parts_cost_time_and_are_told_from_predictions_of_parts():
 
 
 def test_a_batch_that_the_gpus_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="--gpus: expected a number that shares adm's batch of 16, got 3"):
+    with pytest.raises(ValueError, match=r"--gpus: expected a number that shares adm\.batch_size, 16, got 3"):
         plan(RECIPE, "adm", 80 * GIB, predicted, gpus=3)
 
 
