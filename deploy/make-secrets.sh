@@ -5,6 +5,7 @@ set -eu
 folder=${1:-$(dirname "$0")/secrets}
 mkdir -p "$folder"
 umask 077
+[ -e "$folder/.gitignore" ] || echo '*' >"$folder/.gitignore" # whatever the folder, no secret is committed
 random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 
 if [ ! -e "$folder/valkey.conf" ]; then

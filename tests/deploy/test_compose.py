@@ -109,6 +109,7 @@ def test_secrets_are_made_once_and_kept(tmp_path: Path) -> None:
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert run("sh", script, tmp_path).returncode == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+    assert first[".gitignore"] == b"*\n"
     password = first["valkey.conf"].decode().split()[1]
     assert len(password) == 48
     assert first["flashbulb_redis"].decode() == f"redis://:{password}@valkey:6379/0"
