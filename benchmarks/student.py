@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from tokenizers import Tokenizer
 
-from flashbulb_distill.bundle import DISABLED_OPTIMIZERS, open_bundle
+from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample
-from flashbulb_service.backends.onnx import session_options
+from flashbulb_service.backends.onnx import open_graph
 from flashbulb_service.images import to_uint8
 
 
@@ -45,16 +44,9 @@ class BareStudent:
         """Open the sessions. cut: leave out the padding that all prompts of a batch have."""
         self.bundle = open_bundle(folder)
         self._cut = cut and self.bundle.manifest.text[0].padding == "zeros"
-        options = session_options(threads)
         components = self.bundle.manifest.components.model_dump()
         self._sessions = {
-            part: onnxruntime.InferenceSession(
-                str(self.bundle.file(name)),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=[*DISABLED_OPTIMIZERS],
-            )
-            for part, name in components.items()
+            part: open_graph(self.bundle.file(name), threads=threads) for part, name in components.items()
         }
         (text,) = self.bundle.manifest.text
         self._tokenizer = Tokenizer.from_file(str(self.bundle.file(text.tokenizer)))

@@ -5,6 +5,7 @@ Three graphs come from the bundle (text encoder, denoiser, decoder); the loop ov
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,9 @@ class OnnxBackend:
     def load(self, bundle: Bundle) -> None:
         """Open the graphs and the tokenizers."""
         components = bundle.manifest.components
-        options = session_options(self._threads)
         for part in ("text_encoder", "denoiser", "decoder"):
             path = bundle.file(getattr(components, part))
-            self._sessions[part] = ort.InferenceSession(
-                str(path),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=[*DISABLED_OPTIMIZERS],
-            )
+            self._sessions[part] = open_graph(path, threads=self._threads)
             self._takes[part] = {node.name: _DTYPES[node.type] for node in self._sessions[part].get_inputs()}
         self._tokenizers = plain_tokenizers(bundle)
         self._bundle = bundle
@@ -180,8 +175,8 @@ class OnnxBackend:
         return [np.asarray(value, dtype=np.float32) for value in found]
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """Return what every session of a student runs with: `threads` operators at a time, the same bytes every time."""
+def open_graph(path: Path, *, threads: int) -> ort.InferenceSession:
+    """Open a graph as every student's is run: `threads` operators at a time, the same bytes every time."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -190,7 +185,9 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = 3  # errors only; ours are raised
     # Spinning threads of one worker take the cores of the next one while they wait.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
+    return ort.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=[*DISABLED_OPTIMIZERS]
+    )
 
 
 def plain_tokenizers(bundle: Bundle) -> tuple[Tokenizer, ...]:
