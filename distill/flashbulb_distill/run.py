@@ -285,6 +285,7 @@ class Run:
             ema=section.ema,
             identity=folder.identity,
             average_from=section.average_from,
+            rate_at=section.rate_at,
             report=self._logged,
             ranks=self.ranks,
             guard=self._guard(stage),

@@ -68,15 +68,33 @@ class StageRecipe(Strict):
         """The step from which the student moves, and its average with it."""
         return 0
 
+    def rate_at(self, step: int) -> float:
+        """Return what the learning rates are multiplied by in a step, counted from 0."""
+        return 1.0
+
 
 class RegressionRecipe(StageRecipe):
     """Regression on the pairs, before ADP; the paper's ablation A1 when it stands alone."""
 
     rate: float = Field(gt=0)
+    decay_steps: int = Field(
+        default=0, ge=0, description="last steps, in which the rate falls evenly to zero"
+    )
     betas: tuple[float, float] = (0.9, 0.98)
     time_power: float = Field(
         default=3.0, ge=1, description="t = 1 - u^power; 3 is the paper's cubic schedule"
     )
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> "RegressionRecipe":
+        if self.decay_steps > self.steps:
+            raise ValueError(f"decay_steps: expected at most the {self.steps} steps, got {self.decay_steps}")
+        return self
+
+    def rate_at(self, step: int) -> float:
+        """Return 1, and in the last `decay_steps` a share that falls evenly to zero after the last one."""
+        left = self.steps - step
+        return min(1.0, left / self.decay_steps) if self.decay_steps else 1.0
 
 
 class AdversarialRecipe(StageRecipe):

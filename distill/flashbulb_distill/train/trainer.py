@@ -70,6 +70,7 @@ def train(
     ema: float,
     identity: str,
     average_from: int = 0,
+    rate_at: Callable[[int], float] = lambda step: 1.0,
     save_every: int = 100,
     log_every: int = 10,
     report: Report = quiet,
@@ -80,6 +81,7 @@ def train(
 
     Args:
         average_from: the step from which the student moves; the average starts there.
+        rate_at: step, from 0 -> what the learning rates are multiplied by.
         identity: hash of recipe and inputs; a checkpoint of another one is refused.
         report: called with (stage, step, steps, means of the logs since the last call).
         ranks: the processes that train together; the first one writes.
@@ -132,7 +134,6 @@ def train(
             raise Collapsed(f"{stage} step {step}: stopped by the guard: {after.events[-1].reason}")
         if action == "roll back":
             step = load(after.good_step)
-        _set_rates(method.optimizers, rates, after.rate)
         if action == "roll back" or after.good_step == step:
             path = save()
             if action == "roll back" and path is not None:
@@ -141,7 +142,6 @@ def train(
     step = load()
     if guard is not None:
         guard.state = GuardState.model_validate(state.notes.get("guard", {}))
-        _set_rates(method.optimizers, rates, guard.state.rate)
         if step == 0:
             # All ranks draw the probe's samples; the first one's word counts, should their arithmetic differ.
             guard.state = ranks.agree(guard.begin(student))
@@ -149,6 +149,7 @@ def train(
     started = time.monotonic()
     with _signals() as came:
         while step < steps:
+            _set_rates(method.optimizers, rates, rate_at(step) * (guard.state.rate if guard else 1.0))
             logs = method.step(step)
             if fault := _fault(logs, ranks, device):
                 if guard is None:

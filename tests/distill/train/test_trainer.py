@@ -50,6 +50,24 @@ def test_an_interrupted_run_ends_bitwise_where_the_unbroken_one_does(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a), "weights, optimiser states and averages"
 
 
+def test_a_falling_rate_is_the_one_set_by_hand_in_every_step_and_after_an_interruption(tmp_path):
+    def falls(step):
+        return min(1.0, (20 - step) / 10)
+
+    by_hand = Regression()
+    for step in range(20):
+        by_hand.optimizers["student"].param_groups[0]["lr"] = 1e-2 * falls(step)
+        by_hand.step(step)
+    run(Regression(), tmp_path / "whole", rate_at=falls)
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(stop_at=17), tmp_path / "parts", rate_at=falls, save_every=16)
+    run(Regression(), tmp_path / "parts", rate_at=falls)
+    expected = by_hand.modules["student"].weight
+    for folder in ("whole", "parts"):
+        got = load_file(checkpoints(tmp_path / folder)[0])["module/student/weight"]
+        assert torch.equal(got, expected), folder
+
+
 def test_the_average_is_the_one_computed_by_hand(tmp_path):
     averages = run(Regression(), tmp_path, steps=3, average_from=1)
     twin, by_hand = Regression(), None
