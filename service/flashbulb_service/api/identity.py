@@ -23,6 +23,11 @@ def owner_of(request: Request) -> str:
     return str(getattr(request.state, "tenant", "default"))
 
 
+def list_of(owner: str, task: str = "text-to-image") -> str:
+    """Return the name of an owner's list of what a task made; older versions know the pictures' alone."""
+    return f"{owner}/videos" if task == "text-to-video" else owner
+
+
 def caller_of(request: Request, body: DrawRequest) -> Caller:
     """Return the caller: the API key, with its share; without keys, the end user that the client names.
 

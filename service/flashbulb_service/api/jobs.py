@@ -14,7 +14,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from flashbulb_service.api.answers import AddressOf, finished, summarise
 from flashbulb_service.api.context import Context, Shared
-from flashbulb_service.api.identity import caller_of, owner_of
+from flashbulb_service.api.identity import caller_of, list_of, owner_of
 from flashbulb_service.api.images import Key, address_of, answer_headers, choose_key, enqueue
 from flashbulb_service.api.media import expect_json
 from flashbulb_service.api.partials import check_room, preview_of
@@ -76,11 +76,12 @@ async def list_jobs(
     after: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
+    task: Literal["text-to-image", "text-to-video"] = "text-to-image",
 ) -> dict[str, Any]:
-    """List jobs from behind the job `after`."""
-    owner = owner_of(request)
+    """List jobs of a task from behind the job `after`."""
+    listed = list_of(owner_of(request), task)
     behind = None if after is None else lead_of(after)
-    found = await context.queue.requests(owner, after=behind, limit=limit + 1, newest_first=order == "desc")
+    found = await context.queue.requests(listed, after=behind, limit=limit + 1, newest_first=order == "desc")
     jobs = [
         described for view in found[:limit] for described in await _described_if_there(context, request, view)
     ]

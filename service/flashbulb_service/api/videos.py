@@ -1,7 +1,7 @@
 """/v1/videos: videos as jobs, in the shape that OpenAI's client expects."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from flashbulb_service.api.context import Context, Shared
 from flashbulb_service.api.errors import ResultNotFound, VideoNotFound, first_problem
 from flashbulb_service.api.forms import BODY, Form, read_form
-from flashbulb_service.api.identity import caller_of, owner_of
+from flashbulb_service.api.identity import caller_of, list_of, owner_of
 from flashbulb_service.api.images import (
     IdempotencyHeader,
     RetryHeader,
@@ -32,6 +32,8 @@ from flashbulb_service.results import media_type, video_file
 from flashbulb_service.tasks import RequestRecord
 
 router = APIRouter(responses=ERRORS)
+
+TASK: Final = "text-to-video"
 
 VARIANTS: tuple[VideoVariant, ...] = ("video", "thumbnail", "spritesheet")
 OBJECT: dict[int | str, dict[str, Any]] = {
@@ -71,7 +73,7 @@ async def list_videos(
     behind = None if after is None else _lead_of(after)
     try:
         found = await context.queue.requests(
-            list_of(owner_of(request)), after=behind, limit=limit + 1, newest_first=order == "desc"
+            list_of(owner_of(request), TASK), after=behind, limit=limit + 1, newest_first=order == "desc"
         )
     except JobNotFound as error:
         raise VideoNotFound(f"after: no video {after!r} in your list: list without it") from error
@@ -89,7 +91,7 @@ async def list_videos(
 @router.post("/v1/videos/characters", summary="Keep a character (no student here does)", openapi_extra=BODY)
 async def refuse_video_input(context: Shared) -> None:
     """Say that no model of this server takes a video."""
-    model = context.catalog.find(None, task="text-to-video")
+    model = context.catalog.find(None, task=TASK)
     raise InvalidRequest(
         f"{model.id} makes videos from words alone: it takes no video; POST /v1/videos makes one, "
         "POST /v1/videos/{id}/remix makes it again with another prompt",
@@ -107,7 +109,7 @@ async def get_video(request: Request, video_id: str, context: Shared) -> JSONRes
 async def delete_video(request: Request, video_id: str, context: Shared) -> dict[str, Any]:
     """Delete a video and its files. One that is being made is cancelled, and leaves the device after its step."""
     view = await _owned(context, request, video_id)
-    await context.queue.forget(view, [list_of(view.owner)])
+    await context.queue.forget(view, [list_of(view.owner, TASK)])
     await context.results.delete([video_file(view.id, variant) for variant in VARIANTS])
     return {"id": f"video_{view.id}", "object": "video.deleted", "deleted": True}
 
@@ -181,11 +183,6 @@ async def remix_video(
     return await _create(request, context, again, idempotency_key, retry_count, remixed_from=view.id)
 
 
-def list_of(owner: str) -> str:
-    """Return the name of an owner's list of videos; /v1/jobs lists pictures, since older versions read that list."""
-    return f"{owner}/videos"
-
-
 def _checked(form: Form) -> VideosRequest:
     for name, _ in form.files:
         if name != "input_reference":
@@ -211,7 +208,7 @@ async def _create(
     caller = caller_of(request, body)
     plan = make_video_plan(body, context.catalog, caller, context.settings, remixed_from=remixed_from)
     key = choose_key(body, idempotency_key, retry_count)
-    lists = (list_of(caller.owner),)
+    lists = (list_of(caller.owner, TASK),)
     queued = await enqueue(context, plan, body, caller, key, lists=lists, events=True, awaited=False)
     view = await _owned(context, request, f"video_{queued.ids[0]}")
     return await _answer(context, request, view, answer_headers(plan, replayed=queued.replayed))

@@ -71,6 +71,17 @@ def test_the_list_comes_in_pages(client):
         client.videos.list(after="video_" + "0" * 32)
 
 
+def test_videos_are_listed_as_jobs_by_their_task(client):
+    made = [client.videos.create(prompt="dog").id for _ in range(2)]
+    videos = client.get("/jobs", cast_to=object, options={"params": {"task": "text-to-video", "limit": 2}})
+    assert [(job["id"], job["task"]) for job in videos["data"]] == [
+        (one, "text-to-video") for one in made[::-1]
+    ]
+    assert client.get("/jobs", cast_to=object)["data"] == []
+    with pytest.raises(openai.BadRequestError, match="task"):
+        client.get("/jobs", cast_to=object, options={"params": {"task": "dance"}})
+
+
 def test_a_remix_is_the_same_noise_under_other_words(client):
     video = client.videos.create_and_poll(prompt="red apple", seconds="1.5", extra_body={"seed": 9})
     remix = client.videos.remix(video.id, prompt="green dog")
