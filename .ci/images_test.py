@@ -73,8 +73,8 @@ def main() -> None:
         first, second = draw(port), draw(port)
         assert first == second, "expected equal bytes for equal seeds"
         assert first.startswith("iVBORw0KGgo"), "expected a PNG"
-        print(f"images: drew a picture of {len(first) * 3 // 4} bytes with processes from the built images")
     finally:
+        print("images: stopping; buildah reports each process that is told to end as an error", flush=True)
         for process in reversed(processes):
             os.killpg(process.pid, signal.SIGTERM)
         for process in processes:
@@ -83,6 +83,7 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
         buildah("rm", api, worker)
+    print(f"images: drew a picture of {len(first) * 3 // 4} bytes with processes from the built images")
 
 
 def wait_ready(url: str, processes: list[subprocess.Popen[bytes]]) -> None:
