@@ -139,7 +139,14 @@ class Context:
 
     def get_tensor_shape(self, name):
         rows = next(iter(self.shapes.values()))[0]
-        return (rows, *self.engine.tensors[name].shape[1:])
+        # An axis that a graph leaves open has one name in its inputs and outputs.
+        known = {
+            axis: size
+            for given, shape in self.shapes.items()
+            for axis, size in zip(self.engine.tensors[given].shape, shape, strict=True)
+            if isinstance(axis, str)
+        }
+        return (rows, *(known.get(axis, axis) for axis in self.engine.tensors[name].shape[1:]))
 
     def execute_async_v3(self, stream):
         if set(self.shapes) != set(self.engine.inputs) or set(self.addresses) != set(self.engine.tensors):
