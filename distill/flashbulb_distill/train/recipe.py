@@ -85,16 +85,10 @@ class RegressionRecipe(StageRecipe):
         default=3.0, ge=1, description="t = 1 - u^power; 3 is the paper's cubic schedule"
     )
 
-    @model_validator(mode="after")
-    def _check_decay(self) -> "RegressionRecipe":
-        if self.decay_steps > self.steps:
-            raise ValueError(f"decay_steps: expected at most the {self.steps} steps, got {self.decay_steps}")
-        return self
-
     def rate_at(self, step: int) -> float:
-        """Return 1, and in the last `decay_steps` a share that falls evenly to zero after the last one."""
-        left = self.steps - step
-        return min(1.0, left / self.decay_steps) if self.decay_steps else 1.0
+        """Return 1, and in the last `decay_steps`, or all if they are fewer, a share that falls evenly to zero."""
+        falling = min(self.decay_steps, self.steps)
+        return min(1.0, (self.steps - step) / falling) if falling else 1.0
 
 
 class AdversarialRecipe(StageRecipe):
