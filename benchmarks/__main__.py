@@ -16,6 +16,7 @@ fuzz        thousands of requests drawn from the OpenAPI document
 soak        random cancels and disconnects: memory, queue and keys at the end
 rolling     a restart of every part under load, from one version to another
 runtimes    the student on its bundle beside bare onnxruntime, eager torch and torch.compile
+plans       memory and time of the large recipes on several GPUs, as `flashbulb distill plan` predicts them
 step_budget  one iteration of ADM beside its own forward and backward passes
 memory      peak memory of exporting a large network, beside the bytes of its weights
 peers       Flashbulb beside FastAPI, LitServe and Ray Serve around the same student
@@ -55,6 +56,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
         "runtimes.py",
         ("tests/distill/export/test_verify.py", "tests/service/worker/test_onnx_backend.py"),
     ),
+    "plans": ("plans.py", ("tests/distill/plan",)),
     "step_budget": ("step_budget.py", ("tests/distill/train/test_adm.py",)),
     "memory": ("export_memory.py", ("tests/distill/export/test_pipeline.py",)),
     "peers": ("peers.py", SERVICE_TESTS),

@@ -137,6 +137,7 @@ def pages() -> dict[str, str]:
         "manifest.md": manifest_page(Manifest),
         "../images/reference-run.svg": _curves(),
         "../performance.md": NOTE + "\n" + import_module("performance").performance_page(),
+        "../plans.md": NOTE + "\n" + import_module("plans_page").plans_page(),
         "commands.md": commands_page(_with_plugins(typer.main.get_command(app))),
     }
 
