@@ -92,18 +92,7 @@ class Adm:
     def _simulate(self, step: int, rows: range, *, gradient: bool) -> Samples:
         """Sample the student for some rows of the batch."""
         picks = torch.from_numpy(self.draws.integers("adm/prompt", step, rows, len(self.cond)))
-        return simulate_student(
-            self.student,
-            self.cond,
-            picks,
-            gradient=gradient,
-            draws=self.draws,
-            purpose="adm",
-            step=step,
-            rows=rows,
-            latent_shape=self.latent_shape,
-            time_steps=self.time_steps,
-        )
+        return simulate_student(self, "adm", picks, step, rows, gradient=gradient)
 
     def _pair(self, step: int, samples: Samples, *, gradient: bool) -> "_Pair":
         """Noise the samples and take two short steps down the flow: by the teacher and by the fake score."""

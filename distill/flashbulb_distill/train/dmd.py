@@ -85,18 +85,7 @@ class Dmd:
             picks = torch.from_numpy(self.draws.integers("dmd/prompt", step, rows, len(self.cond)))
         else:
             picks = self.pairs.prompt[self._picks(step, rows, self.pairs)]
-        return simulate_student(
-            self.student,
-            self.cond,
-            picks,
-            gradient=gradient,
-            draws=self.draws,
-            purpose="dmd",
-            step=step,
-            rows=rows,
-            latent_shape=self.latent_shape,
-            time_steps=self.time_steps,
-        )
+        return simulate_student(self, "dmd", picks, step, rows, gradient=gradient)
 
     def _picks(self, step: int, rows: range, pairs: DrawnPairs) -> Tensor:
         return torch.from_numpy(self.draws.integers("dmd/pair", step, rows, pairs.known(step)))

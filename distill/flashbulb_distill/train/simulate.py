@@ -1,6 +1,7 @@
 """Sampling the student as it will be used, with a gradient through its last step alone."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,30 +13,52 @@ from .fake import Samples
 from .step import device_of, sender
 
 
+class Simulated(Protocol):
+    """A method whose student is sampled as it will be used."""
+
+    @property
+    def student(self) -> Denoiser:
+        """The network in training."""
+        ...
+
+    @property
+    def cond(self) -> Condition:
+        """All prompts."""
+        ...
+
+    @property
+    def draws(self) -> Draws:
+        """The run's random numbers."""
+        ...
+
+    @property
+    def latent_shape(self) -> Sequence[int]:
+        """Of one picture's or clip's latents."""
+        ...
+
+    @property
+    def time_steps(self) -> Sequence[float]:
+        """The student's own times."""
+        ...
+
+
 def simulate_student(
-    student: Denoiser,
-    cond: Condition,
-    picks: Tensor,
-    *,
-    gradient: bool,
-    draws: Draws,
-    purpose: str,
-    step: int,
-    rows: range,
-    latent_shape: Sequence[int],
-    time_steps: Sequence[float],
+    method: Simulated, purpose: str, picks: Tensor, step: int, rows: range, *, gradient: bool
 ) -> Samples:
     """Sample clean latents from noise up to a drawn step of the student's own; only that step carries a gradient.
 
     Args:
-        cond: all prompts'.   picks: int64 [len(rows)], whose of them.   gradient: whether any is wanted.
-        purpose: names the draws, like "adm".
+        purpose: names the draws, like "adm".   picks: int64 [len(rows)], whose prompts.
+        gradient: whether any is wanted.
     Source: backward simulation of DMD2 (Yin et al. 2024, arXiv 2405.14867), section 4.5.
     """
+    student, draws, time_steps = method.student, method.draws, method.time_steps
     device = device_of(student)
-    send, picked = sender(device), cond.take(picks).to(device)
+    send, picked = sender(device), method.cond.take(picks).to(device)
     last = int(draws.integers(f"{purpose}/stop", step, [0], len(time_steps))[0])
-    noises = [send(draws.normal(f"{purpose}/start/{i}", step, rows, latent_shape)) for i in range(last + 1)]
+    noises = [
+        send(draws.normal(f"{purpose}/start/{i}", step, rows, method.latent_shape)) for i in range(last + 1)
+    ]
 
     def denoise(xt: Tensor, t: float) -> Tensor:
         with torch.set_grad_enabled(gradient and t == time_steps[last]):
