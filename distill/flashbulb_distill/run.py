@@ -113,6 +113,29 @@ class Run:
         )
 
     @cached_property
+    def start(self) -> Teacher | None:
+        """The student that the first stage goes on from, on the CPU; its folder opens as a teacher's does.
+
+        Raises:
+            RecipeError: there is none, or its network is not the teacher's.
+        """
+        recipe = self.recipe
+        if recipe.start is None:
+            return None
+        wanted = f"start: expected the folder of a student of {recipe.teacher}, got {recipe.start}"
+        try:
+            start = open_teacher(recipe.family, recipe.start, shape=recipe.shape)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RecipeError(f"{wanted}: {str(error).partition('. ')[0]}") from error
+        shapes, own = (
+            {name: value.shape for name, value in teacher.denoiser.named_parameters()}
+            for teacher in (self.teacher, start)
+        )
+        if shapes != own:
+            raise RecipeError(f"{wanted}, a network of other parameters")
+        return start
+
+    @cached_property
     def teacher_sha256(self) -> str:
         """The hash of the teacher's weight files."""
         return digest(self.teacher.sha256())
@@ -272,7 +295,7 @@ class Run:
                 cond=self.condition,
                 uncond=self.uncond,
                 pairs=self._drawn_pairs(folder.path),
-                start=load_file(self.out / parent / STUDENT) if parent else None,
+                start=load_file(self.out / parent / STUDENT) if parent else self._start_values(),
                 heads=self._carried_heads(stage),
                 ranks=self.ranks,
             ),
@@ -295,6 +318,9 @@ class Run:
             self._save_lora(folder.path, averages)
         self.ranks.first(folder.finish)
         return folder.identity
+
+    def _start_values(self) -> dict[str, Tensor] | None:
+        return dict(self.start.denoiser.named_parameters()) if self.start else None
 
     def _logged(self, stage: str, step: int, steps: int, logs: dict[str, float]) -> None:
         self.progress(stage, step, steps, logs)
@@ -343,6 +369,12 @@ class Run:
 
     def _source(self) -> str:
         """Return the identity of what the first stage begins from."""
+        start = self.start  # a wrong one is refused before hours of pairs
+        made_of = self._data()
+        return digest({"data": made_of, "start": start.sha256()}) if start else made_of
+
+    def _data(self) -> str:
+        """Return the identity of what the first stage learns from."""
         if self.recipe.pairs:
             made_of = self._first_pairs()
             least = self.recipe.pairs.start_after
@@ -445,6 +477,8 @@ class Run:
         parents = {"teacher": self.teacher_sha256, "recipe": self.recipe.sha256()}
         if self.recipe.pairs:
             parents["pairs"] = hash_file(self.out / "pairs" / "index.jsonl")
+        if self.start:
+            parents["start"] = digest(self.start.sha256())
         parents |= {stage: hash_file(self.out / stage / STUDENT) for stage in self.recipe.stages}
         folder = self.bundle_folder
         if folder.exists():

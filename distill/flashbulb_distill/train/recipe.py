@@ -280,6 +280,9 @@ class Recipe(Strict):
     loras: tuple[str, ...] = Field(
         default=(), description="files of LoRA weights that belong to the teacher: base + these"
     )
+    start: str | None = Field(
+        default=None, description="folder of a student to go on from, like a bundle's; null: from the teacher"
+    )
     shape: Shape | None = Field(
         default=None, description="what is drawn; the demo families have one size each"
     )
@@ -326,6 +329,10 @@ class Recipe(Strict):
             )
         if self.loras and self.is_demo:
             raise ValueError(f"loras: expected none for {self.family}, whose teacher is a folder of its own")
+        if self.start is not None and self.roles.student == "lora":
+            raise ValueError(
+                "start: expected roles.student full, got lora, which begins from the teacher's weights"
+            )
         if self.roles.student != self.roles.fake and any(
             s.ida for s in (self.adm, self.dmd) if s is not None
         ):

@@ -1,0 +1,72 @@
+"""A run may go on from a student instead of the teacher."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file
+
+from flashbulb_distill.run import start_run
+from flashbulb_distill.train.recipe import RecipeError, load_recipe
+from support.tiny_teacher import make_tiny_motion_teacher, make_tiny_teacher
+
+RECIPE = Path(__file__).parents[3] / "distill" / "recipes" / "emoji.yaml"
+
+
+@pytest.fixture
+def overrides(tmp_path):
+    (tmp_path / "prompts.txt").write_text("red apple\nrocket\n")
+    return [
+        f"teacher={make_tiny_teacher(tmp_path / 'teacher')}", f"prompts={tmp_path / 'prompts.txt'}",
+        "precision=float32", "pairs.count=4", "pairs.num_steps=2", "pairs.batch_size=4",
+        "regression.steps=1", "regression.decay_steps=0", "regression.batch_size=2", "regression.rate=1e-6",
+        "guard=null", "adp=null", "adm=null", "evaluate=null",
+    ]  # fmt: skip
+
+
+def test_the_first_stage_goes_on_from_the_weights_of_the_folder(overrides, tmp_path):
+    start = make_tiny_teacher(tmp_path / "start", seed=1)
+    from_teacher = start_run(load_recipe(RECIPE, overrides), tmp_path / "one", resume=False)
+    from_student = start_run(
+        load_recipe(RECIPE, [*overrides, f"start={start}"]), tmp_path / "two", resume=False
+    )
+    assert from_teacher.regression() != from_student.regression(), "what it began from is part of what it is"
+    weights = load_file(start / "transformer" / "diffusion_pytorch_model.safetensors")
+    values = {name: value for name, value in weights.items() if name != "pos_embed.pos_embed"}
+    trained = load_file(from_student.out / "regression" / "student.safetensors")
+    assert trained.keys() == {f"transformer.{name}" for name in values}
+    for name, value in values.items():
+        # One step of Adam moves a weight by its rate at most; the teacher's weights are far further.
+        torch.testing.assert_close(trained[f"transformer.{name}"], value, rtol=0, atol=3e-6)
+    moved = load_file(from_teacher.out / "regression" / "student.safetensors")
+    assert any((moved[name] - trained[name]).abs().max() > 0.1 for name in moved)
+    # The pairs are the teacher's in both.
+    pairs = [(run.out / "pairs" / "index.jsonl").read_text() for run in (from_teacher, from_student)]
+    assert pairs[0] == pairs[1]
+
+
+def test_a_start_that_does_not_fit_is_refused_in_one_line(overrides, tmp_path):
+    with pytest.raises(RecipeError, match=r"start: expected roles\.student full"):
+        load_recipe(RECIPE, [*overrides, "start=anywhere", "roles.student=lora"])
+    other = make_tiny_teacher(tmp_path / "other")
+    config = other / "transformer" / "config.json"
+    SD3Transformer2DModel(**{**json.loads(config.read_text()), "num_layers": 3}).save_pretrained(
+        config.parent
+    )
+    starts = {
+        tmp_path / "nowhere": r"transformer/config\.json, found none",
+        make_tiny_motion_teacher(tmp_path / "motion"): "expected shape",
+        other: "a network of other parameters",
+    }
+    for number, (start, message) in enumerate(starts.items()):
+        run = start_run(
+            load_recipe(RECIPE, [*overrides, f"start={start}"]), tmp_path / str(number), resume=False
+        )
+        with pytest.raises(
+            RecipeError, match=f"start: expected the folder of a student of .*{message}"
+        ) as caught:
+            run.regression()
+        assert "\n" not in str(caught.value)
+        assert not (run.out / "pairs").exists(), "it is refused before pairs are made"
