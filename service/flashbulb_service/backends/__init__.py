@@ -6,6 +6,7 @@ A backend has one method per stage, so that a worker can overlap them; `generate
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, cast
@@ -16,6 +17,7 @@ from flashbulb_distill.bundle import Bundle
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.errors import OutOfMemory
 
+LONG_PROMPT = "word " * 600  # longer than any text encoder reads, which is 512 tokens at most
 OnStep = Callable[[int, int, np.ndarray], None]
 """Called on the device's thread after each step with (step from 0, num_steps, x0 latents); may raise to stop."""
 
@@ -122,15 +124,17 @@ class Student:
     def warm_up(self, width: int, height: int, sizes: Sequence[int], *, frames: int = 1) -> None:
         """Run a picture or video in every batch size that will be used: no request shall pay for a first time.
 
-        Sizes that do not fit into the memory are left to the scheduler, which learns from such failures.
+        The largest comes first and its prompts are as long as they are read, so that the memory reaches its level.
+        Sizes that do not fit into it are left to the scheduler, which learns from such failures.
         """
-        for size in sizes:
-            try:
+        for size in sorted(sizes, reverse=True):
+            with suppress(OutOfMemory):
                 self.generate(
-                    [ImageRequest("", 0, index, width, height, frames=frames) for index in range(size)]
+                    [
+                        ImageRequest(f"{index} {LONG_PROMPT}", 0, index, width, height, frames=frames)
+                        for index in range(size)
+                    ]
                 )
-            except OutOfMemory:
-                break
 
     def _rows(self, count: int) -> list[int]:
         """Repeat the last row until the canonical size is reached."""

@@ -182,6 +182,9 @@ def open_graph(path: Path, *, threads: int) -> ort.InferenceSession:
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.use_deterministic_compute = True
+    # Batches of ever other sizes and lengths: an arena keeps room for the largest of each and gives nothing back, and
+    # is no faster than malloc here (four pictures in .996 to 1.003 of the time).
+    options.enable_cpu_mem_arena = False
     options.log_severity_level = 3  # errors only; ours are raised
     # Spinning threads of one worker take the cores of the next one while they wait.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

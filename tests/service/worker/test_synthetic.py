@@ -45,9 +45,15 @@ def test_too_many_rows_run_out_of_memory() -> None:
         backend.generate([request()] * 3)
 
 
-def test_warming_up_ends_at_the_size_that_does_not_fit() -> None:
-    backend = SyntheticBackend(SyntheticDevice(memory_rows=2, **FAST))
-    Student(backend).warm_up(64, 64, (1, 2, 4, 8))
+def test_warming_up_runs_all_sizes_that_fit_with_prompts_of_full_length(watched: Any) -> None:
+    watched.inner = SyntheticBackend(SyntheticDevice(memory_rows=2, **FAST))
+    Student(watched).warm_up(64, 64, (1, 2, 4, 8))
+    assert [len(batch) for batch in watched.batches] == [8, 4, 2, 1], (
+        "the largest first, whatever does not fit"
+    )
+    for batch in watched.batches:
+        assert len(set(batch)) == len(batch), "each is encoded"
+        assert all(len(prompt.split()) > 512 for prompt in batch)
 
 
 async def test_out_of_memory_halves_the_batch_burns_no_attempt_and_the_cap_learns(
