@@ -18,8 +18,9 @@ from typing import Any
 
 import rig
 
-from flashbulb_distill.plan.choose import GIB, Plan, hours, plan
+from flashbulb_distill.plan.choose import GIB, Plan, plan
 from flashbulb_distill.plan.predict import Prediction, predict
+from flashbulb_distill.plan.text import hours
 from flashbulb_distill.train.recipe import Recipe, load_recipe
 
 NAME = "plans"

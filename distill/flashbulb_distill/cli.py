@@ -127,8 +127,8 @@ def plan(
 ) -> None:
     """Predict memory and time of each training stage without loading a weight, and say which strategy fits a GPU."""
     from .plan.choose import plan as choose
-    from .plan.choose import read_bytes, table
     from .plan.predict import Prediction, predict
+    from .plan.text import read_bytes, table
     from .train.recipe import Recipe, RecipeError, load_recipe
 
     loaded, size = load_recipe(recipe, set_ or ()), read_bytes(gpu)

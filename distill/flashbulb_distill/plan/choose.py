@@ -2,128 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from flashbulb_kernels.gpus import GPUS
-
-from ..train.recipe import Recipe, StageRecipe
+from ..train.recipe import Recipe
 from .predict import Prediction
+from .strategies import NO_COST, Strategy, strategies_for
 
 GIB = 2**30
 CONTEXT_BYTES = 6 * GIB // 10  # what CUDA and its libraries take; an assumption
 FRAGMENTATION = 0.05  # of the memory that the allocator cannot use; an assumption
-UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
-UNMEASURED = (
-    "not measured on several GPUs: shared-out memory is arithmetic (a part of each block, two blocks gathered), held "
-    "against two small processes on a CPU; the time has no communication in it; each GPU holds one network whole "
-    "while that is loaded"
-)
 LEAST_ROWS = 2  # that are computed at once: fewer leave a GPU idle
-
-
-class Strategy(BaseModel):
-    """Changes of a recipe that need less memory, and what they cost."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    roles: tuple[Literal["full", "lora"], Literal["full", "lora"]]  # student, fake score
-    checkpointing: bool
-    eight_bit: bool = False
-    sharding: Literal["none", "fsdp"] = "none"
-    cost: str
-
-    @property
-    def learns(self) -> tuple[object, ...]:
-        """What decides what is learnt: strategies that differ in nothing of it end at the same student."""
-        return self.roles, self.eight_bit
-
-    def shared_out(self) -> "Strategy":
-        """Return it with networks shared out over several GPUs."""
-        name = f"{self.name}, shared out"
-        cost = "blocks travel between the GPUs at every use"
-        cost = cost if self.cost == NO_COST else f"{self.cost}; {cost}"
-        return self.model_copy(update={"name": name, "sharding": "fsdp", "cost": cost})
-
-    def apply(self, recipe: Recipe, stage: str, rows: int, at_once: int | None = None) -> Recipe:
-        """Return the recipe with this strategy, for one GPU's rows of the batch.
-
-        Adam is the one in 32 bits: 8 bits are not run on the meta device.
-
-        Args:
-            at_once: rows that are computed at once; None: all.
-        """
-        section = recipe.stages[stage].model_copy(update={"batch_size": rows})
-        if hasattr(section, "pixel_batch"):
-            section = section.model_copy(update={"pixel_batch": min(section.pixel_batch, rows)})
-        roles = recipe.roles.model_copy(update={"student": self.roles[0], "fake": self.roles[1]})
-        changes = {
-            "checkpointing": self.checkpointing,
-            "sharding": self.sharding,
-            "micro_batch": at_once,
-            "optimizer": "adamw",
-        }
-        memory = recipe.memory.model_copy(update=changes)
-        return recipe.model_copy(update={stage: section, "roles": roles, "memory": memory})
-
-    def suits(self, section: StageRecipe) -> bool:
-        """Tell whether a stage can be trained so: IDA mixes weights of student and fake score, of one kind then."""
-        return self.roles[0] == self.roles[1] or not getattr(section, "ida", 0)
-
-    def overrides(self, at_once: int | None) -> tuple[str, ...]:
-        """Return what to pass to `--set` for it."""
-        return (
-            f"roles.student={self.roles[0]}",
-            f"roles.fake={self.roles[1]}",
-            f"memory.checkpointing={str(self.checkpointing).lower()}",
-            f"memory.optimizer={'adamw8bit' if self.eight_bit else 'adamw'}",
-            f"memory.sharding={self.sharding}",
-            f"memory.micro_batch={at_once or 'null'}",
-        )
-
-
-NO_COST = "nothing"
-FULL: tuple[Literal["full"], Literal["full"]] = ("full", "full")
-STRATEGIES = (
-    Strategy(name="full", roles=FULL, checkpointing=False, cost=NO_COST),
-    Strategy(name="full, checkpointing", roles=FULL, checkpointing=True, cost="blocks are computed twice"),
-    Strategy(
-        name="full, checkpointing, 8-bit Adam",
-        roles=FULL,
-        checkpointing=True,
-        eight_bit=True,
-        cost="coarser moments; needs bitsandbytes",
-    ),
-    Strategy(
-        name="LoRA student, full fake, checkpointing",
-        roles=("lora", "full"),
-        checkpointing=True,
-        cost="the student is an adapter on the teacher",
-    ),
-    Strategy(
-        name="LoRA student, full fake, checkpointing, 8-bit Adam",
-        roles=("lora", "full"),
-        checkpointing=True,
-        eight_bit=True,
-        cost="an adapter; coarser moments; needs bitsandbytes",
-    ),
-    Strategy(
-        name="LoRA both, checkpointing",
-        roles=("lora", "lora"),
-        checkpointing=True,
-        cost="one frozen backbone for all roles; how well a LoRA fake score follows must be watched (fake_lag)",
-    ),
-)
-
-
-def strategies_for(gpus: int) -> tuple[Strategy, ...]:
-    """Return what may be tried on so many GPUs, in order of preference; 8-bit moments cannot be shared out."""
-    if gpus == 1:
-        return STRATEGIES
-    both = [(s,) if s.eight_bit else (s, s.shared_out()) for s in STRATEGIES]
-    return tuple(strategy for each in both for strategy in each)
 
 
 class Row(BaseModel):
@@ -263,7 +152,7 @@ def plan(
     known: dict[tuple[object, ...], Line] = {}
     parameters: dict[str, int] = {}
     tried = strategies_for(gpus) if strategies is None else strategies
-    for strategy in (one for one in tried if one.suits(recipe.stages[stage])):
+    for strategy in (one for one in tried if one.suits(recipe, stage)):
         if (best := _best(rows, share)) is not None and (
             rows[best].rows == share or strategy.learns != rows[best].strategy.learns
         ):
@@ -385,64 +274,3 @@ def _reason(rows: Sequence[Row], chosen: int | None, share: int, budget: int) ->
             f"Cost: {again}samples are drawn twice; the gradient is the whole batch's"
         )
     return f"{row.strategy.name}: {less}. Cost: {row.strategy.cost}"
-
-
-def hours(plan: Plan, utilisation: float = UTILISATION) -> dict[str, float]:
-    """Estimate the chosen strategy's hours on GPUs of each known kind: one's operations over a share of its peak."""
-    row = plan.choice
-    if row is None or row.step_flops is None:
-        return {}
-    return {gpu.name: row.step_flops * plan.steps / (gpu.flops_16 * utilisation) / 3600 for gpu in GPUS}
-
-
-def table(plan: Plan) -> str:
-    """Return the plan as text."""
-    sizes = ", ".join(f"{role} {count / 1e6:,.1f} M" for role, count in plan.parameters.items())
-    several = f"{plan.gpus} GPUs of {plan.gpu_bytes / GIB:.0f} GiB each" if plan.gpus > 1 else ""
-    where = several or f"{plan.gpu_bytes / GIB:.0f} GiB"
-    title = f"{plan.stage}: {where}, of which {plan.usable_bytes / GIB:.1f} usable"
-    columns = f"{'rows':>6}{'weights':>9}{'optimiser':>11}{'average':>9}{'working':>9}{'total':>9}  GiB"
-    lines = [f"{title}; parameters: {sizes}", f"  {'strategy':<64}{columns}"]
-    for index, row in enumerate(plan.rows):
-        mark = "*" if index == plan.chosen else " "
-        rows = str(row.rows) if row.fits else "no"
-        working = "?" if row.working_bytes is None else f"{row.working_bytes / GIB:.2f}"
-        more = ">" if row.working_bytes is None else ""
-        total = f"{more}{row.total_bytes / GIB:.2f}"
-        lines.append(
-            f"{mark} {row.strategy.name:<64}{rows:>6}{row.weight_bytes / GIB:>9.2f}{row.optimizer_bytes / GIB:>11.2f}"
-            f"{row.average_bytes / GIB:>9.2f}{working:>9}{total:>9}"
-        )
-    lines.append(f"  {plan.reason}")
-    if row_ := plan.choice:
-        lines.append(f"  {' '.join(f'--set {o}' for o in row_.strategy.overrides(plan.micro_batch))}")
-        guess = ", ".join(f"{name} {_duration(value)}" for name, value in hours(plan).items())
-        count = "one GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
-        lines.append(
-            f"  estimate, {plan.steps} steps on {count} at {UTILISATION:.0%} of the bfloat16 peak: {guess}"
-        )
-    if plan.gpus > 1:
-        lines.append(f"  {UNMEASURED}")
-    return "\n".join(lines)
-
-
-def _duration(hours: float) -> str:
-    return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-
-
-def read_bytes(text: str) -> int:
-    """Read a size like 24GiB, 80GB or 512MiB.
-
-    Raises:
-        ValueError: it is none.
-    """
-    units = {"GiB": GIB, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
-    for unit, size in units.items():
-        if text.endswith(unit):
-            try:
-                value = float(text.removesuffix(unit))
-            except ValueError:
-                break
-            if value > 0:
-                return int(value * size)
-    raise ValueError(f"--gpu: expected a memory size like 24GiB or 80GB, got {text!r}")

@@ -416,6 +416,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # parts that do not fit together; the message says which
+            raise RecipeError(f"{path}: {first['msg'].removeprefix('Value error, ')}") from error
         where = ".".join(str(part) for part in first["loc"])
         raise RecipeError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from error
 

@@ -8,10 +8,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashbulb_distill.plan import meta
-from flashbulb_distill.plan.choose import STRATEGIES, plan
+from flashbulb_distill.plan.choose import plan
 from flashbulb_distill.plan.meta import Compute, Meter
 from flashbulb_distill.plan.outline import KNOWN, outline
 from flashbulb_distill.plan.predict import predict
+from flashbulb_distill.plan.strategies import STRATEGIES
 from flashbulb_distill.teachers.open import open_teacher
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from support.measured_step import measured
