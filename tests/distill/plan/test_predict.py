@@ -21,7 +21,7 @@ from support.tiny_pipelines import make_tiny_pipeline
 RECIPES = Path(__file__).parents[3] / "distill" / "recipes"
 # Measured (-s shows it): emoji -0.2 %, emoji adp -0.2 %, sdxl -1.0 %, sd35-large -0.8 %, sd3 as adapters with
 # recomputed blocks 0.8 %, cogvideox-5b -9.3 %: there the CPU's three-dimensional convolutions take scratch memory of
-# their own, which tiny networks notice.
+# their own, which tiny networks notice. A CPU without bfloat16 takes scratch for two-dimensional ones too: sdxl -4.9 %.
 TOLERANCES = {
     "emoji": 0.03,
     "emoji adp": 0.03,
@@ -83,7 +83,8 @@ def test_the_predicted_peak_is_the_measured_one(case, precision, tmp_path):
     told = predict(recipe, stage, for_cuda=False).working_bytes
     difference = told / expected - 1
     print(f"{case} {precision}: measured {expected}, predicted {told} bytes, {difference:+.1%}")
-    assert abs(difference) < TOLERANCES[case]
+    emulated = precision == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert abs(difference) < TOLERANCES[case] + 0.04 * emulated
 
 
 def test_recomputed_blocks_need_less_and_compute_more_and_adapters_share_one_backbone(tmp_path):
