@@ -5,12 +5,13 @@ a bucket has lifecycle rules for that.
 """
 
 import contextlib
+import heapq
 import os
 import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -25,6 +26,7 @@ from flashbulb_service.errors import InvalidRequest, ServerStartError
 from flashbulb_service.formats import MEDIA_TYPES, FileFormat, VideoVariant
 
 PART = ".part"  # ends the names of files that are being written
+AT_ONCE = 1024  # files that cleaning keeps in mind: a folder may hold a million
 
 # One path segment of safe characters: nothing that a file system or a URL could read as a direction.
 _RESULT_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.(png|jpeg|webp|mp4)$")
@@ -187,22 +189,26 @@ class ResultStore:
                 await obstore.delete_async(self._store, name)
 
     def clean(self, now: float | None = None) -> int:
-        """Delete what is too old, then the oldest beyond `max_bytes`, in a ``file://`` store; return how many."""
+        """Delete what is too old, then the oldest beyond `max_bytes`, in a ``file://`` store; return how many pictures.
+
+        The folder is read as it comes; never more than `AT_ONCE` of its files are kept in mind.
+        """
         if self._folder is None:
             return 0
         oldest = (time.time() if now is None else now) - self.ttl_s
-        kept_bytes = 0
         removed = 0
-        for part in self._folder.glob(f".*{PART}"):  # of a worker that was killed while it wrote
-            with contextlib.suppress(FileNotFoundError):
-                if part.stat().st_mtime < oldest:
-                    part.unlink()
-        for modified, size, path in sorted(_pictures(self._folder), reverse=True):  # the newest first
-            kept_bytes += size
-            if modified < oldest or kept_bytes > self.max_bytes:
-                path.unlink(missing_ok=True)
-                removed += 1
-        return removed
+        while True:
+            expired, kept_bytes, first = _sweep(self._folder, oldest)
+            removed += expired
+            for size, path in first:
+                if kept_bytes <= self.max_bytes:
+                    break
+                with contextlib.suppress(FileNotFoundError):  # another worker cleaned it first
+                    Path(path).unlink()
+                    removed += 1
+                kept_bytes -= size
+            if kept_bytes <= self.max_bytes or not first:
+                return removed
 
 
 def _checked(name: str) -> str:
@@ -238,10 +244,26 @@ def _open_bucket(location: str) -> ObjectStore:
         ) from None
 
 
-def _pictures(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """Yield (time of writing, bytes, path) of every picture."""
-    for path in folder.iterdir():
-        if is_result_id(path.name):
+def _sweep(folder: Path, oldest: float) -> tuple[int, int, list[tuple[int, str]]]:
+    """Delete what was written before `oldest`.
+
+    Returns:
+        how many pictures that were, the bytes of those that are left, and (bytes, path) of the oldest of these.
+    """
+    expired = kept_bytes = 0
+    first: list[tuple[float, int, str]] = []  # a heap, the newest on top
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_part = entry.name.startswith(".") and entry.name.endswith(PART)
+            if not is_part and not is_result_id(entry.name):
+                continue
             with contextlib.suppress(FileNotFoundError):  # another worker cleaned it first
-                found = path.stat()
-                yield found.st_mtime, found.st_size, path
+                found = entry.stat()
+                if found.st_mtime < oldest:
+                    Path(entry.path).unlink()
+                    expired += not is_part  # a part is of a worker that was killed while it wrote
+                elif not is_part:
+                    kept_bytes += found.st_size
+                    add = heapq.heappush if len(first) < AT_ONCE else heapq.heappushpop
+                    add(first, (-found.st_mtime, found.st_size, entry.path))
+    return expired, kept_bytes, [(size, path) for _, size, path in sorted(first, reverse=True)]

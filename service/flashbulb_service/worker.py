@@ -56,7 +56,8 @@ from flashbulb_service.worker_metrics import WorkerMetrics, serve_metrics
 log = logging.getLogger(__name__)
 
 IDLE_S = 5.0  # longest single wait for work; a wake-up ends it at once
-CLEAN_INTERVAL_S = 600.0
+CLEAN_INTERVAL_S = 600.0  # at most: what lives shorter is deleted sooner
+LEAST_CLEAN_INTERVAL_S = 10.0
 OUTAGE_BACKOFF_S = 0.5
 SCAN_INTERVAL_S = 2.0
 # A lone job is drawn before its claim is answered, which saves a call. Where another one has come meanwhile, the
@@ -359,14 +360,16 @@ class Worker:
         return LiveWorker(self.id, tuple(served), self._backend_name, bundles, backends)
 
     async def _keep_clean(self) -> None:
+        interval_s = min(CLEAN_INTERVAL_S, max(LEAST_CLEAN_INTERVAL_S, self._results.ttl_s / 2))
         while True:
             try:
                 removed = await asyncio.to_thread(self._results.clean)
             except OSError as error:
                 log.warning("cannot clean the result store: %s", error)
             else:
-                log.info("result store cleaned: %d expired", removed)
-            await asyncio.sleep(CLEAN_INTERVAL_S)
+                if removed:
+                    log.info("result store cleaned: %d expired", removed)
+            await asyncio.sleep(interval_s)
 
 
 async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:

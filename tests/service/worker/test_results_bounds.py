@@ -1,9 +1,14 @@
 """Finished pictures are bounded by bytes as well as by time, and private."""
 
 import os
+import random
 import time
+import tracemalloc
 from pathlib import Path
 
+import pytest
+
+from flashbulb_service import results
 from flashbulb_service.results import ResultStore
 
 
@@ -18,6 +23,45 @@ async def test_the_oldest_pictures_go_when_the_store_is_too_large(tmp_path: Path
     assert await store.get("new.png") == await store.get("middle.png") == bytes(100)
     assert store.clean(now=1000) == 0
     assert (tmp_path / "results" / "not-ours.txt").exists()
+
+
+def test_cleaning_that_keeps_few_files_in_mind_deletes_what_a_sorted_list_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "AT_ONCE", 2)
+    rng, folder = random.Random(0), tmp_path / "results"
+    for _ in range(40):
+        store = ResultStore(folder.as_uri(), ttl_s=100, max_bytes=rng.randrange(2500))
+        ages = rng.sample(range(200), rng.randrange(12))
+        files = {f"{age}.png": (age, rng.randrange(400)) for age in ages}
+        for name, (age, size) in files.items():
+            (folder / name).write_bytes(bytes(size))
+            os.utime(folder / name, (1000 - age, 1000 - age))
+        wanted, total = set(), 0
+        for name, (age, size) in sorted(files.items(), key=lambda file: file[1]):  # the newest first
+            total += size
+            if age <= 100 and total <= store.max_bytes:
+                wanted.add(name)
+        assert store.clean(now=1000) == len(files) - len(wanted)
+        assert {path.name for path in folder.iterdir()} == wanted
+        for path in folder.iterdir():
+            path.unlink()
+
+
+def test_cleaning_takes_no_more_memory_for_more_files(tmp_path: Path) -> None:
+    store = ResultStore((tmp_path / "results").as_uri(), ttl_s=1e6)
+
+    def peak(num_files: int) -> int:
+        for number in range(num_files):
+            (tmp_path / "results" / f"{'a' * 32}-{number}.png").touch()
+        tracemalloc.start()
+        store.clean()
+        _, found = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return found
+
+    few = peak(results.AT_ONCE)
+    assert peak(5 * results.AT_ONCE) < 1.2 * few
 
 
 async def test_a_folder_of_results_is_closed_to_others(tmp_path: Path) -> None:
