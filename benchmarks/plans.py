@@ -9,7 +9,6 @@ their size a GPU's time is that of launching kernels, which operations do not te
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -104,8 +103,8 @@ def _predict(recipe: Recipe, stage: str, budget: int, gpus: int) -> Prediction:
 
 
 def digest(recipe: Recipe) -> str:
-    """Return the hash of a recipe as it is understood: comments do not change it."""
-    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()
+    """Return the hash of a recipe as it is understood: comments do not change it, nor keys that it leaves out."""
+    return recipe.sha256()
 
 
 def _row(made: Plan, gpu: str) -> dict[str, Any]:
