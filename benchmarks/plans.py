@@ -78,7 +78,7 @@ def plan_recipe(recipe: Recipe, predict: Predict) -> dict[str, Any]:
 
     largest_first = sorted(GPUS, key=lambda gpu: -GPUS[gpu])
     return {
-        "sha256": digest(recipe),
+        "sha256": recipe.sha256(),
         "commit": rig.COMMIT,
         "teacher": recipe.teacher,
         "stages": {
@@ -100,11 +100,6 @@ def _predict(recipe: Recipe, stage: str, budget: int, gpus: int) -> Prediction:
         f"{memory.sharding}, {rows} rows, {memory.micro_batch or 'all'} at once: {time.monotonic() - started:.0f} s"
     )
     return made
-
-
-def digest(recipe: Recipe) -> str:
-    """Return the hash of a recipe as it is understood: comments do not change it, nor keys that it leaves out."""
-    return recipe.sha256()
 
 
 def _row(made: Plan, gpu: str) -> dict[str, Any]:

@@ -141,6 +141,11 @@ class Run:
         return digest(self.teacher.sha256())
 
     @cached_property
+    def start_sha256(self) -> str | None:
+        """The hash of the files of the student to go on from."""
+        return digest(self.start.sha256()) if self.start else None
+
+    @cached_property
     def prompts(self) -> tuple[str, ...]:
         """The training prompts; a prompt that is listed twice is drawn twice as often."""
         try:
@@ -369,9 +374,9 @@ class Run:
 
     def _source(self) -> str:
         """Return the identity of what the first stage begins from."""
-        start = self.start  # a wrong one is refused before hours of pairs
+        start = self.start_sha256  # a wrong one is refused before hours of pairs
         made_of = self._data()
-        return digest({"data": made_of, "start": start.sha256()}) if start else made_of
+        return digest({"data": made_of, "start": start}) if start else made_of
 
     def _data(self) -> str:
         """Return the identity of what the first stage learns from."""
@@ -477,8 +482,8 @@ class Run:
         parents = {"teacher": self.teacher_sha256, "recipe": self.recipe.sha256()}
         if self.recipe.pairs:
             parents["pairs"] = hash_file(self.out / "pairs" / "index.jsonl")
-        if self.start:
-            parents["start"] = digest(self.start.sha256())
+        if self.start_sha256:
+            parents["start"] = self.start_sha256
         parents |= {stage: hash_file(self.out / stage / STUDENT) for stage in self.recipe.stages}
         folder = self.bundle_folder
         if folder.exists():

@@ -23,7 +23,7 @@ def stale(plans: ModuleType, recipes: dict[str, dict[str, object]]) -> list[str]
     return [
         name
         for name, recipe in plans.large().items()
-        if recipes.get(name, {}).get("sha256") != plans.digest(recipe)
+        if recipes.get(name, {}).get("sha256") != recipe.sha256()
     ]
 
 
