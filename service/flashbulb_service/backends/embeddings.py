@@ -1,5 +1,6 @@
 """Embeddings of prompts that were seen before: exact, least recently used out first, bounded by bytes."""
 
+import mmap
 import threading
 from collections import OrderedDict
 
@@ -39,12 +40,34 @@ class EmbeddingCache:
         with self._lock:
             if size > self._capacity or key in self._rows:
                 return
-            self._rows[key] = (row[0].copy(), row[1].copy())
+            self._rows[key] = _off_heap(row)
             self.bytes += size
             while self.bytes > self._capacity:
                 (sha256, text), oldest = self._rows.popitem(last=False)
                 self.bytes -= _bytes(sha256, text, oldest)
 
 
+def _off_heap(row: Row) -> Row:
+    """Copy a row to pages of its own.
+
+    Rows stay; on the C heap they would come to lie between the arrays of batches, which come and go and differ in size,
+    and less and less of what those leave could be used again.
+    """
+    pages = mmap.mmap(-1, _page_bytes(row), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tokens, pooled = row
+    kept = (
+        np.frombuffer(pages, tokens.dtype, tokens.size).reshape(tokens.shape),
+        np.frombuffer(pages, pooled.dtype, pooled.size, offset=tokens.nbytes).reshape(pooled.shape),
+    )
+    for copy, values in zip(kept, row, strict=True):
+        copy[...] = values
+    return kept
+
+
+def _page_bytes(row: Row) -> int:
+    """Return the bytes of the whole pages that hold a row."""
+    return -(-sum(values.nbytes for values in row) // mmap.PAGESIZE) * mmap.PAGESIZE or mmap.PAGESIZE
+
+
 def _bytes(sha256: str, prompt: str, row: Row) -> int:
-    return len(sha256) + 4 * len(prompt) + row[0].nbytes + row[1].nbytes + 512  # of the entry itself
+    return len(sha256) + 4 * len(prompt) + _page_bytes(row) + 512  # of the entry itself
