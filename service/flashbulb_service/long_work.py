@@ -68,8 +68,7 @@ class LongRun:
         try:
             waits = asking.result(ANSWER_S)
         except TimeoutError:
-            asking.cancel()
-            return False
+            return False  # what it tells is still told, before all that is told later
         if waits:
             self.device.expect_short()
         return waits

@@ -1,6 +1,7 @@
 """Videos on a worker that serves pictures as well: files, equal bytes, progress, turns, cancellation."""
 
 import asyncio
+import contextlib
 import io
 import threading
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from flashbulb_service.backends import ImageRequest, Student
 from flashbulb_service.jobs import JobState
-from flashbulb_service.queue import Kept
+from flashbulb_service.queue import Kept, Queue
 from flashbulb_service.results import video_file
 from flashbulb_service.tasks import ImageOutcome, StepDone
 from support.tiny_bundle import FPS, FRAMES
@@ -71,6 +72,28 @@ async def test_every_step_is_told_to_those_who_watch(mixed, video_job):
     told = [StepDone.from_bytes(event.data["data"].encode()) for event in events if event.kind == "progress"]
     assert [(one.step, one.steps) for one in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert await mixed.queue.last_step(queued.ids[0]) == '{"step":4,"steps":4}'
+
+
+async def test_the_last_step_is_told_before_the_end_however_late_it_is_told(mixed, video_job, monkeypatch):
+    """The thread that drew it once committed the video meanwhile, and nobody heard of a step of an ended job."""
+    tell = Queue.step_done
+
+    async def late(self, worker_id, jobs, data, models):
+        if data == StepDone(step=4, steps=4).to_bytes().decode():
+            with contextlib.suppress(TimeoutError):
+                await mixed.queue.wait([jobs[0].id], 0.5)  # long enough for the video to be written
+        return await tell(self, worker_id, jobs, data, models)
+
+    monkeypatch.setattr(Queue, "step_done", late)
+    mixed.start()
+    await outcome_of(
+        mixed, (await mixed.queue.enqueue([video_job()])).ids
+    )  # the server knows the script since
+    kept = Kept(record=b"{}", owner="me", events=True)
+    queued = await mixed.queue.enqueue([video_job()], keep=kept)
+    await outcome_of(mixed, queued.ids)
+    events = await mixed.queue.past_events(queued.ids[0], after="0")
+    assert [event.kind for event in events] == ["queued", "running", *["progress"] * 4, "done"]
 
 
 async def test_an_image_that_comes_during_a_step_is_drawn_before_the_next_step(mixed, video_job, image_job):
