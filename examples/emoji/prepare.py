@@ -4,8 +4,8 @@
 
 Writes reference.safetensors + reference.json (one centred picture of each concept and style, 64 x 64, with its
 split), train.safetensors + train.json (seeded shifted and scaled variants of the training split), and beside this
-script prompts.txt and prompts_plain.txt, where most name no style. One style of every tenth concept is held out: it is in the reference as "held-out" and never in
-the training file.
+script prompts.txt and prompts_plain.txt, of which most name no style. One style of every tenth concept is held out: it
+is in the reference as "held-out" and never in the training file.
 """
 
 import argparse
