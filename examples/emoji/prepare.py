@@ -3,9 +3,9 @@
     python examples/emoji/prepare.py [--out examples/emoji/data] [--variants 16]
 
 Writes reference.safetensors + reference.json (one centred picture of each concept and style, 64 x 64, with its
-split), train.safetensors + train.json (seeded shifted and scaled variants of the training split), and beside this
-script prompts.txt and prompts_plain.txt, of which most name no style. One style of every tenth concept is held out: it
-is in the reference as "held-out" and never in the training file.
+split), train.safetensors + train.json (seeded shifted and scaled variants of the training split), and prompts.txt
+beside this script. One style of every tenth concept is held out: it is in the reference as "held-out" and never in
+the training file.
 """
 
 import argparse
@@ -23,7 +23,6 @@ STYLES = ("noto", "twemoji", "fluent")
 SIZE_PX = 64
 RENDER_PX = 128
 HELD_OUT_EVERY = 10
-PROMPTS = {"prompts.txt": 4, "prompts_plain.txt": 16}  # file -> how many times it names each concept alone
 
 
 def held_out_style(concept_index: int) -> str | None:
@@ -51,14 +50,11 @@ def variants(count: int, *, key: tuple[int, int]) -> Iterator[tuple[float, tuple
         yield float(zoom), (float(dx), float(dy))
 
 
-def training_prompts(concepts: list[str], *, plain: int = 4) -> list[str]:
-    """List the prompts to distil with, a third of them the concept alone by default; held-out pairs are never named.
-
-    plain: how many times each concept alone; beside up to eight other wordings, six of which name a style.
-    """
+def training_prompts(concepts: list[str]) -> list[str]:
+    """List the prompts to distil with, half of them without a style word; held-out pairs are never named."""
     prompts = []
     for index, concept in enumerate(concepts):
-        prompts += [concept] * plain + [f"a {concept}"] * 2
+        prompts += [concept] * 4 + [f"a {concept}"] * 2
         for style in STYLES:
             if style != held_out_style(index):
                 prompts += [f"{concept}, {style} style", f"{style} emoji of {concept}"]
@@ -100,8 +96,7 @@ def main() -> None:
     (args.out / "reference.json").write_text(json.dumps(labels, indent=0))
     save_file({"images": np.array(train_images)}, args.out / "train.safetensors")
     (args.out / "train.json").write_text(json.dumps(train_labels, indent=0))
-    for name, plain in PROMPTS.items():
-        (HERE / name).write_text("\n".join(training_prompts(concepts, plain=plain)) + "\n", encoding="utf-8")
+    (HERE / "prompts.txt").write_text("\n".join(training_prompts(concepts)) + "\n", encoding="utf-8")
     print(
         f"{len(concepts)} concepts, {len(labels)} pictures, {len(train_labels)} of them for training -> {args.out}"
     )
