@@ -150,7 +150,7 @@ class Begun:
 
     rows: "list[tuple[Job, ImageTask]]"
     started_at: float  # in seconds since the epoch by the queue's clock
-    drawing: "Future[Drawn]"
+    drawing: "Future[Drawn | None]"  # None: nobody waited for it any more
     runs: threading.Lock  # free from when its thread runs
 
 
@@ -387,12 +387,13 @@ class Pipeline:
             begun = self._begin(claim, rows, is_whole=is_whole)
         try:
             drawn = await asyncio.wrap_future(begun.drawing)
-        except Abandoned:
-            log.info("batch of %d of %s stopped: nobody waits for it", len(begun.rows), claim.model.id)
         except Exception as error:  # noqa: BLE001  whatever a model raises belongs to its rows, not to us
             if await claim.is_held():
                 await self._after_failure(claim, begun.rows, error)
         else:
+            if drawn is None:
+                log.info("batch of %d of %s stopped: nobody waits for it", len(begun.rows), claim.model.id)
+                return
             if not await claim.is_held():
                 log.info("job %s was drawn in vain: its claim was refused", jobs[0].id)
                 return
@@ -434,9 +435,14 @@ class Pipeline:
         started_at, runs = self._server_time(), threading.Lock()
         runs.acquire()
 
-        def run() -> Drawn:
+        def run() -> Drawn | None:
             runs.release()
-            return self._run_stages(claim, rows, note_denoised, show, loop)
+            try:
+                return self._run_stages(claim, rows, note_denoised, show, loop)
+            except Abandoned:
+                return None
+            except Exception as error:  # noqa: BLE001  it is raised again
+                raise without_frames(error)  # noqa: B904  what it came from is dropped on purpose
 
         return Begun(rows, started_at, self._drawers.submit(run), runs)
 
@@ -782,6 +788,16 @@ class Pipeline:
             for task in beating:
                 task.cancel()
             await asyncio.gather(*beating, return_exceptions=True)
+
+
+def without_frames(error: Exception) -> Exception:
+    """Return an error that keeps none of the frames that it passed, nor what it came from.
+
+    The task that waits for a batch is itself among them and keeps the batch: a cycle, whose arrays only Python's
+    collector would find, thousands of batches later.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 def _settled(work: Callable[..., Result], *args: object) -> "Future[Result]":
