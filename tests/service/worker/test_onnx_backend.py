@@ -129,7 +129,7 @@ def test_the_cache_drops_what_was_not_used_for_longest_and_stays_within_its_byte
 
 
 def test_a_kept_row_has_pages_of_its_own_and_the_bytes_that_it_had() -> None:
-    """On the C heap rows would lie between the arrays of batches: a worker's memory grew by 2 % in twenty minutes."""
+    """On the C heap rows would lie between the arrays of batches: its median grew by 1.2 % over 1,200 of them."""
     draw = np.random.default_rng(0)
     tokens, pooled = (draw.standard_normal(shape).astype(np.float32) for shape in ((2, 14, 384), (2, 384)))
     cache = EmbeddingCache()
