@@ -23,6 +23,7 @@ from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import ServerStartError, ServiceError
 from flashbulb_service.garbage import settle_heap
 from flashbulb_service.heap import bound_heap
+from flashbulb_service.huge_pages import use_huge_pages
 from flashbulb_service.model_store import keep_following
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import serves
@@ -223,6 +224,7 @@ class _Server(uvicorn.Server):
 
 def _http_server(settings: Settings, app: object) -> _Server:
     settle_heap()
+    use_huge_pages()
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=partial(PromptHeads, head_timeout_s=settings.head_timeout_s),  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from flashbulb_service.catalog import Model, exporter_times
 from flashbulb_service.errors import ModelUnavailable, QueueUnavailable
 from flashbulb_service.garbage import settle_heap
 from flashbulb_service.heap import bound_heap
+from flashbulb_service.huge_pages import use_huge_pages
 from flashbulb_service.jobs import Job
 from flashbulb_service.model_book import ModelBook, Words
 from flashbulb_service.model_pool import LoadedModel, Loan, ModelPool, Served
@@ -394,6 +395,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
         def load(model: Model) -> LoadedModel:
             begin = time.perf_counter()
             ready = load_model(model, settings, cache)
+            use_huge_pages()
             metrics.model_loaded(model.id, time.perf_counter() - begin)
             return ready
 
