@@ -41,7 +41,7 @@ def private_regions(maps: Iterable[str]) -> Iterator[tuple[int, int]]:
     """Yield begin and end of the regions of /proc/PID/maps that may be written and belong to no file."""
     for line in maps:
         addresses, access, _, _, inode, *name = line.split(maxsplit=5)
-        if access == "rw-p" and inode == "0" and not name or name == ["[heap]"]:
+        if (access == "rw-p" and inode == "0" and not name) or name == ["[heap]"]:
             begin, end = addresses.split("-")
             yield int(begin, 16), int(end, 16)
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from flashbulb_service.huge_pages import HUGE_PAGE, huge_blocks, private_regions
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
