@@ -9,7 +9,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
 HEAPS = 2
 # Its own limits rise with the largest block that was ever freed, after which less and less is given back. Lower ones
 # than these make it take and give back memory within every picture, and each new page is a fault: 280 for one picture.
-MMAP_BYTES, TRIM_BYTES = 2 << 20, 16 << 20
+MMAP_BYTES, TRIM_BYTES = 32 << 20, 64 << 20
 
 
 def bound_heap() -> bool:
