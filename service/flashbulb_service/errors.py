@@ -267,3 +267,13 @@ class ServerStartError(ServiceError):
     """The embedded Valkey server cannot be found or started."""
 
     code = "server_start_error"
+
+
+def without_frames(error: Exception) -> Exception:
+    """Return an error that keeps none of the frames that it passed, nor what it came from.
+
+    Whoever keeps the error is itself among them, and the frames keep the batch: a cycle, whose arrays only Python's
+    collector would find, thousands of batches later.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flashbulb_service.catalog import Model
+from flashbulb_service.errors import without_frames
 from flashbulb_service.formats import FileFormat
 from flashbulb_service.images import encode_image
 from flashbulb_service.provenance import Marker, Origin
@@ -24,7 +25,7 @@ class Undeliverable(Exception):
         """Keep why, and whether another attempt may succeed."""
         super().__init__(code)
         self.code = code
-        self.reason = reason
+        self.reason = without_frames(reason)
         self.retry = retry
 
 

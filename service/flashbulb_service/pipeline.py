@@ -39,6 +39,7 @@ from flashbulb_service.errors import (
     NewerMessage,
     OutOfMemory,
     QueueUnavailable,
+    without_frames,
 )
 from flashbulb_service.finishing import Finished, Finisher, Undeliverable
 from flashbulb_service.jobs import Job, JobError
@@ -790,23 +791,13 @@ class Pipeline:
             await asyncio.gather(*beating, return_exceptions=True)
 
 
-def without_frames(error: Exception) -> Exception:
-    """Return an error that keeps none of the frames that it passed, nor what it came from.
-
-    The task that waits for a batch is itself among them and keeps the batch: a cycle, whose arrays only Python's
-    collector would find, thousands of batches later.
-    """
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error
-
-
 def _settled(work: Callable[..., Result], *args: object) -> "Future[Result]":
     """Do work on this thread, and return it as if another one had done it."""
     future: Future[Result] = Future()
     try:
         future.set_result(work(*args))
     except Exception as error:  # noqa: BLE001  whoever reads the future gets it
-        future.set_exception(error)
+        future.set_exception(without_frames(error))
     return future
 
 

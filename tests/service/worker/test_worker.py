@@ -308,6 +308,35 @@ async def test_a_batch_without_an_end_leaves_nothing_for_the_collector(
         gc.enable()
 
 
+async def test_a_picture_that_is_not_delivered_leaves_nothing_for_the_collector(
+    queue: Queue,
+    results: ResultStore,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its error is kept where it waits for its reader, with the frame that keeps it."""
+    drawn: list[weakref.ref[ImageRequest]] = []
+    watched.before = lambda requests: drawn.append(weakref.ref(requests[0]))
+
+    def full(name: str, data: bytes) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(results, "write", full)
+    gc.collect()
+    gc.disable()
+    try:
+        await queue.enqueue([picture_job(max_attempts=1)])
+        running = start_worker()
+        await wait_until(lambda: _truth(drawn))
+        await wait_until(lambda: _truth(not running.worker._pipeline._claims))
+        await wait_until(lambda: _truth(drawn[0]() is None))
+    finally:
+        gc.enable()
+
+
 async def test_a_batch_that_outlasts_the_drain_time_is_handed_back(
     queue: Queue, start_worker: Start, watched: Any, picture_job: PictureJob, wait_until: WaitUntil
 ) -> None:
