@@ -81,8 +81,10 @@ audit: .venv/bin/python
 	@grep -v '^#' constraints.txt >.venv/audit.txt
 	@$(BIN)/pip-audit --requirement .venv/audit.txt --no-deps --disable-pip
 
-.PHONY: check format-check lint types imports test format clean
-check: format-check lint types imports test
+.PHONY: check static format-check lint types imports test format clean
+check: static test
+
+static: format-check lint types imports
 
 format-check: .venv/.dev
 	@$(BIN)/ruff format --check . || { echo "make: run 'make format'" >&2; exit 1; }
