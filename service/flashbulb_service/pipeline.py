@@ -698,6 +698,7 @@ class Pipeline:
                 finished = finishing.result() if finishing.done() else await asyncio.wrap_future(finishing)
                 finished = await self._finisher.store_remotely(finished)
             except Undeliverable as error:
+                without_frames(error)  # of the thread that raised it as well
                 await self._fail(job, error.code, error.reason, retry=error.retry)
             else:
                 await self._commit(claim, drawn, job, task, finished)
@@ -797,7 +798,7 @@ def _settled(work: Callable[..., Result], *args: object) -> "Future[Result]":
     try:
         future.set_result(work(*args))
     except Exception as error:  # noqa: BLE001  whoever reads the future gets it
-        future.set_exception(without_frames(error))
+        future.set_exception(error)
     return future
 
 

@@ -17,13 +17,15 @@ from PIL import Image
 
 from flashbulb_service import worker
 from flashbulb_service.backends import ImageRequest
+from flashbulb_service.catalog import Model
 from flashbulb_service.errors import QueueUnavailable
+from flashbulb_service.finishing import Finished, Finisher
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.pipeline import MAX_DELIVERING, MAX_DRAWING
 from flashbulb_service.presence import Presence, serves
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
-from flashbulb_service.tasks import ImageOutcome
+from flashbulb_service.tasks import ImageOutcome, ImageTask
 
 PictureJob = Callable[..., NewJob]
 WaitUntil = Callable[..., Awaitable[None]]
@@ -316,29 +318,33 @@ async def test_a_batch_without_an_end_leaves_nothing_for_the_collector(
         await wait_until(lambda: _truth(drawn[0]() is None))
 
 
-async def test_a_picture_that_is_not_delivered_leaves_nothing_for_the_collector(
+async def test_pictures_that_are_not_delivered_leave_nothing_for_the_collector(
     queue: Queue,
     results: ResultStore,
     start_worker: Start,
-    watched: Any,
     picture_job: PictureJob,
     wait_until: WaitUntil,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its error is kept where it waits for its reader, with the frame that keeps it."""
-    drawn: list[weakref.ref[ImageRequest]] = []
-    watched.before = lambda requests: drawn.append(weakref.ref(requests[0]))
+    """An error is kept where it waits for its reader, with the frames that keep the pixels; two threads raise one each."""
+    drawn: list[weakref.ref[np.ndarray]] = []
+    finish = Finisher.finish
+
+    def watch(self: Finisher, model: Model, job_id: str, task: ImageTask, pixels: np.ndarray) -> Finished:
+        drawn.append(weakref.ref(pixels))
+        return finish(self, model, job_id, task, pixels)
 
     def full(name: str, data: bytes) -> None:
         raise OSError("no space left on device")
 
+    monkeypatch.setattr(Finisher, "finish", watch)
     monkeypatch.setattr(results, "write", full)
     with no_collector():
-        await queue.enqueue([picture_job(max_attempts=1)])
+        await queue.enqueue([picture_job(max_attempts=1), picture_job("dog", max_attempts=1)])
         running = start_worker()
-        await wait_until(lambda: _truth(drawn))
+        await wait_until(lambda: _truth(len(drawn) == 2))
         await wait_until(lambda: _truth(not running.worker._pipeline._claims))
-        await wait_until(lambda: _truth(drawn[0]() is None))
+        await wait_until(lambda: _truth(all(pixels() is None for pixels in drawn)))
 
 
 async def test_a_batch_that_outlasts_the_drain_time_is_handed_back(
