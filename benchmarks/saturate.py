@@ -3,9 +3,10 @@
     python -m benchmarks saturate [--threads 1] [--rounds 5] [--concurrency 64] [--write]
 
 The bare loop runs the three graphs at its best batch size, with token ids and noise ready, and throws its pixels
-away. The server does everything: HTTP, queue, tokenising, noise, graphs, PNG, result store, JSON. No two requests
-share a prompt. Both have the same number of onnxruntime threads; the rest of the server and the load generator use
-what other cores there are, so CPU seconds per picture are given as well, by part.
+away; its memory lies on huge pages as a worker's does. The server does everything: HTTP, queue, tokenising, noise,
+graphs, PNG, result store, JSON. No two requests share a prompt. Both have the same number of onnxruntime threads; the
+rest of the server and the load generator use what other cores there are, so CPU seconds per picture are given as well,
+by part.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from flashbulb_service.bench.openloop import run_closed
 from flashbulb_service.bench.report import interval
 from flashbulb_service.bench.validity import Judge
 from flashbulb_service.bench.workload import Planned, Target, Tenant
+from flashbulb_service.huge_pages import use_huge_pages
 
 NAME = "saturate"
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--concurrency", type=int, default=64)
     args = parser.parse_args(argv)
     student = BareStudent(args.bundle, threads=args.threads)
+    best_sizes(student)  # it has then all that it keeps in memory
+    use_huge_pages()
     by_size = best_sizes(student)
     best = max(by_size, key=lambda size: by_size[size])
     bare, served = [], []

@@ -6,54 +6,84 @@ from pathlib import Path
 
 import pytest
 
-from flashbulb_service.huge_pages import HUGE_PAGE, huge_blocks, private_regions
+from flashbulb_service.huge_pages import HUGE_PAGE, PAGE, PAGES, huge_blocks, private_regions
 
-ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 BLOCKS = 40
+SPARE_KIB = 4 * HUGE_PAGE // 1024  # of the interpreter's own, whose last pages were not in use
 
 MOVE = """
 import mmap, sys
-from flashbulb_service.huge_pages import HUGE_PAGE, PAGE, use_huge_pages
+from pathlib import Path
+from flashbulb_service import huge_pages
+from flashbulb_service.huge_pages import HUGE_PAGE, MADV_COLLAPSE, PAGE, PAGES
 
 def told():
     lines = [line.split() for line in open("/proc/self/smaps_rollup")]
     kib = {line[0]: int(line[1]) for line in lines if line[-1] == "kB"}
     return kib["Rss:"], kib["AnonHugePages:"]
 
-blocks, every = int(sys.argv[1]), {"full": PAGE, "sparse": HUGE_PAGE // 4}[sys.argv[2]]
+blocks, pages, switch = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+probe = mmap.mmap(-1, 2 * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+probe[::PAGE] = bytes(2 * PAGES)
+try:
+    probe.madvise(MADV_COLLAPSE)
+except OSError:
+    sys.exit()
 region = mmap.mmap(-1, (blocks + 1) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 region.madvise(mmap.MADV_NOHUGEPAGE)
-for place in range(0, len(region), every):
-    region[place] = 1
+for place in range(0, len(region), PAGE):
+    if place // PAGE % PAGES < pages:
+        region[place] = 1
 region.madvise(mmap.MADV_HUGEPAGE)
+if switch:
+    huge_pages.SWITCH = Path(switch)
 memory, huge = told()
-moved = use_huge_pages()
+moved = huge_pages.use_huge_pages()
 print(moved, *(now - before for now, before in zip(told(), (memory, huge))))
 """
 
 
-def move(how: str) -> tuple[int, int, int]:
-    """Return the bytes said to be moved, and by how many KiB memory and huge pages of a process grew."""
-    command = [sys.executable, "-c", MOVE, str(BLOCKS), how]
+def move(pages: int, switch: Path | None = None) -> tuple[int, int, int]:
+    """Move a process of which so many pages in 512 are in use.
+
+    Returns:
+        The bytes said to be moved, and by how many KiB its memory and its huge pages grew.
+    """
+    command = [sys.executable, "-c", MOVE, str(BLOCKS), str(pages), str(switch or "")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("this system cannot move memory to huge pages")
     said, memory, huge = map(int, done.stdout.split())
     return said, memory, huge
 
 
-@pytest.mark.skipif(
-    not ENABLED.exists() or "[never]" in ENABLED.read_text(), reason="this system offers no huge pages"
-)
-def test_memory_in_use_moves_to_huge_pages() -> None:
-    said, memory, huge = move("full")
+@pytest.mark.parametrize("pages", [PAGES, PAGES * 31 // 32])
+def test_memory_in_use_moves_to_huge_pages(pages: int) -> None:
+    said, memory, huge = move(pages)
     assert said >= BLOCKS * HUGE_PAGE
     assert huge >= BLOCKS * HUGE_PAGE // 1024
-    assert memory <= HUGE_PAGE // 1024 * 4  # of the interpreter's own, whose last pages were not in use
+    assert memory <= BLOCKS * (PAGES - pages + 1) * PAGE // 1024 + SPARE_KIB
 
 
-def test_memory_that_is_hardly_in_use_stays_as_small_as_it_is() -> None:
-    said, memory, _ = move("sparse")
+@pytest.mark.parametrize("pages", [4, PAGES * 3 // 4])
+def test_memory_that_is_partly_in_use_stays_as_small_as_it_is(pages: int) -> None:
+    said, memory, _ = move(pages)
     assert said < BLOCKS // 2 * HUGE_PAGE
-    assert memory <= HUGE_PAGE // 1024 * 4
+    assert memory <= SPARE_KIB
+
+
+def test_an_administrator_s_never_is_heeded(tmp_path: Path) -> None:
+    switch = tmp_path / "enabled"
+    switch.write_text("always madvise [never]\n")
+    said, _, huge = move(PAGES, switch)
+    assert (said, huge) == (0, 0)
+    switch.write_text("always [madvise] never\n")
+    assert move(PAGES, switch)[0] > 0
+
+
+def test_a_system_that_tells_nothing_is_left_alone(tmp_path: Path) -> None:
+    said, _, huge = move(PAGES, tmp_path / "missing")
+    assert (said, huge) == (0, 0)
 
 
 def test_only_private_memory_of_no_file_is_moved() -> None:

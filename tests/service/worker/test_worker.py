@@ -326,7 +326,7 @@ async def test_pictures_that_are_not_delivered_leave_nothing_for_the_collector(
     wait_until: WaitUntil,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An error is kept where it waits for its reader, with the frames that keep the pixels; two threads raise one each."""
+    """Two threads raise an error each, kept where it waits for its reader with the frames that keep the pixels."""
     drawn: list[weakref.ref[np.ndarray]] = []
     finish = Finisher.finish
 
