@@ -24,7 +24,6 @@ from flashbulb_service.bench.client import Sample
 from flashbulb_service.bench.report import distribution
 from flashbulb_service.bench.validity import Drawn, Judge, draw_of
 from flashbulb_service.bench.workload import Planned, Target, Tenant
-from flashbulb_service.huge_pages import use_huge_pages
 from flashbulb_service.images import encode_image
 
 NAME = "overhead"
@@ -37,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pause-ms", type=float, default=50.0)
     args = parser.parse_args(argv)
     student = BareStudent(args.bundle, threads=args.threads, cut=True)
-    student.draw([Ask("a cat", 0)])
-    use_huge_pages()
+    student.warm_up(1)
     with rig.serving(args.bundle, threads=args.threads) as server:
         result = measure(server, student, args.requests, args.pause_ms / 1000)
     rig.finish(NAME, {**result, "threads": args.threads, "pause_ms": args.pause_ms}, write=args.write)

@@ -24,7 +24,6 @@ from flashbulb_service.bench.openloop import run_closed
 from flashbulb_service.bench.report import interval
 from flashbulb_service.bench.validity import Judge
 from flashbulb_service.bench.workload import Planned, Target, Tenant
-from flashbulb_service.huge_pages import use_huge_pages
 
 NAME = "saturate"
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -39,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--concurrency", type=int, default=64)
     args = parser.parse_args(argv)
     student = BareStudent(args.bundle, threads=args.threads)
-    best_sizes(student)  # it has then all that it keeps in memory
-    use_huge_pages()
+    student.warm_up(student.bundle.manifest.max_batch)
     by_size = best_sizes(student)
     best = max(by_size, key=lambda size: by_size[size])
     bare, served = [], []

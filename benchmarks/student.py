@@ -16,6 +16,7 @@ from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.core.noise import draw_noise
 from flashbulb_distill.core.sampler import sample
 from flashbulb_service.backends.onnx import open_graph
+from flashbulb_service.huge_pages import use_huge_pages
 from flashbulb_service.images import to_uint8
 
 
@@ -52,6 +53,11 @@ class BareStudent:
         self._tokenizer = Tokenizer.from_file(str(self.bundle.file(text.tokenizer)))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(text.max_length)
+
+    def warm_up(self, size: int) -> None:
+        """Draw a batch, and have on huge pages what is then in memory, as a worker has it."""
+        self.draw([Ask(f"dog {row}", row) for row in range(size)])
+        use_huge_pages()
 
     def prepare(self, asks: Sequence[Ask]) -> Inputs:
         """Tokenise, and draw the noise of every step."""
