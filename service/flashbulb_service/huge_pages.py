@@ -31,9 +31,9 @@ def use_huge_pages() -> int:
     if sys.platform != "linux" or mmap.PAGESIZE != PAGE:
         return 0
     try:
-        maps = Path("/proc/self/maps").read_text(errors="replace").splitlines()
         if "[never]" in SWITCH.read_text():  # the call itself would not heed it
             return 0
+        maps = Path("/proc/self/maps").read_text(errors="replace").splitlines()
     except OSError:
         return 0
     moved = _collapse(maps)
