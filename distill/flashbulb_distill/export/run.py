@@ -1,8 +1,11 @@
 """Export what a run made: each family's student in its own kind of bundle."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from ..bundle import Guidance
 from ..teachers.demo import DemoTeacher
@@ -36,7 +39,8 @@ def export_run(
             recipe.family,
             student,
             teacher.codec,
-            teacher.source.prompts(),
+            # onnxruntime has no bfloat16 on a CPU, whatever the training computed in
+            replace(teacher.source, dtype=torch.float32).prompts(),
             name=recipe.name,
             version=recipe.version,
             time_steps=recipe.time_steps,
