@@ -143,10 +143,9 @@ def merge(denoiser: Denoiser, values: Mapping[str, Tensor], *, rank: int, alpha:
         if not key.endswith("/lora_A/weight"):
             continue
         up = values[key.replace("/lora_A/", "/lora_B/")]
-        layer = denoiser.get_submodule(
-            key.removeprefix("factors.").removesuffix("/lora_A/weight").replace("/", ".")
-        )
-        cast(nn.Linear, layer).weight += (alpha / rank) * (up @ down).to(cast(nn.Linear, layer).weight.dtype)
+        name = key.removeprefix("factors.").removesuffix("/lora_A/weight").replace("/", ".")
+        weight = cast(nn.Linear, denoiser.get_submodule(name)).weight
+        weight += (alpha / rank) * (up @ down).to(weight)  # its device as well: the values come from a file
 
 
 def diffusers_names(values: Mapping[str, Tensor], *, rank: int, alpha: float) -> dict[str, Tensor]:

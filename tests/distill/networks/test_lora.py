@@ -5,6 +5,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from flashbulb_distill.bundle import Shape
 from flashbulb_distill.core.draws import Draws
@@ -78,6 +80,15 @@ def test_merged_and_loaded_by_diffusers_it_is_the_same_network(source, tmp_path)
         wanted = student(*inputs)
         torch.testing.assert_close(merged(*inputs), wanted, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(by_diffusers(*inputs), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_from_a_file_is_merged_into_a_network_on_a_gpu():
+    with FakeTensorMode():  # knows of devices that are not here
+        layer = nn.Linear(4, 4, device="meta")
+        layer.weight = nn.Parameter(torch.empty(4, 4, device="cuda"))
+        values = {"factors.0/lora_A/weight": torch.ones(2, 4), "factors.0/lora_B/weight": torch.ones(4, 2)}
+        merge(nn.Sequential(layer), values, rank=2, alpha=2)
+        assert layer.weight.device.type == "cuda"
 
 
 def test_recomputed_blocks_give_the_same_gradients_whichever_adapter_is_on_by_then(source):
