@@ -76,15 +76,20 @@ def save_checkpoint(
         keep: a step whose checkpoint is kept besides.
     """
     tensors: Tensors = {}
+    places: set[int] = set()
     for name, value in _tensors(state):
         gathered = whole(value)
         if ranks.is_first:
-            tensors[name] = gathered.detach().contiguous()
+            tensor = gathered.detach().contiguous()
+            place = tensor.untyped_storage().data_ptr()
+            # Parameters may share a tensor of their optimiser, like its table of 8-bit values; files hold no such.
+            tensors[name] = tensor.clone() if place in places else tensor
+            places.add(place)
     if not ranks.is_first:
         return None
     temporary = folder / ".checkpoint.tmp"
     metadata = {"step": str(step), "identity": identity, "sums": json.dumps(state.sums)}
-    metadata["notes"] = json.dumps(state.notes)
+    metadata |= {"notes": json.dumps(state.notes), "numbers": json.dumps(_numbers(state))}
     save_file(tensors, temporary, metadata)
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
@@ -149,6 +154,17 @@ def _tensors(state: State) -> Iterator[tuple[str, Tensor]]:
     for role, module in state.modules.items():
         for name, value in module.state_dict().items():
             yield f"module/{role}/{name}", value
+    for name, found in _optimizer_values(state):
+        if isinstance(found, Tensor):
+            yield name, found
+
+
+def _numbers(state: State) -> dict[str, int | float]:
+    """Name what optimisers keep as plain numbers: bitsandbytes counts its steps so."""
+    return {name: value for name, value in _optimizer_values(state) if not isinstance(value, Tensor)}
+
+
+def _optimizer_values(state: State) -> Iterator[tuple[str, Any]]:
     for role, optimizer in state.optimizers.items():
         # By the parameter's place in its network: an optimiser may have them in groups.
         for place, parameter in enumerate(state.modules[role].parameters()):
@@ -164,7 +180,7 @@ def _restore(path: Path, state: State, identity: str) -> None:
                 raise ValueError(
                     f"{path}: made by another recipe, teacher or data; choose another --out, or delete it"
                 )
-            _fill(state, file.get_tensor, list(file.keys()))
+            _fill(state, file.get_tensor, list(file.keys()), json.loads(metadata.get("numbers", "{}")))
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a checkpoint, got something else ({error}); delete it") from error
     state.sums.clear()
@@ -173,7 +189,9 @@ def _restore(path: Path, state: State, identity: str) -> None:
     state.notes.update(json.loads(metadata.get("notes", "{}")))
 
 
-def _fill(state: State, read: Callable[[str], Tensor], names: Sequence[str]) -> None:
+def _fill(
+    state: State, read: Callable[[str], Tensor], names: Sequence[str], numbers: Mapping[str, int | float]
+) -> None:
     """Set a state to what a checkpoint holds, a tensor at a time; of what is shared out this rank's part."""
     for name, average in state.averages.items():
         own(average).copy_(own(part_of(average, read(f"average/{name}"))))
@@ -183,13 +201,14 @@ def _fill(state: State, read: Callable[[str], Tensor], names: Sequence[str]) -> 
         module.load_state_dict({n: part_of(now.get(n), read(prefix + n)) for n in found})
     for role, optimizer in state.optimizers.items():
         places = {parameter: place for place, parameter in enumerate(state.modules[role].parameters())}
-        states: dict[int, Tensors] = {}
+        states: dict[int, dict[str, Any]] = {}
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         for index, parameter in enumerate(parameters):
             prefix = f"optimizer/{role}/{places[parameter]}/"
             values = {n.removeprefix(prefix): read(n) for n in names if n.startswith(prefix)}
-            if values:
-                states[index] = {
+            plain = {n.removeprefix(prefix): value for n, value in numbers.items() if n.startswith(prefix)}
+            if values or plain:
+                states[index] = plain | {
                     key: part_of(parameter, value) if value.shape == parameter.shape else value
                     for key, value in values.items()
                 }

@@ -115,6 +115,35 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+class Shared(torch.optim.SGD):
+    """An optimiser that remembers as bitsandbytes does: steps as a plain number, one table for all parameters."""
+
+    table = torch.linspace(-1, 1, 256)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                state["table"] = state.get("table", self.table)
+                parameter.grad *= state["table"][-state["step"]]
+        super().step(closure)
+
+
+def with_shared_state(**options):
+    method = Regression(**options)
+    method.optimizers = {"student": Shared(method.modules["student"].parameters(), lr=1e-2)}
+    return method
+
+
+def test_an_optimiser_with_plain_numbers_and_a_shared_table_goes_on_bitwise(tmp_path):
+    whole = run(with_shared_state(), tmp_path / "whole", save_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        run(with_shared_state(stop_at=13), tmp_path / "parts", save_every=5)
+    parts = run(with_shared_state(), tmp_path / "parts", save_every=5)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_logged_scalars_are_those_of_the_unbroken_run(tmp_path):
     def scalars(folder):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
