@@ -101,7 +101,7 @@ def train(
     device = next(iter(averages.values())).device
     state = State(method.modules, method.optimizers, averages)
     rates = _rates(method.optimizers)
-    sums, step = state.sums, 0
+    sums, step, saved = state.sums, 0, -1
 
     def load(at: int | None = None) -> int:
         step = load_checkpoint(folder, state, identity, at=at)
@@ -112,6 +112,8 @@ def train(
         return step
 
     def save() -> Path | None:
+        nonlocal saved
+        saved = step
         if guard is not None:
             state.notes["guard"] = guard.state.model_dump()
         for name, values in _joined(ranks.gather(sums)).items():
@@ -176,7 +178,7 @@ def train(
             if guard is not None and step % guard.recipe.every == 0:
                 act(guard, *ranks.agree(guard.look(step, student)))
             stop = ranks.any(bool(came), device)
-            if stop or step == steps or step % save_every == 0:
+            if (stop or step == steps or step % save_every == 0) and saved != step:
                 save()
             if stop and step < steps:
                 raise Stopped(came[0] if came else signal.SIGTERM)

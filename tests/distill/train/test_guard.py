@@ -15,8 +15,9 @@ from flashbulb_distill.networks.point import PointDenoiser
 from flashbulb_distill.pairs.generate import sample_teacher
 from flashbulb_distill.teachers.denoiser import Condition
 from flashbulb_distill.teachers.mixture import MixtureDenoiser, ring
+from flashbulb_distill.train import trainer
 from flashbulb_distill.train.adm import Adm
-from flashbulb_distill.train.checkpoint import checkpoints
+from flashbulb_distill.train.checkpoint import checkpoints, save_checkpoint
 from flashbulb_distill.train.guard import (
     Band,
     Collapsed,
@@ -217,6 +218,18 @@ def test_a_healthy_run_is_left_alone(tmp_path, prepared):
     run(tmp_path, adm(prepared), watch)
     assert watch.state.events == ()
     assert [look.step for look in watch.state.looks] == [*range(0, 61, 5)]
+
+
+def test_a_look_and_a_save_at_the_same_step_write_one_checkpoint(tmp_path, prepared, monkeypatch):
+    written = []
+
+    def save(folder, step, *args, **options):
+        written.append(step)
+        return save_checkpoint(folder, step, *args, **options)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    run(tmp_path, adm(prepared), guard(every=10, patience=9), steps=30)
+    assert written == [0, 10, 20, 30]
 
 
 class Spoilt:
