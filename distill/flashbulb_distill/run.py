@@ -1,6 +1,6 @@
 """From teacher to verified bundle: pairs -> regression -> adp -> adm -> evaluate -> export, hashed and restartable.
 
-    <out>/recipe.json           the resolved recipe
+    <out>/recipe.json           the resolved recipe, code and versions that the newest of pairs and training began with
     <out>/doctor.json           what the doctor found before the first step
     <out>/embeddings/           of prompts, where a family's text encoders are large
     <out>/pairs/                index.jsonl, shards
@@ -67,6 +67,7 @@ from .train.trainer import train
 
 STUDENT = "student.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
+BEFORE_A_RUN = {"doctor.json", "embeddings"}  # what the doctor leaves in a new run's folder
 CPU = torch.device("cpu")
 
 
@@ -245,7 +246,8 @@ class Run:
         recipe = self.recipe
         made = self._pairs_recipe().model_dump(exclude={"start_after"})
         inputs = {"teacher": self.teacher_sha256, "prompts": digest(self.prompts), "seed": recipe.seed}
-        return self._folder("pairs", digest(inputs | {"recipe": made, "precision": recipe.precision}))
+        drawn = {"precision": recipe.precision, "shape": _said(recipe.shape)}
+        return self._folder("pairs", digest(inputs | drawn | {"recipe": made}))
 
     def _drawn_pairs(self, stage: Path) -> DrawnPairs | None:
         """Return the pairs that a stage learns from, in whose folder a journal says what was known when."""
@@ -287,6 +289,7 @@ class Run:
         parent = list(stages)[place - 1] if place else None
         made_of = self.train(parent) if parent else self._source()
         inputs = {"parent": made_of, "time_steps": self.recipe.time_steps, "seed": self.recipe.seed}
+        inputs |= self._networks()
         section = stages[stage]
         inputs |= {"guard": self.recipe.guard.model_dump(mode="json")} if self.recipe.guard else {}
         folder = self._folder(stage, digest(inputs | {"recipe": section.model_dump(mode="json")}))
@@ -323,6 +326,13 @@ class Run:
             self._save_lora(folder.path, averages)
         self.ranks.first(folder.finish)
         return folder.identity
+
+    def _networks(self) -> dict[str, object]:
+        """Return what the recipe says of all that is trained, whatever the stage."""
+        recipe, roles = self.recipe, self.recipe.roles
+        lora = recipe.lora if "lora" in (roles.student, roles.fake) else None
+        said = {"shape": _said(recipe.shape), "roles": _said(roles), "lora": _said(lora)}
+        return {**said, "precision": recipe.precision}
 
     def _start_values(self) -> dict[str, Tensor] | None:
         return dict(self.start.denoiser.named_parameters()) if self.start else None
@@ -530,6 +540,20 @@ class Run:
                 parameter.copy_(parameter.half())
         return student
 
+    def _write_record(self) -> None:
+        """Write what is needed to repeat what begins now."""
+        versions = {name: version_of(name) for name in ("flashbulb", "torch", "diffusers", "numpy")}
+        record = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "sha256": self.recipe.sha256(),
+            "commit": code_version(),
+            "python": platform.python_version(),
+            "versions": versions,
+        }
+        temporary = self.out / ".recipe.json.tmp"
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.replace(self.out / "recipe.json")
+
     # A stage's folder.
 
     def _folder(self, name: str, identity: str) -> StageFolder:
@@ -541,6 +565,7 @@ class Run:
         def claim() -> bool:
             if folder.is_done():
                 return False
+            self._write_record()
             folder.claim()
             return True
 
@@ -556,7 +581,7 @@ def start_run(
     device: torch.device = CPU,
     tensorboard: bool = False,
 ) -> Run:
-    """Prepare a run's folder and write what is needed to repeat the run.
+    """Prepare a run's folder.
 
     Args:
         tensorboard: write logged scalars for it too, under <out>/tensorboard.
@@ -564,7 +589,7 @@ def start_run(
         RecipeError: the folder holds a run and `resume` was not asked for.
     """
     board = Board(out / "tensorboard") if tensorboard and ranks.is_first else None
-    ranks.first(lambda: _prepare(recipe, out, resume=resume))
+    ranks.first(lambda: _prepare(out, resume=resume))
     torch.manual_seed(recipe.seed)
     return Run(recipe, out, Progress(), ranks, device, board)
 
@@ -573,20 +598,14 @@ def _say_that_we_wait() -> None:
     print("pairs: another process is making them; waiting for it", file=sys.stderr, flush=True)
 
 
-def _prepare(recipe: Recipe, out: Path, *, resume: bool) -> None:
-    if out.exists() and any(out.iterdir()) and not resume:
+def _prepare(out: Path, *, resume: bool) -> None:
+    found = {path.name for path in out.iterdir()} if out.exists() else set()
+    if found - BEFORE_A_RUN and not resume:
         raise RecipeError(
             f"{out}: expected a new folder, found files; pass --resume to go on, or another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    versions: Mapping[str, str] = {
-        name: version_of(name) for name in ("flashbulb", "torch", "diffusers", "numpy")
-    }
-    record = {
-        "recipe": recipe.model_dump(mode="json"),
-        "sha256": recipe.sha256(),
-        "commit": code_version(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-    (out / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _said(part: BaseModel | None) -> object:
+    return part and part.model_dump(mode="json")

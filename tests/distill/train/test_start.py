@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from flashbulb_distill.run import start_run
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
+from support.tiny_pipelines import make_tiny_pipeline
 from support.tiny_teacher import make_tiny_motion_teacher, make_tiny_teacher
 
 RECIPE = Path(__file__).parents[3] / "distill" / "recipes" / "emoji.yaml"
@@ -45,6 +46,47 @@ def test_the_first_stage_goes_on_from_the_weights_of_the_folder(overrides, tmp_p
     # The pairs are the teacher's in both.
     pairs = [(run.out / "pairs" / "index.jsonl").read_text() for run in (from_teacher, from_student)]
     assert pairs[0] == pairs[1]
+
+
+def test_networks_of_another_kind_or_size_are_another_run(overrides, tmp_path):
+    """The stage is not taken for done, nor gone on with, when the networks are no longer what they were."""
+    lora = [*overrides, "roles.student=lora", "regression.rate=1e-3", "lora.rank=2"]
+    start_run(load_recipe(RECIPE, lora), tmp_path / "lora", resume=False).regression()
+    for change in ("lora.alpha=32", "roles.fake=lora", "roles.student=full"):
+        changed = start_run(load_recipe(RECIPE, [*lora, change]), tmp_path / "lora", resume=True)
+        with pytest.raises(RecipeError, match=f"a recipe with other {change.partition('=')[0]};"):
+            changed.regression()
+    start_run(load_recipe(RECIPE, overrides), tmp_path / "full", resume=False).regression()
+    unused = start_run(load_recipe(RECIPE, [*overrides, "lora.alpha=32"]), tmp_path / "full", resume=True)
+    unused.regression()  # nothing is an adapter here
+
+
+def test_pairs_of_another_size_are_not_taken_for_these(tmp_path):
+    (tmp_path / "prompts.txt").write_text("red\n")
+    overrides = [
+        f"teacher={make_tiny_pipeline(tmp_path / 'teacher', 'sdxl')}", f"prompts={tmp_path / 'prompts.txt'}",
+        "precision=float32", "variant=null", "pairs.count=1", "pairs.num_steps=1", "shape.height=64",
+    ]  # fmt: skip
+    recipes = [
+        load_recipe(RECIPE.with_name("sdxl_1step.yaml"), [*overrides, f"shape.width={w}"]) for w in (64, 32)
+    ]
+    start_run(recipes[0], tmp_path / "run", resume=False).pairs()
+    with pytest.raises(RecipeError, match=r"a recipe with other shape\.width;"):
+        start_run(recipes[1], tmp_path / "run", resume=True).pairs()
+
+
+def test_what_made_a_run_is_written_when_it_begins_and_the_doctor_may_come_before(
+    overrides, tmp_path, monkeypatch
+):
+    recipe, out = load_recipe(RECIPE, [*overrides, "report.prompts=0"]), tmp_path / "run"
+    monkeypatch.setattr("flashbulb_distill.run.code_version", lambda: "first")
+    start_run(recipe, out, resume=True).doctor()
+    start_run(recipe, out, resume=False).regression()
+    monkeypatch.setattr("flashbulb_distill.run.code_version", lambda: "second")
+    start_run(recipe, out, resume=True).report()
+    assert json.loads((out / "recipe.json").read_text())["commit"] == "first", "the report made nothing of it"
+    with pytest.raises(RecipeError, match="--resume"):
+        start_run(recipe, out, resume=False)
 
 
 def test_a_start_that_does_not_fit_is_refused_in_one_line(overrides, tmp_path):
