@@ -85,6 +85,12 @@ class Subject:
             guidance=self.guidance,
         )
 
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The samples' pixels, decoded one by one: a large VAE takes gigabytes for each."""
+        with torch.no_grad():
+            return torch.cat([self.codec.decode(latents[None]) for latents in self.samples])
+
 
 def subject_of(recipe: Recipe, teacher: Teacher, prompts: Sequence[str]) -> Subject:
     """Return what a recipe's training would use of its teacher, with a few of its prompts."""

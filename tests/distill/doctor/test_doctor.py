@@ -287,6 +287,28 @@ def test_an_error_inside_a_check_is_a_fault_and_the_others_still_run(emoji):
     assert "codec: RuntimeError: expected 4 channels" in str(Unfit(found))
 
 
+def test_a_check_without_memory_is_skipped_and_what_it_could_see_is_a_fault_still(emoji):
+    def no_room(bf16):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30.00 GiB.")
+
+    tight = dataclasses.replace(emoji, new_denoiser=no_room, bf16=True)
+    found = {finding.check: finding for finding in examine(tight)}
+    assert found["finite"].verdict == "skipped"
+    assert found["finite"].message == (
+        "no memory for this check: CUDA out of memory. Tried to allocate 30.00 GiB."
+    )
+    assert Record(identity="", findings=tuple(found.values())).is_fit
+
+    class Overflowing:
+        encode = staticmethod(emoji.codec.encode)
+
+        def decode(self, latents):
+            return emoji.codec.decode(latents) * torch.inf
+
+    with pytest.raises(checks.Fault, match="pixels are not finite"):
+        checks.finite(dataclasses.replace(tight, codec=Overflowing()))
+
+
 def test_a_run_is_examined_once_and_refused_when_unfit(tmp_path, monkeypatch, capsys):
     recipe = load_recipe(TEACHER.parents[2] / "distill/recipes/emoji.yaml", ["pairs.num_steps=4"])
     run = start_run(recipe, tmp_path / "run", resume=False)
