@@ -139,8 +139,8 @@ def _cost(contents: Contents, drawn: Sequence[Drawn], machine: str) -> str:
     return (
         f"<h2>Cost</h2><p>{_time(total)} of training on one process of this run.</p>"
         f"{_table(['stage', 'steps', 'time', 'a step'], trained)}"
-        f"<h2>Latency</h2><p class='soft'>Of one picture in a batch of its seeds, text encoding and decoding included, "
-        f"in torch on {escape(machine)}: the median over prompts.</p>"
+        "<h2>Latency</h2><p class='soft'>Of one picture drawn alone, decoding included, and text encoding where the "
+        f"family's encoder is small; in torch on {escape(machine)}: the median.</p>"
         f"{_table(['', '', 'a picture', 'faster'], latency)}"
     )
 

@@ -3,7 +3,7 @@
 import base64
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ class Drawn:
     name: str
     steps: int
     images: NDArray[np.uint8]
-    seconds: float  # of one picture, the median over prompts
+    seconds: float  # of one picture, the median
 
     def compare(self, teacher: "Drawn") -> dict[str, float]:
         """Return contrast, diversity and colour drift beside the teacher's pictures."""
@@ -33,23 +33,37 @@ class Drawn:
         return compare_samples(ours, theirs)
 
 
+@dataclass(frozen=True)
+class Model:
+    """What draws, and in how many steps; `load` is called when its turn comes, and the network dropped after it."""
+
+    name: str
+    steps: int
+    load: Callable[[], Generate]
+
+
 def draw(
-    models: Mapping[tuple[str, int], Generate],
+    models: Sequence[Model],
     prompts: Sequence[str],
     seeds: Sequence[int],
     progress: Callable[[int, int], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Drawn]:
-    """Draw every prompt with every seed by each model, named (name, number of steps); a batch is a prompt's seeds."""
+    """Draw every prompt with every seed by each model, one picture at a time: large decoders have no room for more."""
     drawn = []
-    for index, ((name, steps), generate) in enumerate(models.items()):
+    for index, model in enumerate(models):
+        generate = model.load()
         images, seconds = [], []
         for number, prompt in enumerate(prompts):
-            start = clock()
-            images.append(generate([prompt] * len(seeds), list(seeds)))
-            seconds.append((clock() - start) / len(seeds))
+            row = []
+            for seed in seeds:
+                start = clock()
+                row.append(generate([prompt], [seed])[0])
+                seconds.append(clock() - start)
+            images.append(row)
             progress(index * len(prompts) + number + 1, len(models) * len(prompts))
-        drawn.append(Drawn(name, steps, np.stack(images), float(np.median(seconds))))
+        del generate  # before the next one is loaded
+        drawn.append(Drawn(model.name, model.steps, np.array(images), float(np.median(seconds))))
     return drawn
 
 

@@ -1,11 +1,12 @@
 """Draw a run's pictures, read its folder, and write report.html."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ..export.generate import Generate, student_images, teacher_images
 from ..teachers.teacher import Teacher
@@ -15,7 +16,7 @@ from ..train.probe import evenly
 from ..train.recipe import Recipe, ReportRecipe
 from .collect import collect
 from .page import page
-from .pictures import Drawn, draw, fewer_steps
+from .pictures import Drawn, Model, draw, fewer_steps
 
 REPORT = "report.html"
 
@@ -34,6 +35,8 @@ def write_report(
     seeds = range(asked.seeds)
     drawn: list[Drawn] = []
     if chosen:
+        for prompt in chosen:  # before the clock runs: text encoders of gigabytes are loaded for it
+            teacher.encode([prompt])
         drawn = draw(_models(out, recipe, teacher, asked.teacher_steps), chosen, seeds, progress)
     contents = collect(out, recipe.stages, bundle)
     device = next(teacher.denoiser.parameters()).device
@@ -45,21 +48,35 @@ def write_report(
     return path
 
 
-def _models(
-    out: Path, recipe: Recipe, teacher: Teacher, teacher_steps: int
-) -> dict[tuple[str, int], Generate]:
+def _models(out: Path, recipe: Recipe, teacher: Teacher, teacher_steps: int) -> list[Model]:
     """The teacher first, as it samples and in as few steps as the student; then the last student, and its average."""
-    steps = len(recipe.time_steps)
-    models = {("teacher", teacher_steps): teacher_images(teacher, teacher_steps, recipe.guidance)}
-    models[("teacher", steps)] = teacher_images(teacher, steps, recipe.guidance)
     folder = out / recipe.last_stage
-    average = load_file(folder / "student.safetensors")
-    last = {name: value for name, value in read_module(folder, "student").items() if name in average}
-    for name, values in (("student, last weights", last), ("student, average", average)):
-        student = student_of(teacher, values, recipe)
-        for schedule in fewer_steps(recipe.time_steps):
-            models[(name, len(schedule))] = student_images(teacher, student, schedule)
-    return models
+
+    def taught(steps: int) -> Model:
+        return Model("teacher", steps, lambda: teacher_images(teacher, steps, recipe.guidance))
+
+    def learnt(name: str, read: Callable[[], Mapping[str, Tensor]], schedule: tuple[float, ...]) -> Model:
+        def load() -> Generate:
+            return student_images(teacher, student_of(teacher, read(), recipe), schedule)
+
+        return Model(name, len(schedule), load)
+
+    def average() -> Mapping[str, Tensor]:
+        return load_file(folder / "student.safetensors")
+
+    def last() -> Mapping[str, Tensor]:
+        names = average()
+        return {name: value for name, value in read_module(folder, "student").items() if name in names}
+
+    students = {"student, last weights": last, "student, average": average}
+    return [
+        *(taught(steps) for steps in dict.fromkeys((teacher_steps, len(recipe.time_steps)))),
+        *(
+            learnt(name, read, schedule)
+            for name, read in students.items()
+            for schedule in fewer_steps(recipe.time_steps)
+        ),
+    ]
 
 
 def _machine(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 from flashbulb_distill.report.chart import line_chart
 from flashbulb_distill.report.collect import Stage, collect, estimates
 from flashbulb_distill.report.page import page
-from flashbulb_distill.report.pictures import Drawn, data_uri, draw, fewer_steps
+from flashbulb_distill.report.pictures import Drawn, Model, data_uri, draw, fewer_steps
+from flashbulb_distill.report.write import write_report
 from flashbulb_distill.run import start_run
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from support.chromium import Page, find_chromium
@@ -179,15 +181,57 @@ def test_fewer_steps_are_every_second_and_fourth_of_the_students_own():
 def test_a_model_is_compared_with_the_teachers_pictures_and_timed():
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    ticks = iter(range(100))
+    ticks, done = iter(range(100)), []
+    models = [
+        Model("teacher", 9, lambda: lambda prompts, seeds: pictures[seeds]),
+        Model("student", 1, lambda: lambda prompts, seeds: pictures[seeds] // 2),
+    ]
     teacher, grey = draw(
-        {("teacher", 9): lambda p, s: pictures[: len(s)], ("student", 1): lambda p, s: pictures[: len(s)] // 2},
-        ["a", "b"], [0, 1, 2], lambda done, total: None, clock=lambda: next(ticks),
-    )  # fmt: skip
-    assert teacher.images.shape == (2, 3, 8, 8, 3)
-    assert teacher.seconds == pytest.approx(1 / 3)
+        models, ["a", "b"], [0, 1, 2], lambda *now: done.append(now), clock=lambda: next(ticks)
+    )
+    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert np.array_equal(teacher.images, np.stack([pictures[:3]] * 2))
+    assert teacher.seconds == 1
     assert teacher.compare(teacher)["diversity"] == pytest.approx(1)
     assert grey.compare(teacher)["contrast"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_one_network_is_in_memory_at_a_time():
+    """Of several float32 copies a GPU that just held the training has no room for two."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    others = []
+
+    class Network:
+        def __call__(self, prompts, seeds):
+            return np.zeros((1, 8, 8, 3), np.uint8)
+
+    def load():
+        others.append(len(alive))
+        network = Network()
+        alive.add(network)
+        return network
+
+    draw([Model(str(n), 1, load) for n in range(3)], ["a"], [0, 1], lambda done, total: None)
+    assert others == [0, 0, 0]
+
+
+def test_the_clock_does_not_run_while_text_encoders_are_loaded(run, tmp_path, monkeypatch):
+    asked = []
+
+    def encode(teacher, prompts):
+        asked.append(list(prompts))
+        return told(teacher, prompts)
+
+    def drawn(models, prompts, seeds, progress):
+        assert asked == [[prompt] for prompt in prompts]
+        return []
+
+    kind = type(run.teacher)
+    told = kind.encode
+    monkeypatch.setattr(kind, "encode", encode)
+    monkeypatch.setattr("flashbulb_distill.report.write.draw", drawn)
+    write_report(tmp_path, run.recipe, run.teacher, PROMPTS, run.bundle_folder)
+    assert asked
 
 
 def test_clips_are_shown_as_a_few_of_their_frames():
