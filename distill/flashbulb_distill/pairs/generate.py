@@ -71,20 +71,23 @@ def generate_pairs(
     done, num_shards = ranks.first(lambda: start_store(folder, prompts))
     while done < count:
         starts = range(done, count, batch_size)[: ranks.count]
+        start = starts[
+            ranks.index % len(starts)
+        ]  # of none left too: ranks that share a network call it together
+        samples = range(start, min(start + batch_size, count))
+        prompt = torch.from_numpy(draws.integers("pairs/prompt", 0, samples, len(prompts)))
+        x_T = torch.from_numpy(draws.normal("pairs/noise", 0, samples, latent_shape)).to(device)
+        x_0 = sample_teacher(
+            denoiser,
+            x_T,
+            cond.take(prompt).to(device),
+            uncond,
+            num_steps=num_steps,
+            guidance=guidance,
+            order=order,
+        )
         entry = None
         if ranks.index < len(starts):
-            samples = range(starts[ranks.index], min(starts[ranks.index] + batch_size, count))
-            prompt = torch.from_numpy(draws.integers("pairs/prompt", 0, samples, len(prompts)))
-            x_T = torch.from_numpy(draws.normal("pairs/noise", 0, samples, latent_shape)).to(device)
-            x_0 = sample_teacher(
-                denoiser,
-                x_T,
-                cond.take(prompt).to(device),
-                uncond,
-                num_steps=num_steps,
-                guidance=guidance,
-                order=order,
-            )
             entry = write_shard(folder, num_shards + ranks.index, x_T, x_0, prompt)
         entries = [made for made in ranks.gather(entry) if made is not None]
         if ranks.is_first:

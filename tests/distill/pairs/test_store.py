@@ -6,6 +6,7 @@ import torch
 from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.pairs.generate import generate_pairs, sample_teacher
 from flashbulb_distill.pairs.store import read_pairs
+from flashbulb_distill.ranks import ALONE, Ranks
 from flashbulb_distill.teachers.denoiser import Condition
 from flashbulb_distill.teachers.mixture import MixtureDenoiser, ring
 
@@ -36,6 +37,35 @@ def test_an_interrupted_store_goes_on_as_if_it_had_not_been(tmp_path):
     assert torch.equal(whole.x_0, parts.x_0)
     assert torch.equal(whole.prompt, parts.prompt)
     assert len(whole) == 12
+
+
+def test_all_ranks_call_the_network_alike_where_they_share_it(tmp_path):
+    """In the last round there may be no batch left for some: without them the others would wait for ever."""
+
+    class Counted(MixtureDenoiser):
+        calls = 0
+
+        def forward(self, *inputs):
+            self.calls += 1
+            return super().forward(*inputs)
+
+    class Second(Ranks):
+        def first(self, work):
+            return 0, 0
+
+        def gather(self, value):
+            assert value is None, "the batch is the first one's"
+            return [{"count": 5}, value]
+
+    called = []
+    for number, ranks in enumerate((ALONE, Second(1, 2))):
+        network = Counted(ring(4), 0.05)
+        generate_pairs(
+            tmp_path / str(number), network, PROMPTS, COND, UNCOND, latent_shape=(2, 1, 1), count=5,
+            num_steps=3, guidance=1.0, draws=Draws(0), batch_size=5, ranks=ranks,
+        )  # fmt: skip
+        called.append(network.calls)
+    assert called[0] == called[1] > 0
 
 
 def test_a_torn_last_line_of_the_index_is_made_anew(tmp_path):
