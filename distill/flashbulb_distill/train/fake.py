@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..core.draws import Draws
 from ..core.schedule import add_noise, alpha_sigma
-from ..losses import velocity_loss
+from ..losses import denoising_loss
 from ..ranks import Ranks
 from ..sharding import own
 from ..teachers.denoiser import Condition, Denoiser, spread
@@ -50,8 +50,8 @@ def update_fake(
             t = send(draws.uniform(f"{name}/time", step, part.rows)).float().clamp(min=1e-3)
             eps = send(draws.normal(f"{name}/noise", step, part.rows, x_0.shape[1:]))
             xt = add_noise(fake.schedule, x_0, eps, spread(t, x_0))
-            sigma = alpha_sigma(fake.schedule, t)[1]
-            loss, share = velocity_loss(fake.x0(xt, t, part.cond), x_0, sigma), len(part.rows) / count
+            estimate, share = fake.x0(xt, t, part.cond), len(part.rows) / count
+            loss = denoising_loss(fake.prediction, estimate, x_0, *alpha_sigma(fake.schedule, t))
             logs.add(share / updates, fake_loss=loss)
             yield share * loss
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from flashbulb_distill.core.schedule import alpha_sigma, to_x0
 from flashbulb_distill.losses import (
     approximate_r1,
+    denoising_loss,
     discriminator_hinge,
     discriminator_softplus,
     dmd_gradient,
@@ -46,6 +48,22 @@ def test_velocity_loss_is_the_velocitys_error():
     xt = (1 - at) * x0 + at * eps
     expected = ((xt - guess) / at - (eps - x0)).square().mean()
     torch.testing.assert_close(velocity_loss(guess, x0, t), expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "schedule"),
+    [("eps", "variance-preserving"), ("v", "variance-preserving"), ("flow", "rectified-flow")],
+)
+def test_denoising_loss_is_the_error_of_what_the_network_says(prediction, schedule):
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, said = torch.randn(3, 5, 4, generator=generator)
+    t = torch.tensor([0.1, 0.3, 0.6, 0.8, 0.97])
+    alpha, sigma = alpha_sigma(schedule, t)
+    a, s = alpha[:, None], sigma[:, None]
+    right = {"eps": eps, "v": a * eps - s * x0, "flow": eps - x0}[prediction]
+    x0_hat = to_x0(prediction, schedule, said, a * x0 + s * eps, t[:, None])
+    loss = denoising_loss(prediction, x0_hat, x0, alpha, sigma)
+    torch.testing.assert_close(loss, (said - right).square().mean())
 
 
 def test_velocity_loss_is_the_error_of_v_where_the_variance_is_preserved():
