@@ -37,7 +37,7 @@ from .sd3 import Sd3Denoiser
 from .sdxl import SdxlDenoiser
 
 Family = Literal["sdxl", "sd3", "cogvideox"]
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # never a pickle
+_TEXTS = ("*.json", "*.txt", "*.model")
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
@@ -115,7 +115,7 @@ def open_source(
     """
     folder = Path(place)
     if not folder.exists():
-        folder = _fetch(str(place), revision)
+        folder = _fetch(str(place), revision, variant)
     index = folder / "model_index.json"
     if not index.is_file():
         raise FileNotFoundError(
@@ -166,9 +166,17 @@ def prediction_of(config: dict[str, Any]) -> Prediction:
     return _PREDICTIONS[name]
 
 
-def _fetch(hub_id: str, revision: str | None) -> Path:
+def _fetch(hub_id: str, revision: str | None, variant: str | None) -> Path:
+    """Fetch a pipeline's parts and nothing beside them: no pickle, no other variant, no single-file checkpoint."""
+    if variant is None:
+        weights, others = ["*/*.safetensors"], ["*.*.safetensors"]  # model.fp16.safetensors
+    else:  # a large one is model.fp16-00001-of-00002.safetensors
+        weights, others = [f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"], []
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_FILES)))
+        fetched = snapshot_download(
+            hub_id, revision=revision, allow_patterns=[*_TEXTS, *weights], ignore_patterns=others
+        )
+        return Path(fetched)
     except Exception as error:  # a wrong name, no network, no access: many types, one meaning
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(

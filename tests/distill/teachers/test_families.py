@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from huggingface_hub.utils import filter_repo_objects
 
 from flashbulb_distill.pairs.generate import sample_teacher
 from flashbulb_distill.teachers.codec import VaeCodec
@@ -219,6 +220,31 @@ def test_it_refuses_a_hub_id_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr("flashbulb_distill.teachers.load.snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match=r"somebody/teacher: .* no such folder, and no route$"):
         open_source("somebody/teacher")
+
+
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [
+        (None, {"unet/w.safetensors", "unet/w-00001-of-00002.safetensors"}),
+        ("fp16", {"unet/w.fp16.safetensors", "unet/w.fp16-00001-of-00002.safetensors"}),
+    ],
+)
+def test_of_a_hub_id_only_the_weights_that_are_read_are_fetched(variant, names, monkeypatch, tmp_path):
+    listed = [
+        "model_index.json", "unet/config.json", "tokenizer/merges.txt", "sd_xl_base_1.0.safetensors",
+        "unet/w.safetensors", "unet/w.fp16.safetensors", "unet/w.bin", "unet/model.onnx",
+        "unet/w-00001-of-00002.safetensors", "unet/w.fp16-00001-of-00002.safetensors",
+    ]  # fmt: skip
+    fetched = set()
+
+    def snapshot(hub_id, *, revision, **patterns):
+        fetched.update(filter_repo_objects(listed, **patterns))
+        return tmp_path
+
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    monkeypatch.setattr("flashbulb_distill.teachers.load.snapshot_download", snapshot)
+    open_source("somebody/teacher", variant=variant)
+    assert fetched == names | set(listed[:3])
 
 
 @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
