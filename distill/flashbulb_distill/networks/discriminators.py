@@ -84,7 +84,7 @@ class PixelDiscriminator(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits [b, places]."""
-        if pixels.shape[-1] != self.size:
+        if pixels.shape[-2:] != (self.size, self.size):
             pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bicubic", align_corners=False)
         maps = self._backbone[0].maps(pixels, self.taps)
         return self.heads(maps, pixels.new_zeros(len(pixels)))  # type: ignore[no-any-return]

@@ -323,6 +323,15 @@ class Recipe(Strict):
             raise ValueError(
                 "adm.carry_heads: expected a section adp with adm's taps, whose heads to carry over"
             )
+        if (
+            self.is_video
+            and self.adp is not None
+            and self.adp.lambda_pixel
+            and self.adp.pixel_backbone != "none"
+        ):
+            raise ValueError(
+                f"adp.lambda_pixel: expected 0 for videos, which no image network reads, got {self.adp.lambda_pixel:g}"
+            )
         if self.memory.sharding == "fsdp" and self.memory.optimizer == "adamw8bit":
             raise ValueError(
                 "memory.sharding: expected optimizer adamw beside fsdp, got adamw8bit, whose moments cannot be shared"

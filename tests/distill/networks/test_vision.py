@@ -66,7 +66,7 @@ def test_maps_are_the_hidden_states_of_the_whole_model(models, name):
 def test_the_discriminator_reads_it_trains_heads_alone_and_hands_a_gradient_to_the_pixels(models, name):
     backbone = load_pixel_backbone(name, models[1][name], size=SIZE, taps=(0, 2))
     discriminator = PixelDiscriminator(backbone, (0, 2), size=SIZE)
-    pixels = torch.rand(2, 3, 16, 16).requires_grad_()  # resized to what the backbone sees
+    pixels = torch.rand(2, 3, 16, SIZE).requires_grad_()  # resized to what the backbone sees
     discriminator.train()
     assert not backbone.training
     discriminator(pixels).sum().backward()

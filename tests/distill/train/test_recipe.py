@@ -1,5 +1,6 @@
 """Recipes: the shipped one loads, and what is wrong is said in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def test_a_wrong_override_is_refused_in_one_line(override, message):
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(RECIPE, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_a_discriminator_of_pixels_is_refused_for_videos():
+    video, adp = RECIPE.with_name("emoji_motion.yaml"), load_recipe(RECIPE).adp.model_dump(mode="json")
+    pairs = '{"count": 4, "num_steps": 2, "guidance": 2}'
+    changes = [f"adp={json.dumps(adp)}", f"pairs={pairs}"]
+    with pytest.raises(RecipeError, match=r"adp\.lambda_pixel: expected 0 for videos, .*, got 0\.15"):
+        load_recipe(video, changes)
+    assert load_recipe(video, [*changes, "adp.lambda_pixel=0"]).is_video
 
 
 def test_a_missing_file_and_a_file_that_is_no_yaml_are_refused(tmp_path):
