@@ -171,7 +171,10 @@ class Run:
     @cached_property
     def uncond(self) -> Condition:
         """The row that stands for no prompt."""
-        return self.trained_teacher.encode_uncond().to(self.device)
+        teacher = self.trained_teacher
+        if isinstance(teacher, PretrainedTeacher):
+            self.ranks.first(lambda: len(teacher.encode_uncond()))
+        return teacher.encode_uncond().to(self.device)
 
     @cached_property
     def measurement(self) -> Measurement[Any]:

@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from ..bundle import Shape
 from .codec import VaeCodec
 from .denoiser import Condition, Denoiser
+from .embeddings import read_embeddings, write_embeddings
 from .load import Source
+from .prompts import PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -52,30 +53,34 @@ class PretrainedTeacher:
         return trainable.denoiser().requires_grad_(True).to(self.device)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts on the CPU, where the rows stay: mapped from the disk where they were encoded before."""
+        """Encode prompts on the CPU, where the rows stay: mapped from the disk where they are kept."""
         if self.embeddings is None:
             return self.source.prompts().encode(prompts)
-        path = self.embeddings / f"{self._key(prompts)}.safetensors"
-        if not path.is_file():
-            cond = self.source.prompts().encode(prompts)
-            self.embeddings.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file({"tokens": cond.tokens.contiguous(), "pooled": cond.pooled.contiguous()}, temporary)
-            temporary.replace(path)
-        return Condition(**load_file(path))
+        return self._kept(list(prompts), len(prompts), lambda encoder: encoder.batches(prompts))
 
     @cached_property
     def _text_sha256(self) -> dict[str, str]:
         """The hashes of the text encoders, which are gigabytes: read once."""
         return self.source.sha256(*self.source.text_parts)
 
-    def _key(self, prompts: Sequence[str]) -> str:
-        made_of = [list(prompts), self._text_sha256, str(self.source.dtype)]
-        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    def _kept(
+        self, what: object, count: int, encode: Callable[[PromptEncoder], Iterable[Condition]]
+    ) -> Condition:
+        """Return the rows of `what`, encoded now where that was not done before."""
+        assert self.embeddings is not None
+        made_of = [what, self._text_sha256, str(self.source.dtype)]
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        path = self.embeddings / f"{key}.safetensors"
+        if not path.is_file():
+            self.embeddings.mkdir(parents=True, exist_ok=True)
+            write_embeddings(path, count, encode(self.source.prompts()))
+        return read_embeddings(path)
 
     def encode_uncond(self) -> Condition:
         """Return the row that stands for no prompt."""
-        return self.source.prompts().encode_uncond()
+        if self.embeddings is None:
+            return self.source.prompts().encode_uncond()
+        return self._kept(None, 1, lambda encoder: [encoder.encode_uncond()])
 
     def sha256(self) -> dict[str, str]:
         """Return the hashes of weights, tokenizers and configurations, by path in the folder."""

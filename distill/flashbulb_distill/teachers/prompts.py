@@ -3,7 +3,7 @@
 As diffusers' pipelines do it: CLIP's hidden states before the last layer, no attention masks (padding is read too).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -52,14 +52,20 @@ class PromptEncoder(nn.Module):
             for tokenizer, length in zip(self.tokenizers, self.lengths, strict=True)
         )
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode any number of prompts, one or more, float32."""
-        parts: list[tuple[Tensor, Tensor]] = []
+        parts = list(self.batches(prompts))
+        return Condition(
+            torch.cat([part.tokens for part in parts]), torch.cat([part.pooled for part in parts])
+        )
+
+    def batches(self, prompts: Sequence[str]) -> Iterator[Condition]:
+        """Encode prompts in their order, a few at a time, float32."""
         for start in range(0, len(prompts), BATCH_SIZE):
-            parts.append(self(*self.tokenise(prompts[start : start + BATCH_SIZE])))
-        tokens, pooled = (torch.cat(part).float() for part in zip(*parts, strict=True))
-        return Condition(tokens, pooled)
+            ids = self.tokenise(prompts[start : start + BATCH_SIZE])
+            with torch.no_grad():
+                tokens, pooled = self(*ids)
+            yield Condition(tokens.float(), pooled.float())
 
     def encode_uncond(self) -> Condition:
         """Return the one row that the teacher was trained to take for no prompt."""
