@@ -164,8 +164,9 @@ class Catalog:
         """
         built_in = self._built_in()
         if wanted is None or wanted in built_in:
-            return self._default_of(task if wanted is None else built_in[wanted])
-        model = self._resolve(self._aliases.get(wanted, wanted), unloaded_too=unloaded_too)
+            model = self._default_of(task if wanted is None else built_in[wanted])
+        else:
+            model = self._resolve(self._aliases.get(wanted, wanted), unloaded_too=unloaded_too)
         offered = model.bundle.manifest.task
         if task not in (None, offered):
             raise InvalidRequest(

@@ -8,7 +8,7 @@ from flashbulb_service.api.jobs import percent
 from flashbulb_service.api.ranges import parse_range
 from flashbulb_service.api.schemas import VideosRequest
 from flashbulb_service.api.video_plan import choose_shape, offered_seconds
-from flashbulb_service.catalog import Model
+from flashbulb_service.catalog import Catalog, Model
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.eta import poll_after_ms, queued_ms, running_ms
 from flashbulb_service.jobs import JobState, JobView
@@ -27,6 +27,21 @@ SHAPES = (
 def model(tmp_path_factory):
     path = make_tiny_video_bundle(tmp_path_factory.mktemp("models"), shapes=SHAPES, fps=8.0)
     return Model("tiny-video", 1, open_bundle(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "told"),
+    [
+        ("gpt-image-1", "text-to-video", "model: tiny@1 draws pictures: POST /v1/images/generations"),
+        ("sora-2", "text-to-image", "model: tiny-video@1 makes videos: POST /v1/videos"),
+    ],
+)
+def test_openais_names_are_refused_on_the_route_of_the_other_medium(models_dir, name, task, told):
+    """They led to their own medium's model there: a 500 on one route, jobs that no worker draws on the other."""
+    catalog = Catalog.load(models_dir, verify=False, openai_aliases=True)
+    with pytest.raises(InvalidRequest, match=told) as caught:
+        catalog.find(name, task=task)
+    assert (caught.value.param, caught.value.detail_code) == ("model", "unsupported_task")
 
 
 @pytest.mark.parametrize(
