@@ -91,8 +91,10 @@ class Catalog:
         self.unloaded: frozenset[str] = frozenset()  # name@version, by an operator's word
         self._default = default
         self._openai_aliases = openai_aliases
-        for target in (*self._aliases.values(), *([default] if default else [])):
+        for target in self._aliases.values():
             self._resolve(target)
+        # Known from the start: an unloaded or removed default is no reason to refuse the other medium.
+        self._default_task = self._resolve(default).bundle.manifest.task if default else None
 
     @classmethod
     def load(
@@ -176,10 +178,8 @@ class Catalog:
 
     def _default_of(self, task: Task | None) -> Model:
         """Return what is meant where no model is named."""
-        if self._default is not None:
-            default = self._resolve(self._aliases.get(self._default, self._default))
-            if task in (None, default.bundle.manifest.task):
-                return default
+        if self._default and task in (None, self._default_task):
+            return self._resolve(self._aliases.get(self._default, self._default))
         served = [model for model in self.newest() if task in (None, model.bundle.manifest.task)]
         if served:
             return served[0]

@@ -9,7 +9,7 @@ from flashbulb_service.api.ranges import parse_range
 from flashbulb_service.api.schemas import VideosRequest
 from flashbulb_service.api.video_plan import choose_shape, offered_seconds
 from flashbulb_service.catalog import Catalog, Model
-from flashbulb_service.errors import InvalidRequest
+from flashbulb_service.errors import InvalidRequest, ModelUnloaded, UnknownModel
 from flashbulb_service.eta import poll_after_ms, queued_ms, running_ms
 from flashbulb_service.jobs import JobState, JobView
 from flashbulb_service.tasks import StepDone
@@ -42,6 +42,22 @@ def test_openais_names_are_refused_on_the_route_of_the_other_medium(models_dir, 
     with pytest.raises(InvalidRequest, match=told) as caught:
         catalog.find(name, task=task)
     assert (caught.value.param, caught.value.detail_code) == ("model", "unsupported_task")
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["unloaded", "removed"])
+def test_without_the_default_model_the_other_medium_is_served_on(models_dir, tmp_path, gone):
+    """Every video that named no model, or one of OpenAI's, was 503 or 404 while the default drew pictures."""
+    catalog = Catalog.load(models_dir, verify=False, default="tiny", openai_aliases=True)
+    if gone:
+        make_tiny_video_bundle(tmp_path)
+        catalog.refresh(tmp_path, lambda model, bundle: True)
+    else:
+        catalog.follow({}, frozenset({"tiny@1"}))
+    videos = [catalog.find(name, task="text-to-video") for name in (None, "sora-2", "tiny-video")]
+    assert {model.id for model in videos} == {"tiny-video@1"}
+    assert catalog.aliases_of(videos[0]) == ("sora-2", "sora-2-pro")
+    with pytest.raises(UnknownModel if gone else ModelUnloaded, match="tiny"):
+        catalog.find(None, task="text-to-image")
 
 
 @pytest.mark.parametrize(
