@@ -3,6 +3,7 @@
 The forms of version 1 are written down here as that version had them; they are its readers.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Literal
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from redis.asyncio import Redis
 
 from flashbulb_service import presence, wire
+from flashbulb_service.api.plan import body_digest
+from flashbulb_service.api.schemas import ImagesRequest
 from flashbulb_service.errors import NewerMessage
 from flashbulb_service.jobs import NewJob
 from flashbulb_service.presence import LiveWorker
@@ -196,3 +199,9 @@ async def test_a_token_says_no_more_than_version_1_can_read(queue: Queue) -> Non
     wake = await queue.wait_for_work(["emoji@1"], 5)
     assert wake is not None and wake.lone is not None
     assert len(await queue.claim("w", ["emoji@1"], 8, 60)) == 1
+
+
+def test_a_request_for_pictures_has_the_digest_of_version_1_so_that_its_key_outlives_the_upgrade() -> None:
+    asked = {"n": 2, "prompt": "dog"}
+    first = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    assert body_digest(ImagesRequest.model_validate({**asked, "idempotency_key": "k"}), None) == first

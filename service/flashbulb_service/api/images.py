@@ -56,6 +56,7 @@ class Key:
 
     text: str | None = None
     mode: KeyMode = "replay"
+    digest: str | None = None  # of the request
 
     @property
     def keeps(self) -> bool:
@@ -137,10 +138,13 @@ class Queued:
     expected: Expected | None = None  # where the news of their end arrives
 
 
-def choose_key(body: DrawRequest, header: str | None, retry_count: str | None) -> Key:
+def choose_key(
+    body: DrawRequest, header: str | None, retry_count: str | None, *, route: str | None = None
+) -> Key:
     """Return the client's idempotency key, else for a client library's request one made of its body.
 
     Equal first attempts stay apart, for people want different pictures; only a retry may join an earlier one.
+    route: where it was sent, None for the images route.
 
     Raises:
         InvalidRequest: the key is empty or long, or header and body disagree.
@@ -159,10 +163,11 @@ def choose_key(body: DrawRequest, header: str | None, retry_count: str | None) -
         )
     text = header if header is not None else body.idempotency_key
     if text is not None:
-        return Key(f"key {text}")
+        return Key(f"key {text}", digest=body_digest(body, route))
     if retry_count is None or not re.fullmatch(r"[0-9]{1,4}", retry_count):
         return Key()
-    return Key(f"retry {body_digest(body)}", "attach" if int(retry_count) > 0 else "record")
+    digest = body_digest(body, route)
+    return Key(f"retry {digest}", "attach" if int(retry_count) > 0 else "record", digest)
 
 
 async def enqueue(
@@ -183,7 +188,7 @@ async def enqueue(
     enqueued = await context.queue.enqueue(
         plan.jobs,
         idempotency_key=key.text,
-        request_digest=None if key.text is None else body_digest(body),
+        request_digest=key.digest,
         mode=key.mode,
         window_s=RETRY_WINDOW_S,
         keep=keep(plan.record, caller, lists=lists, events=events) if kept else None,

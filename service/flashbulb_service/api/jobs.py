@@ -61,7 +61,7 @@ async def create_job(
         )
     caller = caller_of(request, body)
     plan = make_plan(body, context.catalog, caller, context.settings)
-    key: Key = choose_key(body, idempotency_key, retry_count)
+    key: Key = choose_key(body, idempotency_key, retry_count, route="/v1/jobs")
     queued = await enqueue(
         context, plan, body, caller, key, lists=(caller.owner,), events=True, awaited=False
     )

@@ -81,9 +81,14 @@ def check_webhook(body: DrawRequest, settings: Settings) -> None:
     parse_target(body.webhook_url, allow_private=settings.webhook_allow_private)
 
 
-def body_digest(body: DrawRequest) -> str:
-    """Hash what the client asked for; its key is no part of that."""
+def body_digest(body: DrawRequest, route: str | None) -> str:
+    """Hash what the client asked for, and on which route; its key is no part of that. None: the images route.
+
+    That one is not named, for keys outlive an upgrade, and the version before named none.
+    """
     asked = body.model_dump(mode="json", exclude_unset=True, exclude={"idempotency_key"})
+    if route is not None:
+        asked["route"] = route
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

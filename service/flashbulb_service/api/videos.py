@@ -207,7 +207,8 @@ async def _create(
 ) -> JSONResponse:
     caller = caller_of(request, body)
     plan = make_video_plan(body, context.catalog, caller, context.settings, remixed_from=remixed_from)
-    key = choose_key(body, idempotency_key, retry_count)
+    route = f"/v1/videos/{remixed_from}/remix" if remixed_from else "/v1/videos"
+    key = choose_key(body, idempotency_key, retry_count, route=route)
     lists = (list_of(caller.owner, TASK),)
     queued = await enqueue(context, plan, body, caller, key, lists=lists, events=True, awaited=False)
     view = await _owned(context, request, f"video_{queued.ids[0]}")

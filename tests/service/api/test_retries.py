@@ -50,6 +50,20 @@ async def test_a_repeated_request_joins_the_running_one(make_app: MakeApp, wait_
         assert [(await answer).status_code for answer in (first, second)] == [409, 409]
 
 
+async def test_the_same_words_on_another_route_are_another_request(make_app: MakeApp) -> None:
+    """An answer of the images route was the pictures of a job, which ended when that client left."""
+    app = make_app(request_timeout_s=0.05)
+    async with client_of(app) as client:
+        send = {"json": {"prompt": "dog"}, "headers": {"Idempotency-Key": "k"}}
+        job = (await client.post("/v1/jobs", **send)).json()["id"]
+        answer = await client.post(ROUTE, **send)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "idempotency_conflict")
+        retried = {"json": {"prompt": "cat"}, "headers": {"x-stainless-retry-count": "1"}}
+        job = (await client.post("/v1/jobs", **retried)).json()["id"]
+        assert (await client.post(ROUTE, **retried)).status_code == 504
+        assert (await client.get(f"/v1/jobs/{job}")).json()["status"] == "queued"
+
+
 async def test_only_a_retry_joins_an_equal_request_without_a_key(make_app: MakeApp) -> None:
     app = make_app()
     async with client_of(app) as client:

@@ -181,6 +181,26 @@ def test_an_idempotency_key_makes_one_video(client):
     assert first.id == again.id
 
 
+def test_the_same_words_for_a_video_are_no_repetition_of_a_picture_or_of_another_remix(client, server_url):
+    """The second one was answered with the first one's work, under a key and by a client's own retry."""
+    key = {"Idempotency-Key": f"mixed-{time.time_ns()}"}
+    client.images.generate(prompt="dog", extra_headers=key)
+    with pytest.raises(openai.ConflictError) as caught:
+        client.videos.create(prompt="dog", extra_headers=key)
+    assert caught.value.code == "idempotency_conflict"
+    videos = [client.videos.create(prompt=word, extra_body={"seed": 1}).id for word in ("dog", "apple")]
+    for headers, statuses in (
+        ({"Idempotency-Key": f"remix-{time.time_ns()}"}, [200, 409]),
+        ({"x-stainless-retry-count": "1"}, [200, 200]),
+    ):
+        answers = [
+            httpx2.post(f"{server_url}/v1/videos/{video}/remix", json={"prompt": "heart"}, headers=headers)
+            for video in videos
+        ]
+        assert [answer.status_code for answer in answers] == statuses
+    assert [answer.json()["remixed_from_video_id"] for answer in answers] == videos
+
+
 # ------------------------------------------------------------------------------------- while it is made
 
 
