@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from flashbulb_service.api.identity import Caller
-from flashbulb_service.api.schemas import DrawRequest, ImagesRequest, JobRequest
+from flashbulb_service.api.schemas import IGNORED, DrawRequest, ImagesRequest, JobRequest
 from flashbulb_service.catalog import Catalog, Model, choose_size, exporter_times, row_tokens
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.jobs import NewJob
@@ -82,11 +82,12 @@ def check_webhook(body: DrawRequest, settings: Settings) -> None:
 
 
 def body_digest(body: DrawRequest, route: str | None) -> str:
-    """Hash what the client asked for, and on which route; its key is no part of that. None: the images route.
+    """Hash what the client asked for, and on which route; its key and what is ignored are no part of that.
 
-    That one is not named, for keys outlive an upgrade, and the version before named none.
+    None is the images route. It is not named, for keys outlive an upgrade, and the version before named none.
+    What is ignored may be anything, also what no JSON can be made of again.
     """
-    asked = body.model_dump(mode="json", exclude_unset=True, exclude={"idempotency_key"})
+    asked = body.model_dump(mode="json", exclude_unset=True, exclude={"idempotency_key", *IGNORED})
     if route is not None:
         asked["route"] = route
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """The bodies of the routes that draw, as OpenAI's clients send them, with our extensions."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from flashbulb_service.formats import ImageFormat
@@ -37,12 +37,21 @@ HINTS = {
 }
 
 
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise PydanticCustomError("nul", "expected text, got a NUL character")
+    return value
+
+
+Prompt = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
+
+
 class DrawRequest(BaseModel):
     """What every route that draws understands. A field set to null counts as left out; an unknown one is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: str = Field(min_length=1)
+    prompt: Prompt
     model: str | None = Field(default=None, max_length=200)
     size: str = Field(default="auto", max_length=32)
     user: str | None = Field(default=None, max_length=512)
@@ -79,16 +88,13 @@ class DrawRequest(BaseModel):
                     )
         return fields
 
-    @field_validator("prompt")
-    @classmethod
-    def _no_nul(cls, value: str) -> str:
-        if "\0" in value:
-            raise PydanticCustomError("nul", "expected text, got a NUL character")
-        return value
-
     @field_validator("metadata")
     @classmethod
     def _bound_metadata(cls, value: dict[str, str]) -> dict[str, str]:
+        try:
+            "".join([*value, *value.values()]).encode()
+        except UnicodeEncodeError as error:
+            raise PydanticCustomError("string_unicode", "expected text that UTF-8 can hold") from error
         for key, text in value.items():
             if len(key) > MAX_METADATA_KEY_CHARS or len(text) > MAX_METADATA_VALUE_CHARS:
                 raise PydanticCustomError(
@@ -148,7 +154,7 @@ class RemixRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: str = Field(min_length=1)
+    prompt: Prompt
 
 
 class ErrorDetail(BaseModel):

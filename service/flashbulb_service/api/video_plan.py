@@ -128,7 +128,7 @@ def offered_seconds(manifest: Manifest) -> list[str]:
 def _seconds(given: str | int | float) -> float | None:
     try:
         seconds = float(given)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return seconds if math.isfinite(seconds) else None
 

@@ -48,8 +48,10 @@ def post(http: httpx2.Client, content: bytes) -> httpx2.Response:
             None,
         ),
         (b'{"prompt": "dog", "user": "\\ud800"}', 400, "invalid_value"),
+        (b'{"prompt": "dog", "metadata": {"\\ud800": "a"}}', 400, "invalid_value"),
+        (b'{"prompt": "dog", "metadata": {"a": "\\ud800"}}', 400, "invalid_value"),
     ],
-    ids=range(18),
+    ids=range(20),
 )
 def test_hostile_body_gets_a_clear_answer(
     http: httpx2.Client, content: bytes, status: int, code: str | None
@@ -58,6 +60,19 @@ def test_hostile_body_gets_a_clear_answer(
     assert answer.status_code == status, answer.text
     assert len(answer.content) < 3_000
     assert code in (None, answer.json()["error"]["code"])
+
+
+@pytest.mark.parametrize(
+    "value", [b'{"a":' * 300 + b"1" + b"}" * 300, b'{"\\ud800": 1}'], ids=["deep", "lone"]
+)
+@pytest.mark.parametrize("header", ["idempotency-key", "x-stainless-retry-count"])
+def test_a_field_without_effect_may_be_anything_also_under_a_key(
+    http: httpx2.Client, header: str, value: bytes
+) -> None:
+    """The digest of a request wrote it as JSON again, which cannot be done: a 500."""
+    headers = {"content-type": "application/json", header: "1"}
+    answer = http.post(ROUTE, content=b'{"prompt": "dog", "svg": ' + value + b"}", headers=headers)
+    assert (answer.status_code, answer.headers["x-flashbulb-warning"]) == (200, "ignored: svg")
 
 
 @pytest.mark.parametrize("prompt", ["🍎🧑‍🚀", "\u202eتفاحة حمراء", "\ufeff\u200b apple", "a\r\nX-Evil: 1"])

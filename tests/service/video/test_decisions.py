@@ -83,6 +83,7 @@ def test_the_first_shape_that_is_what_is_asked_for_is_taken(model, asked, shape)
         ({"seconds": "5"}, "seconds: tiny-video@1 offers 2, 6.125, got '5'"),
         ({"seconds": "2.2"}, "offers 2, 6.125"),
         ({"seconds": "nan"}, "offers 2, 6.125"),
+        ({"seconds": 10**400}, "offers 2, 6.125, got 1000"),  # no float: was a 500
         ({"num_frames": 16, "seconds": "6"}, "offers 2, got '6'"),
         ({"num_frames": 16, "size": "64x128"}, "num_frames: tiny-video@1 offers 49, got 16"),
         ({"fps": 24.0}, "fps: tiny-video@1 offers 8, got 24"),

@@ -142,6 +142,14 @@ def test_openais_names_mean_the_default_of_their_medium(client):
     assert told.aliases == ["sora-2", "sora-2-pro"]
 
 
+def test_a_remix_takes_the_prompts_that_a_video_does(client, server_url):
+    video = client.videos.create(prompt="dog")
+    for prompt, code in (("a\0b", "invalid_value"), ("", "empty_string"), (" ", "empty_string")):
+        answer = httpx2.post(f"{server_url}/v1/videos/{video.id}/remix", json={"prompt": prompt})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+        assert answer.json()["error"]["param"] == "prompt"
+
+
 @pytest.mark.parametrize("route", ["edits", "extensions", "characters"])
 def test_routes_that_take_a_video_say_that_no_student_does(server_url, route):
     answer = httpx2.post(f"{server_url}/v1/videos/{route}", files={"video": b"x"})
