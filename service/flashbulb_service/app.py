@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -41,6 +42,7 @@ def create_app(
     """Make an API over open parts; whoever opened them closes them."""
     keys = KeyStore(queue)
     context = Context(settings, queue, results, presence, catalog, Metrics(), keys, word_list_of(settings))
+    public_host = urlsplit(settings.public_url).hostname if settings.public_url else None
     app = FastAPI(
         title="Flashbulb",
         version=version("flashbulb"),
@@ -53,7 +55,11 @@ def create_app(
     app.add_middleware(
         RequestFrame,
         short_way=None if tracing.provider else ShortWay(),  # FastAPI makes the spans of its routes
-        admit=Gate(keys, Access.of(settings.auth, settings.host)),
+        admit=Gate(
+            keys,
+            Access.of(settings.auth, settings.host),
+            settings.allowed_hosts | ({public_host} if public_host else set()),
+        ),
         metrics=context.metrics,
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,

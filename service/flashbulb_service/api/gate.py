@@ -1,5 +1,7 @@
 """Who may come in, decided before a body is read: the key, its scope, its rate and its budget."""
 
+from collections.abc import Collection
+
 import structlog
 from starlette.datastructures import Headers
 from starlette.types import Scope as Request
@@ -14,16 +16,18 @@ MAX_HEADER_CHARS = 200
 class Gate:
     """Refuses a request, or writes its key into the request's state: `tenant`, `key`, `answer_headers`."""
 
-    def __init__(self, keys: KeyStore, access: Access) -> None:
-        """Look keys up in a store."""
+    def __init__(self, keys: KeyStore, access: Access, own_hosts: Collection[str] = ()) -> None:
+        """Look keys up in a store. own_hosts: names of pages that are ours beside the one in the Host header."""
         self._keys = keys
         self._access = access
+        self._own_hosts = own_hosts
 
     async def __call__(self, request: Request) -> None:
         """Admit one HTTP request.
 
         Raises:
-            InvalidApiKey, MissingScope: the request has no key that is good for it.
+            InvalidApiKey, MissingScope: the request has no key that is good for it, or needs none and comes from
+                another site's page.
             RateLimited, BudgetExceeded: its key has none left.
             QueueUnavailable: the store of the keys does not answer.
         """
@@ -33,6 +37,8 @@ class Gate:
         if needed is None:
             if path.startswith("/v1/admin"):
                 check_local(headers)
+            elif request["method"] not in ("GET", "HEAD"):
+                check_origin(headers, self._own_hosts)
             return
         secret = bearer(headers)
         # A revoked key must not have seconds left in which to make itself another one.
@@ -74,14 +80,33 @@ def check_local(headers: Headers) -> None:
     Raises:
         MissingScope: the request comes from another site's page, or under a name that is not this machine's.
     """
-    name = host_name(headers.get("host", ""))
-    origin = headers.get("origin")
-    foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
-    if not is_loopback(name) or foreign:
+    if not is_loopback(host_name(headers.get("host", ""))) or is_foreign(headers):
         raise MissingScope(
             "expected a request of this machine's own programs or pages, got one that another site's page may have "
             "made: use the address 127.0.0.1, or turn keys on with FLASHBULB_AUTH=keys"
         )
+
+
+def check_origin(headers: Headers, own_hosts: Collection[str]) -> None:
+    """Refuse work for a foreign page; a browser sends forms anywhere, without asking us first.
+
+    Raises:
+        MissingScope: the request comes from another site's page.
+    """
+    if is_foreign(headers, own_hosts):
+        raise MissingScope(
+            "expected a request of a program or of this server's own page, got one of another site's page: "
+            "add its host to FLASHBULB_ALLOWED_HOSTS, or turn keys on with FLASHBULB_AUTH=keys"
+        )
+
+
+def is_foreign(headers: Headers, own_hosts: Collection[str] = ()) -> bool:
+    """Tell whether a browser says that another site's page made the request; programs send no Origin."""
+    origin = headers.get("origin")
+    if origin is None:
+        return False
+    host = origin.partition("://")[2]  # "null", of a file or a sandbox, has none
+    return host != headers.get("host") and host_name(host) not in own_hosts
 
 
 def host_name(host: str) -> str:

@@ -327,6 +327,38 @@ async def test_a_foreign_page_cannot_administrate_through_a_visitors_browser(
             check_local(Headers({"host": host}))
 
 
+@pytest.mark.parametrize("settings", [{}, {"auth": "off", "host": "0.0.0.0"}], ids=["loopback", "public"])
+async def test_a_foreign_page_cannot_have_work_done_through_a_visitors_browser(
+    make_app: Callable[..., FastAPI], client_of: ClientOf, settings: dict[str, Any]
+) -> None:
+    """Only the admin API looked at the Origin, and a form may be sent anywhere: videos were queued so."""
+    hosts = ["127.0.0.1", "pictures.example"]
+    app = make_app(allowed_hosts=hosts, public_url="https://public.example/flashbulb", **settings)
+    async with client_of(app) as client:
+        for origin in ("https://evil.example", "null", "http://[::1]:9999", "https://public.example.evil"):
+            headers = {"origin": origin}
+            form = await client.post("/v1/videos", files={"prompt": (None, "dog")}, headers=headers)
+            check_error(form, 403, "missing_scope")
+            check_error(
+                await client.post("/v1/jobs", json={"prompt": "dog"}, headers=headers), 403, "missing_scope"
+            )
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+        for origin in ("http://127.0.0.1:8000", "https://pictures.example", "https://public.example"):
+            made = await client.post("/v1/jobs", json={"prompt": "dog"}, headers={"origin": origin})
+            assert made.status_code == 200
+
+
+async def test_a_page_that_has_a_key_may_stand_anywhere(
+    app: FastAPI, client_of: ClientOf, keys: KeyStore
+) -> None:
+    made = await keys.create("a")
+    async with client_of(app, made.secret) as client:
+        answer = await client.post(
+            "/v1/jobs", json={"prompt": "dog"}, headers={"origin": "https://a.example"}
+        )
+        assert answer.status_code == 200
+
+
 async def test_public_without_keys_still_guards_admin_and_metrics(
     make_app: Callable[..., FastAPI], client_of: ClientOf, keys: KeyStore
 ) -> None:
