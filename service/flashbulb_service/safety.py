@@ -38,8 +38,9 @@ class WordList:
     def __init__(self, entries: list[str]) -> None:
         """Compile the entries; none allows everything."""
         words = sorted({" ".join(_plain(entry).split()) for entry in entries} - {""}, key=len, reverse=True)
-        pattern = "|".join(r"\s+".join(map(re.escape, entry.split())) for entry in words)
-        self._pattern = re.compile(rf"(?<!\w)(?:{pattern})(?!\w)") if words else None
+        pattern = "|".join(r"[\s_]+".join(map(re.escape, entry.split())) for entry in words)
+        letter = r"[^\W_]"  # an underscore parts words, as a blank does
+        self._pattern = re.compile(rf"(?<!{letter})(?:{pattern})(?!{letter})") if words else None
 
     @classmethod
     def read(cls, path: Path) -> "WordList":
@@ -123,5 +124,8 @@ def check_picture(checker: ImageChecker | None, pixels: "np.ndarray") -> None:
 
 def _plain(text: str) -> str:
     """Return text without case, accents and invisible characters, so that one entry meets its disguises."""
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    folded = unicodedata.normalize(
+        "NFKD", text
+    ).casefold()  # in this order: a capital in another type has no case
+    decomposed = unicodedata.normalize("NFKD", folded)
     return "".join(c for c in decomposed if unicodedata.category(c) not in ("Mn", "Cf"))

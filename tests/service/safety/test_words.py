@@ -25,6 +25,12 @@ WORDS = WordList(["Bomb", "red  flag", "naïve", "C++"])
         "NAIVE art",
         "(c++)",
         "bomb, red apple",
+        "𝐁𝐎𝐌𝐁",  # letters in another type have no lower case of their own
+        "𝕭𝖔𝖒𝖇",
+        "ℬomb",
+        "🄱omb",
+        "_bomb_",  # an underscore is a letter to a regular expression
+        "red_flag",
     ],
 )
 def test_a_blocked_word_is_found_in_its_disguises(prompt: str) -> None:
