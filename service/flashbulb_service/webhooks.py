@@ -36,7 +36,7 @@ LEASE_S = 4 * TIMEOUT_S
 IDLE_S = 30.0
 MAX_HEAD_BYTES = 16 * 1024
 _URL = re.compile(r"https?://[!-~]+")  # visible ASCII only: nothing that could start a header
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")  # all that is public of IPv6; the rest may spell any IPv4 address
 
 
 class DeliveryError(Exception):
@@ -132,7 +132,7 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
-        if ip.sixtofour is not None or ip.teredo is not None or ip in _NAT64:
+        if ip.sixtofour is not None or ip.teredo is not None or ip not in _UNICAST:
             return False
     return ip.is_global and not ip.is_multicast
 

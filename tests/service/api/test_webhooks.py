@@ -135,7 +135,9 @@ PRIVATE = (
     "http://127.0.0.1/", "http://localhost:80/", "http://2130706433/", "http://0x7f.1/", "http://0177.0.0.1/",
     "http://169.254.169.254/latest", "http://10.0.0.1/", "http://192.168.1.1/", "http://0.0.0.0/", "http://100.64.0.1/",
     "http://[::1]/", "http://[::ffff:127.0.0.1]/", "http://[::ffff:a9fe:a9fe]/", "http://[fe80::1]/", "http://[fd00::1]/",
-    "http://[64:ff9b::7f00:1]/", "http://[2002:7f00:1::]/", "http://metadata.google.internal/", "http://224.0.0.1/",
+    "http://[64:ff9b::7f00:1]/", "http://[64:ff9b:1::7f00:1]/", "http://[fec0::1]/", "http://[::7f00:1]/",
+    "http://[::127.0.0.1]/", "http://[::ffff:0:127.0.0.1]/", "http://[4000::1]/", "http://[2002:7f00:1::]/",
+    "http://metadata.google.internal/", "http://224.0.0.1/",
 )  # fmt: skip
 BROKEN = (
     "ftp://a.example/", "http://", "http://a.example/\r\nX-Evil: 1", "http://a.example/ x", "http://u:p@a.example/",
