@@ -26,7 +26,7 @@ class Repository:
 
         Returns:
             models that are new or replaced, and the ids of those that are gone. A folder whose files changed
-            is judged again: it may have been copied in only by half.
+            is judged again: it may have been copied in only by half; so is one that could not be read.
         """
         found = {
             f"{name}@{version}": (name, version, path) for name, version, path in list_models(self._folder)
@@ -36,14 +36,17 @@ class Repository:
             del self._seen[model_id]
         new = []
         for model_id, (name, version, path) in found.items():
-            fingerprint = _fingerprint(path)
-            if self._seen.get(model_id) == fingerprint:
-                continue
-            self._seen[model_id] = fingerprint
             try:
+                fingerprint = _fingerprint(path)
+                if self._seen.get(model_id) == fingerprint:
+                    continue
                 new.append(open_model(path, name, version, verify=True))
             except (BundleRejected, BundleError) as error:
                 log.error("model %s refused, the others go on: %s", model_id, error)
+            except OSError as error:
+                log.warning("model %s cannot be read now, the others go on: %s", model_id, error)
+                continue
+            self._seen[model_id] = fingerprint
         return new, gone
 
 

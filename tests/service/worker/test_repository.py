@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashbulb_service.catalog import Catalog, open_model
+from flashbulb_service.catalog import Catalog, Model, open_model
 from flashbulb_service.errors import UnknownModel
 from flashbulb_service.repository import Repository
 from support.tiny_bundle import make_tiny_bundle
@@ -49,6 +49,30 @@ def test_a_damaged_bundle_is_refused_in_one_line_until_it_changes(
     assert "tiny@2 refused" in record.message and "decoder.onnx" in record.message
     (path / "decoder.onnx").write_bytes(whole)
     assert ids(repository) == (["tiny@2"], set())
+
+
+def test_a_bundle_that_cannot_be_read_hides_no_other_and_is_tried_again(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error of the disk ended the scan: who had appeared or gone in the same one was never told of."""
+    unreadable = {"tiny@1", "tiny@2"}
+
+    def read(path: Path, name: str, version: int, *, verify: bool) -> Model:
+        if f"{name}@{version}" in unreadable:
+            raise OSError(5, "Input/output error")
+        return open_model(path, name, version, verify=verify)
+
+    monkeypatch.setattr("flashbulb_service.repository.open_model", read)
+    models = tmp_path / "models"
+    (models / "tiny" / "1" / "notes.txt").write_text("being replaced")
+    for version in (2, 3):
+        make_tiny_bundle(models, version=version)
+    assert ids(repository) == (["tiny@3"], set())
+    shutil.rmtree(models / "tiny" / "3")
+    unreadable.remove("tiny@2")
+    assert ids(repository) == (["tiny@2"], {"tiny@3"})
+    shutil.rmtree(models / "tiny" / "1")  # still served: its replacement was never read
+    assert ids(repository) == ([], {"tiny@1"})
 
 
 def test_the_catalog_offers_a_new_version_once_a_worker_has_it(tmp_path: Path) -> None:
