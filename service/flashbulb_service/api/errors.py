@@ -90,7 +90,7 @@ class RangeNotSatisfiable(ServiceError):
 
 
 class TooManyStreams(ServiceError):
-    """This process serves as many event streams as it may."""
+    """This process serves as many event streams as it may, in all or of one key."""
 
     code = "too_many_streams"
 

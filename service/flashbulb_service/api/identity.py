@@ -8,6 +8,8 @@ from fastapi import Request
 from flashbulb_service.api.schemas import DrawRequest
 from flashbulb_service.tenants.keys import KeyRecord
 
+EVERYBODY = "default"  # the owner of all there is, where nobody has a key
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -20,7 +22,7 @@ class Caller:
 
 def owner_of(request: Request) -> str:
     """Return who may read back what this request makes: the API key, as the gate has set it, or everybody."""
-    return str(getattr(request.state, "tenant", "default"))
+    return str(getattr(request.state, "tenant", EVERYBODY))
 
 
 def list_of(owner: str, task: str = "text-to-image") -> str:

@@ -89,11 +89,12 @@ async def generate_images(
     key = choose_key(body, idempotency_key, retry_count)
     watched = body.stream and body.partial_images > 0 and plan.record.steps > 1
     if watched:
-        check_room(context)
+        check_room(context, caller.owner)
     queued = await enqueue(context, plan, body, caller, key, events=watched)
     headers = answer_headers(plan, replayed=queued.replayed)
     if body.stream:
-        events = _stream(context, queued, start, keep=key.keeps, watched=watched)
+        watcher = caller.owner if watched else None
+        events = _stream(context, queued, start, keep=key.keeps, watcher=watcher)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
@@ -209,16 +210,21 @@ def answer_headers(plan: Plan, *, replayed: bool) -> dict[str, str]:
 
 
 async def _stream(
-    context: Context, queued: Queued, start: float, *, keep: bool, watched: bool
+    context: Context, queued: Queued, start: float, *, keep: bool, watcher: str | None
 ) -> AsyncIterator[bytes]:
-    """Send pings and previews, the pictures when they are there, an error in the client library's form."""
+    """Send pings and previews, the pictures when they are there, an error in the client library's form.
+
+    watcher: who watches for previews, None when nobody does.
+    """
     timeout_s = context.settings.request_timeout_s
     waiting = asyncio.create_task(context.queue.wait(queued.ids, timeout_s, expected=queued.expected))
     answered = False
     try:
         try:
-            if watched:
-                async for partial in partial_images(context, queued.ids, queued.record, waiting, PING_S):
+            if watcher is not None:
+                async for partial in partial_images(
+                    context, queued.ids, queued.record, waiting, PING_S, watcher
+                ):
                     yield _sse(partial["type"], partial) if partial else format_sse_event(comment="ping")
             while not waiting.done():
                 await asyncio.wait({waiting}, timeout=PING_S)

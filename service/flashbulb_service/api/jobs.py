@@ -129,7 +129,7 @@ async def _watched(
             param="Last-Event-ID",
             code="invalid_value",
         )
-    check_room(context)
+    check_room(context, view.owner)
     return view, last_event_id or "0"
 
 
@@ -141,7 +141,7 @@ async def watch_job(
     view, after = watched
     described = await _describe(context, request, view)
     yield ServerSentEvent(event="job.status", data=described)
-    watching = context.queue.watch(view.id, after=after, quiet_s=HEARTBEAT_S)
+    watching = context.queue.watch(view.id, after=after, quiet_s=HEARTBEAT_S, owner=view.owner)
     try:
         while described["status"] in ("queued", "in_progress"):
             event = await anext(watching)

@@ -8,21 +8,29 @@ from typing import Any
 
 from flashbulb_service.api.context import Context
 from flashbulb_service.api.errors import TooManyStreams
+from flashbulb_service.api.identity import EVERYBODY
 from flashbulb_service.errors import NewerMessage
 from flashbulb_service.queue import Event
 from flashbulb_service.tasks import Preview, RequestRecord
 
 MAX_STREAMS = 1_000  # that one process watches
+MAX_STREAMS_OF_KEY = MAX_STREAMS // 4  # reading is free: no other limit keeps one key from having all
 
 
-def check_room(context: Context) -> None:
-    """Refuse to watch one more request than a process may.
+def check_room(context: Context, owner: str) -> None:
+    """Refuse to watch one more request than a process may, in all and for one key.
 
     Raises:
         TooManyStreams: it watches as many as it may.
     """
-    if context.queue.events.watched >= MAX_STREAMS:
+    events = context.queue.events
+    if events.watched >= MAX_STREAMS:
         raise TooManyStreams(f"this process already serves {MAX_STREAMS} event streams: try again later")
+    if owner != EVERYBODY and events.watched_by(owner) >= MAX_STREAMS_OF_KEY:
+        raise TooManyStreams(
+            f"this process already serves {MAX_STREAMS_OF_KEY} event streams of your key: "
+            "end one, or try again later"
+        )
 
 
 def preview_of(event: Event) -> Preview | None:
@@ -34,7 +42,12 @@ def preview_of(event: Event) -> Preview | None:
 
 
 async def partial_images(
-    context: Context, ids: Sequence[str], record: RequestRecord, ended: "asyncio.Task[Any]", ping_s: float
+    context: Context,
+    ids: Sequence[str],
+    record: RequestRecord,
+    ended: "asyncio.Task[Any]",
+    ping_s: float,
+    owner: str,
 ) -> AsyncIterator[dict[str, Any] | None]:
     """Yield an event per preview until `ended` is done, and None after every `ping_s` without one.
 
@@ -42,7 +55,7 @@ async def partial_images(
     """
     told: set[tuple[int, int]] = set()
     after = "0"
-    watching = context.queue.watch(ids[0], after=after, quiet_s=ping_s)
+    watching = context.queue.watch(ids[0], after=after, quiet_s=ping_s, owner=owner)
     following = asyncio.create_task(anext(watching))
     try:
         while not ended.done():

@@ -37,6 +37,7 @@ class Event:
 class _Watcher:
     request_id: str
     after: str
+    owner: str
     pending: asyncio.Queue[Event] = field(default_factory=lambda: asyncio.Queue(MAX_PENDING))
 
 
@@ -61,11 +62,15 @@ class Events:
         """Return how many watchers there are."""
         return len(self._watchers)
 
+    def watched_by(self, owner: str) -> int:
+        """Return how many watchers an owner has."""
+        return sum(watcher.owner == owner for watcher in self._watchers)
+
     async def watch(
-        self, request_id: str, *, after: str, quiet_s: float
+        self, request_id: str, *, after: str, quiet_s: float, owner: str = ""
     ) -> AsyncGenerator[Event | None, None]:
         """Yield the events behind `after`, old ones first, for ever; None after every `quiet_s` without one."""
-        watcher = _Watcher(request_id, after)
+        watcher = _Watcher(request_id, after, owner)
         self._watchers.add(watcher)
         try:
             self._start_reader()

@@ -295,9 +295,11 @@ class Queue:
             told: Any = await self._client.hget(self.keys.job(job_id), "progress")
         return None if told is None else cast(bytes, told).decode()
 
-    def watch(self, request_id: str, *, after: str, quiet_s: float) -> AsyncGenerator[Event | None, None]:
+    def watch(
+        self, request_id: str, *, after: str, quiet_s: float, owner: str = ""
+    ) -> AsyncGenerator[Event | None, None]:
         """Yield a request's events behind `after` ("0": all that are kept); None after quiet_s without one."""
-        return self.events.watch(request_id, after=after, quiet_s=quiet_s)
+        return self.events.watch(request_id, after=after, quiet_s=quiet_s, owner=owner)
 
     async def past_events(self, request_id: str, *, after: str) -> list[Event]:
         """Return a request's events behind `after` that have been written already."""

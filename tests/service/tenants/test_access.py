@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
+from flashbulb_service.api import partials
 from flashbulb_service.api.gate import Gate, bearer, check_local, duration
 from flashbulb_service.errors import InvalidApiKey, InvalidRequest, MissingScope, QueueUnavailable
 from flashbulb_service.jobs import NewJob
@@ -279,6 +280,26 @@ async def test_weight_is_a_share_of_contended_time(
                 assert (await client.post("/v1/jobs", json={"prompt": "dog", "n": 10})).status_code == 200
     first = [job.tenant for _ in range(24) for job in await queue.claim("w", ["tiny@1"], 1, 60)]
     assert 16 <= first.count(heavy.record.id) <= 20
+
+
+async def test_one_key_has_a_share_of_the_event_streams_and_leaves_others_theirs(
+    app: FastAPI, client_of: ClientOf, keys: KeyStore, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams are read, so they cost no request of a key's rate: one key could hold all of a process's."""
+    monkeypatch.setattr(partials, "MAX_STREAMS_OF_KEY", 1)
+    one, other = await keys.create("one"), await keys.create("other")
+    async with client_of(app, one.secret) as mine, client_of(app, other.secret) as theirs:
+        ids = [(await who.post("/v1/jobs", json={"prompt": "dog"})).json()["id"] for who in (mine, theirs)]
+        for who, job in zip((mine, theirs), ids, strict=True):
+            await who.delete(f"/v1/jobs/{job}")  # its events are told, and end
+        watching = queue.watch(ids[0].removeprefix("job_"), after="0", quiet_s=5, owner=one.record.id)
+        assert await anext(watching) is not None
+        refused = await mine.get(f"/v1/jobs/{ids[0]}/events")
+        error = check_error(refused, 429, "too_many_streams")
+        assert "1 event streams of your key" in error["message"] and int(refused.headers["retry-after"]) >= 1
+        assert (await theirs.get(f"/v1/jobs/{ids[1]}/events")).status_code == 200
+        await watching.aclose()
+        assert (await mine.get(f"/v1/jobs/{ids[0]}/events")).status_code == 200
 
 
 @pytest.mark.parametrize(
