@@ -54,6 +54,12 @@ class BodyTooLarge(ServiceError):
     code = "body_too_large"
 
 
+class TooManyUploads(ServiceError):
+    """Large bodies of other requests take what this process has for them."""
+
+    code = "too_many_uploads"
+
+
 class BodyTimeout(ServiceError):
     """The body did not arrive within the time a client has for it."""
 
@@ -187,6 +193,8 @@ def describe(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(415, error.code, error.message)
         case TooManyStreams():
             return ErrorAnswer(429, error.code, error.message, headers=_retry_after(5.0))
+        case TooManyUploads():
+            return ErrorAnswer(503, error.code, error.message, headers=_retry_after(5.0))
         case BodyTooLarge():
             return ErrorAnswer(413, error.code, error.message)
         case BudgetExceeded():  # hours may pass: a client library's retry would not help

@@ -11,7 +11,13 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashbulb_service.api.errors import BodyTimeout, BodyTooLarge, WrongHost, describe
+from flashbulb_service.api.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    TooManyUploads,
+    WrongHost,
+    describe,
+)
 from flashbulb_service.api.hosts import accepts
 from flashbulb_service.api.short_way import ShortWay
 from flashbulb_service.errors import ServiceError
@@ -28,28 +34,62 @@ UPLOAD_ROUTES = (
     "/v1/videos/extensions",
     "/v1/videos/characters",
 )
+SMALL_BYTES = 64 * 1024  # what a connection buffers anyway
+MAX_UPLOADS = 8  # of full size that one process holds at once
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
-async def read_body(receive: Receive, *, max_bytes: int) -> bytes | None:
-    """Read a whole body; None when the client left before its end.
+class Bodies:
+    """Reads bodies whole, and bounds what the large ones take of this process's memory until they are dropped."""
 
-    Raises:
-        BodyTooLarge: it is longer than max_bytes.
-    """
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part = message.get("body", b"")
-        size += len(part)
-        if size > max_bytes:
-            raise BodyTooLarge(f"expected a body of at most {max_bytes} bytes, got more: send a shorter one")
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    def __init__(self, max_held_bytes: int) -> None:
+        """Hold at most so many bytes at once; bodies of up to SMALL_BYTES are not counted."""
+        self._max_held_bytes = max_held_bytes
+        self._held_bytes = 0
+
+    async def read(self, receive: Receive, *, max_bytes: int) -> bytes | None:
+        """Read a body, which is to be dropped afterwards; None when the client left before its end.
+
+        Raises:
+            BodyTooLarge: it is longer than max_bytes.
+            TooManyUploads: others take what there is for them together.
+        """
+        parts: list[bytes] = []
+        size = held = 0
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                part = message.get("body", b"")
+                size += len(part)
+                if size > max_bytes:
+                    raise BodyTooLarge(
+                        f"expected a body of at most {max_bytes} bytes, got more: send a shorter one"
+                    )
+                if size > SMALL_BYTES:
+                    self._hold(size - held)
+                    held = size
+                parts.append(part)
+                if not message.get("more_body", False):
+                    body = b"".join(parts)
+                    held = 0  # by the caller from now on
+                    return body
+        finally:
+            self._held_bytes -= held
+
+    def drop(self, body: bytes) -> None:
+        """Give back what a body that was read has taken."""
+        if len(body) > SMALL_BYTES:
+            self._held_bytes -= len(body)
+
+    def _hold(self, more_bytes: int) -> None:
+        if self._held_bytes + more_bytes > self._max_held_bytes:
+            raise TooManyUploads(
+                f"expected at most {self._max_held_bytes} bytes of large bodies at once, got more from all clients "
+                "together: try again later"
+            )
+        self._held_bytes += more_bytes
 
 
 class RequestFrame:
@@ -78,6 +118,7 @@ class RequestFrame:
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._bodies = Bodies(MAX_UPLOADS * max(max_body_bytes, max_upload_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -147,18 +188,21 @@ class RequestFrame:
             return
         try:
             async with asyncio.timeout(self._body_timeout_s):
-                body = await read_body(receive, max_bytes=limit)
+                body = await self._bodies.read(receive, max_bytes=limit)
         except TimeoutError:
             late = BodyTimeout(f"expected the whole body within {self._body_timeout_s:g} s: send it faster")
             await describe(late).response()(scope, receive, send)
             return
-        except BodyTooLarge as error:
+        except (BodyTooLarge, TooManyUploads) as error:
             await describe(error).response()(scope, receive, send)
             return
         if body is None:
             return
-        if self._short_way is None or not await self._short_way.serve(scope, body, receive, send):
-            await self._app(scope, _replay(body, receive), send)
+        try:
+            if self._short_way is None or not await self._short_way.serve(scope, body, receive, send):
+                await self._app(scope, _replay(body, receive), send)
+        finally:
+            self._bodies.drop(body)
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")

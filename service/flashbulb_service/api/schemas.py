@@ -188,7 +188,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         421: "The Host header names another server",
         429: "The queue is full, or the API key has used up what it may: see retry-after",
         500: "The work failed, or the server did",
-        503: "The queue does not answer",
+        503: "The queue does not answer, or too many uploads come at once: see retry-after",
         504: "Not finished within the time allowed",
     }.items()
 }

@@ -9,6 +9,8 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
+from flashbulb_service.api.middleware import MAX_UPLOADS
+
 MakeApp = Callable[..., FastAPI]
 ROUTE = "/v1/images/generations"
 MAX_SECONDS = 5.0  # measured: under 0.2 s each
@@ -96,6 +98,42 @@ def test_only_sane_client_request_ids_are_echoed(http: httpx2.Client) -> None:
     for given, echoed in (("abc-123", "abc-123"), ("a b", None), ("x" * 200, None), ("é", None)):
         answer = http.get("/livez", headers={"x-client-request-id": given.encode()})
         assert answer.headers.get("x-client-request-id") == echoed
+
+
+async def test_uploads_of_all_clients_together_are_bounded_and_small_bodies_go_on(make_app: MakeApp) -> None:
+    """Each was held whole, 32 MiB and more, by as many clients as there were."""
+    full, route, form = 200_000, "/v1/images/edits", {"content-type": "multipart/form-data; boundary=x"}
+    app = make_app(max_upload_bytes=full, max_body_bytes=full)
+    arrived, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+    async def slowly():  # type: ignore[no-untyped-def]
+        yield b"a" * (full - 1)
+        arrived.release()
+        await go_on.wait()
+        yield b"a"
+
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client:
+        for left in (False, True):  # what it takes is given back at the end, and when the client leaves
+            go_on.clear()
+            uploads = [
+                asyncio.create_task(client.post(route, content=slowly(), headers=form))
+                for _ in range(MAX_UPLOADS)
+            ]
+            for _ in uploads:
+                await arrived.acquire()
+            answer = await client.post(route, content=b"a" * (full // 2), headers=form)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "too_many_uploads")
+            assert int(answer.headers["retry-after"]) >= 1
+            small = await client.post("/v1/jobs", json={"prompt": "dog"})
+            assert small.status_code == 200
+            if left:
+                for upload in uploads:
+                    upload.cancel()
+            go_on.set()
+            ended = await asyncio.gather(*uploads, return_exceptions=True)
+            assert left or [one.status_code for one in ended] == [400] * MAX_UPLOADS  # type: ignore[union-attr]
+        answer = await client.post(route, content=b"a" * full, headers=form)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_body")
 
 
 async def test_body_that_comes_too_slowly_is_408(make_app: MakeApp) -> None:
