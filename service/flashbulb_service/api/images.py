@@ -136,6 +136,7 @@ class Queued:
     ids: tuple[str, ...]
     record: RequestRecord
     replayed: bool
+    waiter: str  # who waits for them here
     expected: Expected | None = None  # where the news of their end arrives
 
 
@@ -196,11 +197,18 @@ async def enqueue(
         awaited=awaited,
     )
     if enqueued.created:
-        return Queued(enqueued.ids, plan.record, replayed=False, expected=enqueued.expected)
+        return Queued(
+            enqueued.ids,
+            plan.record,
+            replayed=False,
+            waiter=enqueued.waiter,
+            expected=enqueued.expected,
+        )
     first = await context.queue.request(enqueued.ids[0])
     if first is None:
         raise JobNotFound(enqueued.ids[0])
-    return Queued(enqueued.ids, RequestRecord.from_bytes(first.record), replayed=True)
+    record = RequestRecord.from_bytes(first.record)
+    return Queued(enqueued.ids, record, replayed=True, waiter=enqueued.waiter)
 
 
 def answer_headers(plan: Plan, *, replayed: bool) -> dict[str, str]:
@@ -247,7 +255,7 @@ async def _stream(
         waiting.cancel()
         if not answered and not keep:
             # This runs while the response is being cancelled: the jobs must not be forgotten with it.
-            await asyncio.shield(abandon(context, queued.ids))
+            await asyncio.shield(abandon(context, queued))
 
 
 def _sse(name: str, data: Mapping[str, Any]) -> bytes:
@@ -297,7 +305,7 @@ async def _wait(context: Context, request: Request, queued: Queued, *, keep: boo
     finally:
         leaving.cancel()
         if not answered and not keep:
-            await abandon(context, queued.ids)
+            await abandon(context, queued)
 
 
 def _end(stay: asyncio.Timeout, leaving: "asyncio.Task[None]") -> None:
@@ -312,10 +320,9 @@ async def _disconnect(request: Request) -> None:
         pass  # the rest of the body
 
 
-async def abandon(context: Context, ids: Sequence[str]) -> None:
-    """Cancel jobs whose client left."""
-    for job_id in ids:
-        with contextlib.suppress(JobNotFound, QueueUnavailable):
-            if await context.queue.cancel(job_id):
-                context.metrics.abandoned.inc()
-    log.info("abandoned %d jobs whose client left", len(ids))
+async def abandon(context: Context, queued: Queued) -> None:
+    """Cancel jobs whose client left, unless another request has joined them and still waits."""
+    with contextlib.suppress(QueueUnavailable):
+        cancelled = await context.queue.abandon(queued.ids, queued.waiter)
+        context.metrics.abandoned.inc(cancelled)
+        log.info("a client left, and %d jobs that nobody else waits for were cancelled", cancelled)

@@ -236,7 +236,8 @@ class Queue:
         if outcome == b"full":
             raise too_many(self.limits, jobs[0].tenant, *rest)
         created = outcome == b"created"
-        return Enqueued(tuple(job_id.decode() for job_id in rest), created, expected if created else None)
+        found = tuple(job_id.decode() for job_id in rest)
+        return Enqueued(found, created, waiter=ids[0], expected=expected if created else None)
 
     async def get(self, job_id: str) -> JobView | None:
         """Read a job; None when there is none, or its result has expired."""
@@ -345,6 +346,14 @@ class Queue:
         if outcome < 0:
             raise JobNotFound(job_id)
         return bool(outcome)
+
+    async def abandon(self, ids: Sequence[str], waiter: str, *, now: float | None = None) -> int:
+        """Wait no longer for the jobs of one request, which are cancelled if nobody else waits for them.
+
+        Returns:
+            how many were.
+        """
+        return int(await self._run("abandon", _time(now), _ms(self.limits.result_ttl_s), waiter, *ids))
 
     async def forget(self, view: RequestView, lists: Sequence[str], *, now: float | None = None) -> bool:
         """Cancel what is live of a kept request, and let nobody read it back; tell whether it was there."""

@@ -20,6 +20,7 @@ NAMES = (
     "fail",
     "release",
     "cancel",
+    "abandon",
     "reap",
     "replay",
     "watch",

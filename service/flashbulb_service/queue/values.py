@@ -31,11 +31,13 @@ class Limits:
 class Enqueued:
     """ids: one per job, in the order given. created: False when an idempotency key replayed them.
 
+    waiter: who waits for them, so that it can leave; pass it to `Queue.abandon`.
     expected: hears of their end from before they were stored; pass it to `Queue.wait`.
     """
 
     ids: tuple[str, ...]
     created: bool
+    waiter: str = field(default="", compare=False)
     expected: Expected | None = field(default=None, repr=False, compare=False)
 
 

@@ -1,4 +1,4 @@
-"""A client that leaves takes its jobs along, unless it said that it may come back."""
+"""A client that leaves takes its jobs along, unless it said that it may come back or somebody else waits for them."""
 
 import asyncio
 import json
@@ -69,3 +69,29 @@ async def test_jobs_of_a_client_that_left(
     await serving
     assert sum((await queue.stats()).queued.values()) == left
     assert client.sent[0]["status"] == 499
+
+
+@pytest.mark.parametrize("first_to_leave", [0, 1], ids=["who-asked-first", "who-joined"])
+async def test_who_leaves_takes_no_jobs_along_that_another_client_waits_for(
+    make_app: MakeApp, wait_until: Callable[..., Any], first_to_leave: int
+) -> None:
+    """Two users of one app asked for the same; the retry of the second joined the first one's jobs, and got
+    409 job_cancelled when the first one closed the tab."""
+    app = make_app()
+    queue: Queue = app.state.context.queue
+    clients = [LeavingClient({"prompt": "cat"}, {"x-stainless-retry-count": count}) for count in "01"]
+    serving = []
+    for num, client in enumerate(clients, 1):
+        serving.append(asyncio.create_task(app(client.scope, client.receive, client.send)))
+
+        async def waited_for(num: int = num) -> bool:
+            return sum(map(len, queue._completions._waiters.values())) == num
+
+        await wait_until(waited_for)
+    (leaving, staying) = clients if first_to_leave == 0 else clients[::-1]
+    leaving.hang_up.set()
+    await serving[first_to_leave]
+    assert sum((await queue.stats()).queued.values()) == 1
+    staying.hang_up.set()
+    await asyncio.gather(*serving)
+    assert (await queue.stats()).queued == {}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from flashbulb_service.errors import JobNotFound
-from flashbulb_service.jobs import JobError, NewJob
+from flashbulb_service.jobs import JobError, JobState, NewJob
 from flashbulb_service.queue import Event, Kept, Limits, Queue
 
 EVENTS = Kept(record=b"what was asked", owner="me", lists=("me",), events=True)
@@ -90,6 +90,32 @@ async def test_recorded_key_is_attached_to_only_by_a_retry(queue: Queue) -> None
     assert (retry.ids, retry.created) == (second.ids, False)
     await queue.cancel(second.ids[0])
     assert (await queue.enqueue([new()], mode="attach", window_s=60, **key)).created  # type: ignore[arg-type]
+
+
+async def test_jobs_are_abandoned_by_the_last_who_waits_for_them_however_often_each_says_so(
+    queue: Queue,
+) -> None:
+    """A call whose answer was lost is sent again: it must not speak for somebody else."""
+    key = {"idempotency_key": "k", "request_digest": "body", "window_s": 60}
+    first = await queue.enqueue([new(), new()], mode="record", **key)  # type: ignore[arg-type]
+    second, third = [
+        await queue.enqueue([new(), new()], mode="attach", **key)  # type: ignore[arg-type]
+        for _ in range(2)
+    ]
+    assert first.ids == second.ids == third.ids
+    for leaving in (second, second, first, first, second):
+        assert await queue.abandon(first.ids, leaving.waiter) == 0
+    assert await queue.abandon(first.ids, third.waiter) == 2
+    assert await queue.abandon(first.ids, third.waiter) == 0
+
+
+async def test_a_job_to_be_read_later_outlives_who_joined_it_and_left(queue: Queue) -> None:
+    """`POST /v1/jobs` waits for nothing; a picture's request may join it, and took it along when its client left."""
+    key = {"idempotency_key": "k", "request_digest": "body", "window_s": 60}
+    job = await queue.enqueue([new()], mode="record", awaited=False, **key)  # type: ignore[arg-type]
+    joined = await queue.enqueue([new()], mode="attach", **key)  # type: ignore[arg-type]
+    assert await queue.abandon(joined.ids, joined.waiter) == 0
+    assert [view.state for view in await queue.views(job.ids) if view] == [JobState.QUEUED]
 
 
 async def test_position_counts_those_before(queue: Queue) -> None:

@@ -43,6 +43,14 @@ local function attachable(id)
   return job[1] ~= 'failed' and job[1] ~= 'cancelled' and (not job[2] or tonumber(job[2]) > now - window_ms)
 end
 
+-- Who waits besides the one that stored the jobs, by ids as unique as those of jobs. See abandon.lua.
+local function join(lead, waiter)
+  local waiters = call('HGET', key('job', lead), 'waiters') or lead
+  if not string.find(waiters, waiter, 1, true) then -- else this is sent again
+    call('HSET', key('job', lead), 'waiters', waiters .. ' ' .. waiter)
+  end
+end
+
 if idempotency and mode ~= 'record' then
   local known = call('GET', idempotency)
   if known then
@@ -56,6 +64,9 @@ if idempotency and mode ~= 'record' then
       all_there = all_there and call('EXISTS', key('job', id)) == 1 and attachable(id)
     end
     if all_there then
+      if mode == 'attach' then
+        join(old[1], ids[1])
+      end
       return { 'replayed', unpack(old) }
     end
   end
