@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from flashbulb_service.errors import InvalidRequest, NewerMessage, QueueUnavailable
 from flashbulb_service.outages import OutageLog
-from flashbulb_service.queue import Queue
+from flashbulb_service.queue import DueHook, Queue
 
 log = logging.getLogger(__name__)
 
@@ -217,9 +217,7 @@ def make_body(kind: str, data: Mapping[str, Any], created_at: int, message_id: s
     return json.dumps(event).encode()
 
 
-MessageOf = Callable[
-    [str], Awaitable[Message | None]
-]  # request id -> what to say; None: nothing, or it is gone
+MessageOf = Callable[[DueHook], Awaitable[Message | None]]  # what to say; None: nothing, or it is gone
 
 
 async def keep_delivering(
@@ -242,7 +240,7 @@ async def keep_delivering(
             due, next_s = await queue.due_hooks(LEASE_S)
             outage.worked()
             results = await asyncio.gather(
-                *(_attempt(queue, message_of, key, lead, number, allow_private) for lead, number in due)
+                *(_attempt(queue, message_of, key, hook, allow_private) for hook in due)
             )
             for result in results:
                 if result is not None:
@@ -255,13 +253,13 @@ async def keep_delivering(
 
 
 async def _attempt(
-    queue: Queue, message_of: MessageOf, key: bytes, lead: str, number: int, allow_private: bool
+    queue: Queue, message_of: MessageOf, key: bytes, hook: DueHook, allow_private: bool
 ) -> str | None:
     """Try once; return how it ended, None when there was nothing to say."""
     try:
-        message = await message_of(lead)
+        message = await message_of(hook)
     except NewerMessage:  # an API of that version will say it
-        await queue.hook_done(lead, number, again_in_s=LEASE_S)
+        await queue.hook_done(hook, again_in_s=LEASE_S)
         return None
     again_in_s: float | None = None
     result: str | None = None
@@ -275,8 +273,8 @@ async def _attempt(
         except DeliveryError as error:
             outcome, result = str(error), "retried"
         if result == "retried":
-            again_in_s = retry_delay_s(number, random.random())
+            again_in_s = retry_delay_s(hook.attempt, random.random())
             result = "given_up" if again_in_s is None else result
-        log.info("webhook %s, attempt %d: %s", message.id, number, outcome)
-    await queue.hook_done(lead, number, again_in_s=again_in_s)
+        log.info("webhook %s, attempt %d: %s", message.id, hook.attempt, outcome)
+    await queue.hook_done(hook, again_in_s=again_in_s)
     return result

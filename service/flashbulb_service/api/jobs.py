@@ -23,7 +23,7 @@ from flashbulb_service.api.schemas import ERRORS, JobRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound, NewerMessage, UnknownModel
 from flashbulb_service.eta import queued_ms, running_ms
 from flashbulb_service.jobs import JobState, JobView
-from flashbulb_service.queue import Event, RequestView
+from flashbulb_service.queue import DueHook, Event, RequestView
 from flashbulb_service.tasks import RequestRecord, StepDone
 from flashbulb_service.webhooks import Message, make_body
 
@@ -178,9 +178,9 @@ async def _describe(context: Context, request: Request, view: RequestView) -> di
     return await describe_job(context, address_of(context, request), view)
 
 
-async def webhook_message(context: Context, request_id: str) -> Message | None:
+async def webhook_message(context: Context, hook: DueHook) -> Message | None:
     """Say what a request's webhook is to tell; None when it is gone, or its end is not of the wanted kinds."""
-    view = await context.queue.request(request_id)
+    view = await context.queue.request(hook.request_id)
     if view is None:
         return None
     record = RequestRecord.from_bytes(view.record)
@@ -188,7 +188,7 @@ async def webhook_message(context: Context, request_id: str) -> Message | None:
         job = await describe_job(context, lambda name: f"/v1/images/results/{name}", view)
         kind = f"job.{job['status']}"
         if record.webhook_url is not None and kind in record.webhook_events:
-            message_id = f"evt_{view.id}"
+            message_id = f"evt_{view.id}_{hook.replays}" if hook.replays else f"evt_{view.id}"
             body = make_body(kind, job, job["completed_at"] or job["created_at"], message_id)
             return Message(record.webhook_url, message_id, body)
     return None

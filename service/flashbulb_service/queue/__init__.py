@@ -4,6 +4,7 @@ from flashbulb_service.queue.completions import Expected
 from flashbulb_service.queue.events import Event
 from flashbulb_service.queue.queue import Queue
 from flashbulb_service.queue.values import (
+    DueHook,
     Enqueued,
     Gate,
     Kept,
@@ -17,6 +18,7 @@ from flashbulb_service.queue.values import (
 from flashbulb_service.queue.windows import Lone
 
 __all__ = [
+    "DueHook",
     "Enqueued",
     "Event",
     "Expected",

@@ -44,6 +44,7 @@ from flashbulb_service.queue.line import Line
 from flashbulb_service.queue.refusals import too_late, too_many
 from flashbulb_service.queue.scripts import Script
 from flashbulb_service.queue.values import (
+    DueHook,
     Enqueued,
     Gate,
     Kept,
@@ -364,22 +365,21 @@ class Queue:
 
     async def due_hooks(
         self, lease_s: float, limit: int = 8, *, now: float | None = None
-    ) -> tuple[list[tuple[str, int]], float | None]:
-        """Take requests whose hook is due, with the number of this attempt; nobody else gets them for lease_s.
+    ) -> tuple[list[DueHook], float | None]:
+        """Take requests whose hook is due, each for one attempt; nobody else gets them for lease_s.
 
         Returns:
             them, and in how many seconds the next one is due (None: none waits).
         """
         wait_ms, *taken = await self._run("hooks", _time(now), _ms(lease_s), limit)
-        due = [(lead.decode(), attempt) for lead, attempt in zip(taken[::2], taken[1::2], strict=True)]
+        attempts = zip(taken[::3], taken[1::3], taken[2::3], strict=True)
+        due = [DueHook(lead.decode(), attempt, replays) for lead, attempt, replays in attempts]
         return due, None if wait_ms < 0 else wait_ms / 1000
 
-    async def hook_done(
-        self, request_id: str, attempt: int, *, again_in_s: float | None, now: float | None = None
-    ) -> None:
+    async def hook_done(self, hook: DueHook, *, again_in_s: float | None, now: float | None = None) -> None:
         """End an attempt: delivered or given up (None), or to be tried again."""
         delay = "" if again_in_s is None else _ms(again_in_s)
-        await self._run("hook_done", _time(now), request_id, attempt, delay)
+        await self._run("hook_done", _time(now), hook.request_id, hook.attempt, hook.replays, delay)
 
     async def wait_for_hooks(self, timeout_s: float) -> None:
         """Block until a hook may be due."""

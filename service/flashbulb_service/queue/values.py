@@ -81,6 +81,15 @@ class RequestView:
     rows: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class DueHook:
+    """An attempt at telling that a request has ended. replays: of its jobs so far; its end after one is another."""
+
+    request_id: str
+    attempt: int
+    replays: int = 0
+
+
 KeyMode = Literal["replay", "record", "attach"]
 Gate = Literal["paused", "draining"]
 

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from flashbulb_service.api import partials
 from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.errors import NewerMessage
+from flashbulb_service.queue import DueHook
 from flashbulb_service.wire import WIRE
 
 MakeApp = Callable[..., FastAPI]
@@ -148,7 +149,7 @@ async def test_a_later_versions_job_is_unavailable_here_and_does_not_hide_the_ot
 
 
 async def webhook_message_of(app: FastAPI, job_id: str) -> Any:
-    return await webhook_message(app.state.context, job_id.removeprefix("job_"))
+    return await webhook_message(app.state.context, DueHook(job_id.removeprefix("job_"), attempt=1))
 
 
 async def test_another_owners_job_is_not_found(make_app: MakeApp) -> None:

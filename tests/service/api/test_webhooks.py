@@ -16,7 +16,8 @@ from openai import OpenAI
 from flashbulb_service import webhooks
 from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.errors import InvalidRequest
-from flashbulb_service.queue import Queue
+from flashbulb_service.jobs import JobError
+from flashbulb_service.queue import DueHook, Queue
 from flashbulb_service.serve import upkeep
 from flashbulb_service.settings import Settings
 from flashbulb_service.webhooks import DeliveryError, Message, deliver, is_public, parse_target, retry_delay_s
@@ -122,10 +123,27 @@ async def test_a_due_delivery_outlives_its_process(make_app: MakeApp, receiver: 
         await receiver.wait(1)
 
 
+async def test_the_end_of_a_replayed_job_is_told_under_an_id_of_its_own(
+    make_app: MakeApp, receiver: Receiver
+) -> None:
+    app = make_app(webhook_secret=SECRET, webhook_allow_private=True)
+    queue = app.state.context.queue
+    async with upkeep(app.state.context), client_of(app) as client:
+        made = (await client.post("/v1/jobs", json={"prompt": "dog", "webhook_url": receiver.url})).json()
+        (job,) = await queue.claim("w", [made["model"]], 1, 60.0)
+        await queue.fail("w", job, JobError("boom", "the backend broke"), retry=False)
+        await receiver.wait(1)
+        assert await queue.replay_dead(job.id)
+        await client.delete(f"/v1/jobs/{made['id']}")
+        await receiver.wait(2)
+    assert [json.loads(body)["type"] for body in receiver.bodies] == ["job.failed", "job.cancelled"]
+    assert len({head["webhook-id"] for head in receiver.heads}) == 2
+
+
 async def test_unwanted_events_are_not_sent(make_app: MakeApp, receiver: Receiver, wait_until: Any) -> None:
     app = make_app(webhook_secret=SECRET, webhook_allow_private=True)
     job_id = await cancelled_job(app, receiver.url, webhook_events=["job.completed"])
-    assert await webhook_message(app.state.context, job_id.removeprefix("job_")) is None
+    assert await webhook_message(app.state.context, DueHook(job_id.removeprefix("job_"), attempt=1)) is None
     async with upkeep(app.state.context):
         await wait_until(partial(nothing_due, app.state.context.queue))
     assert receiver.bodies == []

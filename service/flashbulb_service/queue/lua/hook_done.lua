@@ -1,12 +1,13 @@
--- End one delivery attempt. ARGV: now, id, attempt, delay until the next one or ''. A later attempt's owner wins.
+-- End one delivery attempt. ARGV: now, id, attempt, replays, delay until the next one or ''.
+-- The owner of a later attempt wins, and so does a delivery after a replay.
 
-local attempt = call('HGET', key('job', ARGV[2]), 'hook_attempt')
-if attempt and attempt ~= ARGV[3] then
+local hook = call('HMGET', key('job', ARGV[2]), 'hook_attempt', 'replays')
+if (hook[1] and hook[1] ~= ARGV[3]) or (hook[2] or '0') ~= ARGV[4] then
   return 0
 end
-if ARGV[4] == '' or not attempt then
+if ARGV[5] == '' or not hook[1] then
   call('ZREM', key('hooks'), ARGV[2])
 else
-  call('ZADD', key('hooks'), 'XX', now_ms(ARGV[1]) + tonumber(ARGV[4]), ARGV[2])
+  call('ZADD', key('hooks'), 'XX', now_ms(ARGV[1]) + tonumber(ARGV[5]), ARGV[2])
 end
 return 1

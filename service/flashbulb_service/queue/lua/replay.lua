@@ -6,7 +6,7 @@ local job = key('job', id)
 if not call('ZSCORE', key('dead'), id) or call('HEXISTS', job, 'payload') == 0 then
   return 0
 end
-local fields = call('HMGET', job, 'model', 'bucket', 'tenant')
+local fields = call('HMGET', job, 'model', 'bucket', 'tenant', 'hooked')
 call('ZREM', key('dead'), id)
 call('PERSIST', job)
 local due = now + tonumber(ARGV[3])
@@ -16,5 +16,13 @@ call('HINCRBY', key('inuse'), '', 1)
 call('HINCRBY', key('inuse'), fields[3], 1)
 enter(id, fields[1], fields[2], fields[3], due, now, false)
 settle(fields[1])
+if fields[4] and call('HEXISTS', key('job', fields[4]), 'open') == 1 then
+  -- The request is open again, and its next end a delivery of its own: one that is under way no longer counts.
+  local lead = key('job', fields[4])
+  call('HINCRBY', lead, 'open', 1)
+  call('HINCRBY', lead, 'replays', 1)
+  call('HDEL', lead, 'hook_attempt')
+  call('ZREM', key('hooks'), fields[4])
+end
 note(id, 'queued', now)
 return 1
