@@ -1,12 +1,14 @@
 """Hooks: when the end of a request is due to be told, how often, and what a replay does to it."""
 
+from collections.abc import Callable
+
 from flashbulb_service.jobs import Job, JobError, NewJob
-from flashbulb_service.queue import DueHook, Kept, Queue
+from flashbulb_service.queue import DueHook, Kept, Limits, Queue
+from flashbulb_service.webhooks import LEASE_S, MAX_ATTEMPTS, retry_delay_s
 
 HOOKED = Kept(record=b"what was asked", owner="me", hook=True)
 MODELS = ["emoji@1"]
 BOOM = JobError("boom", "the backend broke")
-LEASE_S = 40.0
 
 
 def new(count: int) -> list[NewJob]:
@@ -21,6 +23,19 @@ async def start(queue: Queue, count: int) -> list[Job]:
 
 async def due(queue: Queue) -> list[DueHook]:
     return (await queue.due_hooks(LEASE_S))[0]
+
+
+async def test_what_a_hook_tells_is_kept_for_all_its_tries_however_short_results_live(
+    make_queue: Callable[..., Queue],
+) -> None:
+    """The record went with the results, and the later tries with it: not told, not counted as given up."""
+    queue = make_queue(Limits(result_ttl_s=60.0))
+    jobs = await start(queue, 2)
+    for job in jobs:
+        await queue.complete("w", job, b"r")
+    delays = [retry_delay_s(attempt, 1.0) or 0.0 for attempt in range(1, MAX_ATTEMPTS + 1)]
+    needed_s = sum(delays) + MAX_ATTEMPTS * LEASE_S
+    assert all([await queue._client.ttl(queue.keys.job(job.id)) > needed_s for job in jobs])
 
 
 async def test_a_replayed_jobs_end_is_told_after_its_failure_was(queue: Queue) -> None:

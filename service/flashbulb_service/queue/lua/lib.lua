@@ -27,9 +27,14 @@ local function note(id, kind, now, ...)
   end
 end
 
--- The last job of a request with a hook has ended: its delivery is due.
+local HOOK_MS = 3 * 3600000 -- longer than all tries of a delivery take
+
+-- A job of a request with a hook has ended: what its delivery will tell is kept, and with the last job it is due.
 local function hook_due(id, now)
   local lead = call('HGET', key('job', id), 'hooked')
+  for row in string.gmatch(lead and call('HGET', key('job', lead), 'rows') or '', '%S+') do
+    call('PEXPIRE', key('job', row), HOOK_MS, 'GT')
+  end
   if lead and call('HEXISTS', key('job', lead), 'open') == 1
     and call('HINCRBY', key('job', lead), 'open', -1) == 0 then
     call('ZADD', key('hooks'), now, lead)
