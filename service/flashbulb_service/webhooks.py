@@ -7,6 +7,7 @@ HMAC-SHA256 over "id.timestamp.body". A delivery is a due entry in Redis; whiche
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -17,10 +18,12 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 from flashbulb_service.errors import InvalidRequest, NewerMessage, QueueUnavailable
 from flashbulb_service.outages import OutageLog
@@ -33,6 +36,9 @@ MAX_ATTEMPTS = 8
 MAX_DELAY_S = 3_600.0
 TIMEOUT_S = 10.0
 LEASE_S = 4 * TIMEOUT_S
+MAX_CALLS = 64  # at a time, of this process
+MAX_CALLS_PER_HOST = 8
+PATIENCE_S = 1.0  # waits for one of its host's places keep others' calls from the process
 IDLE_S = 30.0
 MAX_HEAD_BYTES = 16 * 1024
 _URL = re.compile(r"https?://[!-~]+")  # visible ASCII only: nothing that could start a header
@@ -164,7 +170,7 @@ async def deliver(message: Message, key: bytes, *, allow_private: bool, now: int
             reader, writer = await asyncio.open_connection(
                 address,
                 target.port,
-                ssl=ssl.create_default_context() if target.secure else None,
+                ssl=_tls() if target.secure else None,
                 server_hostname=target.host if target.secure else None,
                 limit=MAX_HEAD_BYTES,
             )
@@ -176,6 +182,12 @@ async def deliver(message: Message, key: bytes, *, allow_private: bool, now: int
                 writer.close()
     except (OSError, ValueError, TimeoutError, ssl.SSLError) as error:
         raise DeliveryError(f"{type(error).__name__}: {str(error)[:200]}") from error
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Return the one context of all calls: to read the system's certificates takes the event loop 30 ms and more."""
+    return ssl.create_default_context()
 
 
 async def _resolve(target: Target, *, allow_private: bool) -> str:
@@ -218,6 +230,7 @@ def make_body(kind: str, data: Mapping[str, Any], created_at: int, message_id: s
 
 
 MessageOf = Callable[[DueHook], Awaitable[Message | None]]  # what to say; None: nothing, or it is gone
+Places = WeakValueDictionary[str, asyncio.Semaphore]  # of the hosts that are being called
 
 
 async def keep_delivering(
@@ -230,30 +243,66 @@ async def keep_delivering(
 ) -> None:
     """Deliver due hooks for ever, until the task is cancelled; outages are logged and survived.
 
+    Each call is a task of its own, so that a receiver that does not answer keeps nobody else's from being made.
+
     Args:
         on_attempt: told of every call how it ended: "delivered", "retried" or "given_up".
     """
     key = secret_key(secret)
     outage = OutageLog(log, "webhooks interrupted")
-    while True:
-        try:
-            due, next_s = await queue.due_hooks(LEASE_S)
-            outage.worked()
-            results = await asyncio.gather(
-                *(_attempt(queue, message_of, key, hook, allow_private) for hook in due)
-            )
-            for result in results:
-                if result is not None:
-                    on_attempt(result)
-            if not due:
-                await queue.wait_for_hooks(IDLE_S if next_s is None else min(max(next_s, 0.01), IDLE_S))
-        except QueueUnavailable as error:
-            outage.failed(error)
-            await asyncio.sleep(0.5)
+    places: Places = WeakValueDictionary()
+    calls: set[asyncio.Task[None]] = set()
+
+    async def attempt(hook: DueHook) -> None:
+        with contextlib.suppress(QueueUnavailable):  # the loop tells; the hook is due again after its lease
+            result = await _attempt(queue, message_of, key, hook, places, allow_private)
+            if result is not None:
+                on_attempt(result)
+
+    async with asyncio.TaskGroup() as group:
+        while True:
+            while len(calls) >= MAX_CALLS:
+                await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                due, next_s = await queue.due_hooks(LEASE_S, MAX_CALLS - len(calls))
+                outage.worked()
+                for hook in due:
+                    call = group.create_task(attempt(hook))
+                    calls.add(call)
+                    call.add_done_callback(calls.discard)
+                if not due:
+                    await queue.wait_for_hooks(IDLE_S if next_s is None else min(max(next_s, 0.01), IDLE_S))
+            except QueueUnavailable as error:
+                outage.failed(error)
+                await asyncio.sleep(0.5)
+
+
+@contextlib.asynccontextmanager
+async def _place(places: Places, url: str) -> AsyncIterator[None]:
+    """Hold one of the places of a message's host.
+
+    Raises:
+        DeliveryError: all are taken, and none became free soon.
+    """
+    place = places.setdefault(urlsplit(url).hostname or "", asyncio.Semaphore(MAX_CALLS_PER_HOST))
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await place.acquire()
+    except TimeoutError:
+        raise DeliveryError(f"the host has left {MAX_CALLS_PER_HOST} other calls without an answer") from None
+    try:
+        yield
+    finally:
+        place.release()
 
 
 async def _attempt(
-    queue: Queue, message_of: MessageOf, key: bytes, hook: DueHook, allow_private: bool
+    queue: Queue,
+    message_of: MessageOf,
+    key: bytes,
+    hook: DueHook,
+    places: Places,
+    allow_private: bool,
 ) -> str | None:
     """Try once; return how it ended, None when there was nothing to say."""
     try:
@@ -265,7 +314,8 @@ async def _attempt(
     result: str | None = None
     if message is not None:
         try:
-            status = await deliver(message, key, allow_private=allow_private, now=int(time.time()))
+            async with _place(places, message.url):
+                status = await deliver(message, key, allow_private=allow_private, now=int(time.time()))
             outcome = f"status {status}"
             result = "delivered" if 200 <= status < 300 else "given_up" if status == 410 else "retried"
         except InvalidRequest as error:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import ssl
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -16,8 +17,8 @@ from openai import OpenAI
 from flashbulb_service import webhooks
 from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.errors import InvalidRequest
-from flashbulb_service.jobs import JobError
-from flashbulb_service.queue import DueHook, Queue
+from flashbulb_service.jobs import JobError, NewJob
+from flashbulb_service.queue import DueHook, Kept, Queue
 from flashbulb_service.serve import upkeep
 from flashbulb_service.settings import Settings
 from flashbulb_service.webhooks import DeliveryError, Message, deliver, is_public, parse_target, retry_delay_s
@@ -138,6 +139,57 @@ async def test_the_end_of_a_replayed_job_is_told_under_an_id_of_its_own(
         await receiver.wait(2)
     assert [json.loads(body)["type"] for body in receiver.bodies] == ["job.failed", "job.cancelled"]
     assert len({head["webhook-id"] for head in receiver.heads}) == 2
+
+
+async def test_a_receiver_that_never_answers_delays_nobody_elses_deliveries(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight hooks were taken at a time, and the slowest of them, ten seconds, held up everything behind it."""
+    leads = []
+    for _ in range(webhooks.MAX_CALLS + 2):
+        kept = Kept(record=b"what was asked", owner="me", hook=True)
+        (lead,) = (await queue.enqueue([NewJob("emoji@1", "64x64", b"p")], keep=kept)).ids
+        await queue.cancel(lead)
+        leads.append(lead)
+    hanging: list[str] = []
+    told = asyncio.Event()
+
+    async def message_of(hook: DueHook) -> Message:
+        host = "well" if hook.request_id == leads[-1] else "hung"
+        return Message(f"http://{host}.example/", hook.request_id, b"{}")
+
+    async def deliver(message: Message, *_: Any, **__: Any) -> int:
+        if "hung" in message.url:
+            hanging.append(message.id)
+            await asyncio.Event().wait()
+        told.set()
+        return 200
+
+    monkeypatch.setattr(webhooks, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(webhooks, "deliver", deliver)
+    delivering = asyncio.create_task(webhooks.keep_delivering(queue, message_of, SECRET, allow_private=False))
+    async with asyncio.timeout(10):
+        await told.wait()
+    assert len(hanging) == webhooks.MAX_CALLS_PER_HOST
+    delivering.cancel()
+    await asyncio.wait([delivering])
+
+
+async def test_certificates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read them for each delivery stopped the event loop for 29 to 64 ms."""
+    made: list[ssl.SSLContext] = []
+
+    def make() -> ssl.SSLContext:
+        made.append(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        return made[-1]
+
+    monkeypatch.setattr(ssl, "create_default_context", make)
+    webhooks._tls.cache_clear()
+    for _ in range(2):
+        with pytest.raises(DeliveryError):  # nobody listens there
+            await deliver(Message("https://127.0.0.1:1/", "evt_1", b"{}"), KEY, allow_private=True, now=0)
+    webhooks._tls.cache_clear()
+    assert len(made) == 1
 
 
 async def test_unwanted_events_are_not_sent(make_app: MakeApp, receiver: Receiver, wait_until: Any) -> None:

@@ -9,5 +9,6 @@ if ARGV[5] == '' or not hook[1] then
   call('ZREM', key('hooks'), ARGV[2])
 else
   call('ZADD', key('hooks'), 'XX', now_ms(ARGV[1]) + tonumber(ARGV[5]), ARGV[2])
+  wake_deliverer() -- one that sleeps knows of a later time only
 end
 return 1

@@ -27,6 +27,12 @@ local function note(id, kind, now, ...)
   end
 end
 
+local function wake_deliverer()
+  if call('LLEN', key('hooks_wake')) == 0 then
+    call('RPUSH', key('hooks_wake'), '1')
+  end
+end
+
 local HOOK_MS = 3 * 3600000 -- longer than all tries of a delivery take
 
 -- A job of a request with a hook has ended: what its delivery will tell is kept, and with the last job it is due.
@@ -38,9 +44,7 @@ local function hook_due(id, now)
   if lead and call('HEXISTS', key('job', lead), 'open') == 1
     and call('HINCRBY', key('job', lead), 'open', -1) == 0 then
     call('ZADD', key('hooks'), now, lead)
-    if call('LLEN', key('hooks_wake')) == 0 then
-      call('RPUSH', key('hooks_wake'), '1')
-    end
+    wake_deliverer()
   end
 end
 
