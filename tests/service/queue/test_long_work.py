@@ -3,7 +3,7 @@
 import pytest
 
 from flashbulb_service.errors import DeadlineUnreachable
-from flashbulb_service.jobs import JobState, NewJob
+from flashbulb_service.jobs import JobError, JobState, NewJob
 from flashbulb_service.queue import Kept
 from flashbulb_service.scheduler import Plan
 from flashbulb_service.timing import Tau
@@ -73,6 +73,30 @@ async def test_who_has_ended_its_long_work_is_not_counted_as_busy_with_it(queue,
     else:
         await queue.reap(now=800.0)
     assert (await queue.window("other", ["clip@1"], 8, now=101.0)).num_long == 0
+
+
+async def test_a_worker_is_busy_with_long_work_until_the_last_of_its_rows_has_ended(queue):
+    """One video of a batch was cancelled, and its worker counted as free while it made the other one."""
+    ids = (await queue.enqueue([new(VIDEO), new(VIDEO)], now=100.0)).ids
+    plan = Plan("clip@1", VIDEO, ids, predicted_ms=900_000, charges_ms=(1.0, 1.0))
+    kept, gone = (await queue.take("w", plan, 600.0, now=100.0)).jobs
+    await queue.cancel(gone.id, now=101.0)
+    assert (await queue.window("other", ["clip@1"], 8, now=101.0)).num_long == 1
+    await queue.complete("w", kept, b"done", now=102.0)
+    assert (await queue.window("other", ["clip@1"], 8, now=102.0)).num_long == 0
+
+
+@pytest.mark.parametrize("end", ["requeued", "cancelled"])
+async def test_a_video_that_waits_for_its_retry_says_nothing_of_the_worker_that_failed_at_it(queue, end):
+    failed = await take(queue, "w", VIDEO, "clip@1", now=100.0, predicted_ms=900_000)
+    await queue.fail("w", failed, JobError("boom", "x"), retry=True, delay_s=5.0, now=101.0)
+    assert (await queue.window("other", ["clip@1"], 8, now=101.0)).num_long == 0
+    await take(queue, "w", VIDEO, "clip@1", now=102.0, predicted_ms=900_000)
+    if end == "requeued":
+        assert await queue.reap(now=106.0) == 1
+    else:
+        await queue.cancel(failed.id, now=103.0)
+    assert (await queue.window("other", ["clip@1"], 8, now=107.0)).num_long == 1
 
 
 async def test_a_forgotten_request_is_cancelled_and_no_longer_read_or_listed(queue):

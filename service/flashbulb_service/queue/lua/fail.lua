@@ -18,6 +18,8 @@ local burnt = call('HINCRBY', job, 'burnt', 1)
 if retry and burnt < tonumber(call('HGET', job, 'max_attempts')) then
   local due = now + (delay or math.min(backoff * 2 ^ (burnt - 1), max_backoff))
   call('HSET', job, 'state', 'delayed', 'code', code, 'message', message)
+  call('HDEL', job, 'worker') -- what becomes of the job says nothing of that worker any more
+  stop_long(call('HGET', job, 'bucket'), worker)
   call('ZADD', key('delayed'), due, id)
   note(id, 'retry', now, 'due', due, 'code', code)
   local deadline = call('HGET', job, 'deadline')

@@ -177,12 +177,24 @@ local function is_long(bucket)
   return string.sub(bucket, -5) == ':long'
 end
 
+-- A job has left its worker (and `leases`), which is free for other long work unless it runs more of it.
+local function stop_long(bucket, worker)
+  if not is_long(bucket) or not worker then
+    return
+  end
+  for _, id in ipairs(call('ZRANGE', key('leases'), 0, -1)) do
+    local job = call('HMGET', key('job', id), 'bucket', 'worker')
+    if job[2] == worker and is_long(job[1]) then
+      return
+    end
+  end
+  call('ZREM', key('long'), worker)
+end
+
 -- A job that ran, or was to run again, keeps its place in the order: its due time.
 local function requeue(id)
   local job = call('HMGET', key('job', id), 'model', 'bucket', 'tenant', 'due', 'enqueued', 'deadline', 'worker')
-  if is_long(job[2]) and job[7] then
-    call('ZREM', key('long'), job[7])
-  end
+  stop_long(job[2], job[7])
   call('HSET', key('job', id), 'state', 'queued')
   call('HDEL', key('job', id), 'worker', 'started', 'progress')
   enter(id, job[1], job[2], job[3], job[4], job[5], job[6])
@@ -214,9 +226,7 @@ end
 local function finish(id, state, now, ttl_ms, attached)
   local job = key('job', id)
   local fields = call('HMGET', job, 'tenant', 'reply', 'events', 'bucket', 'worker')
-  if is_long(fields[4]) and fields[5] then
-    call('ZREM', key('long'), fields[5])
-  end
+  stop_long(fields[4], fields[5])
   call('HSET', job, 'state', state, 'finished', now)
   call('PEXPIRE', job, ttl_ms)
   call('ZREM', key('deadlines'), id)
