@@ -2,7 +2,8 @@
 
 A model is loaded once when it is found: that shows that it can be, and measures its memory and its load time. After
 that it may leave the memory when another one needs the room, the least recently used first, and comes back when a
-batch wants it. One that draws is never taken away: whoever needs its room waits until its batches are delivered.
+batch wants it. One that draws is never taken away: whoever needs its room waits until its batches are delivered. While
+that takes a video's time, short work of the models in memory goes on.
 """
 
 import asyncio
@@ -47,6 +48,7 @@ class Served:
     loaded: LoadedModel | None = None
     loading: "asyncio.Task[LoadedModel] | None" = None
     users: int = 0
+    long_users: int = 0  # those of them that keep it for long work
     last_used: float = 0.0
     removed: bool = False
 
@@ -94,7 +96,8 @@ class ModelPool:
         self._clock = clock
         self._served: dict[str, Served] = {}
         self._room: set[Served] = set()  # those that take room, removed ones among them
-        self._gate = asyncio.Lock()  # a loader that waits for room is not overtaken
+        self._gate = asyncio.Lock()  # a loader that waits for room is not overtaken,
+        self._waits_for_long = False  # but by short work while only the end of long work can make its room
         self._one_load = asyncio.Lock()  # so that memory that grows has one cause
         self._idle = asyncio.Event()
 
@@ -170,22 +173,29 @@ class ModelPool:
                 await asyncio.wait({served.loading})
             self._evict(served)
 
-    def _begin_use(self, served: Served) -> LoadedModel | None:
-        if served.loaded is None or self._gate.locked():
-            return None
+    def _may_overtake(self, served: Served, is_long: bool) -> bool:
+        return self._waits_for_long and served.takes_room and not is_long
+
+    def _lend(self, served: Served, is_long: bool) -> None:
         served.users += 1
+        served.long_users += is_long
+
+    def _begin_use(self, served: Served, is_long: bool) -> LoadedModel | None:
+        if served.loaded is None or (self._gate.locked() and not self._may_overtake(served, is_long)):
+            return None
+        self._lend(served, is_long)
         return served.loaded
 
-    async def _wait_for_use(self, served: Served) -> LoadedModel:
-        async with self._gate:
-            served.users += 1
+    async def _wait_for_use(self, served: Served, is_long: bool) -> LoadedModel:
+        async with contextlib.nullcontext() if self._may_overtake(served, is_long) else self._gate:
+            self._lend(served, is_long)
             try:
                 if not served.takes_room:
                     await self._make_room(served)
                     served.loading = asyncio.create_task(self._load(served))
                     self._room.add(served)
             except BaseException:
-                self._release(served)
+                self._release(served, is_long)
                 raise
         loaded = served.loaded
         if loaded is None:
@@ -193,7 +203,7 @@ class ModelPool:
             try:
                 loaded = await asyncio.shield(served.loading)
             except BaseException:
-                self._release(served)
+                self._release(served, is_long)
                 raise
         return loaded
 
@@ -226,15 +236,20 @@ class ModelPool:
             return
         if served.bytes > self._capacity:
             raise self._too_large(served)
-        while (missing := self.bytes + served.bytes - self._capacity) > 0:
-            self._idle.clear()
-            idle = self._idle_ones()
-            chosen = choose_evictions([(one.last_used, one.bytes) for one in idle], missing)
-            if chosen is None:
-                await self._idle.wait()
-                continue
-            for position in chosen:
-                self._evict(idle[position])
+        try:
+            while (missing := self.bytes + served.bytes - self._capacity) > 0:
+                self._idle.clear()
+                idle = self._idle_ones()
+                chosen = choose_evictions([(one.last_used, one.bytes) for one in idle], missing)
+                if chosen is None:
+                    soon = sum(one.bytes for one in self._room if not one.long_users)
+                    self._waits_for_long = soon < missing
+                    await self._idle.wait()
+                    continue
+                for position in chosen:
+                    self._evict(idle[position])
+        finally:
+            self._waits_for_long = False
 
     def _shrink(self) -> None:
         """Evict idle models while more is in memory than may be: a first load took more than its files."""
@@ -244,8 +259,9 @@ class ModelPool:
     def _idle_ones(self) -> list[Served]:
         return [one for one in self._room if not one.users and one.loaded is not None]
 
-    def _release(self, served: Served) -> None:
+    def _release(self, served: Served, is_long: bool) -> None:
         served.users -= 1
+        served.long_users -= is_long
         served.last_used = self._clock()
         if not served.users:
             if served.removed:
@@ -276,15 +292,16 @@ class ModelPool:
 class Loan:
     """One use of a model; from when it is taken until it is given back, the model stays in memory."""
 
-    def __init__(self, pool: ModelPool, served: Served) -> None:
-        """Take nothing yet."""
+    def __init__(self, pool: ModelPool, served: Served, *, is_long: bool = False) -> None:
+        """Take nothing yet. is_long: for long work, which may keep the model for minutes."""
         self._pool = pool
         self._served = served
+        self._is_long = is_long
         self._is_taken = False
 
     def take_now(self) -> LoadedModel | None:
-        """Take the model if it is in memory and nobody waits for room; otherwise return None."""
-        loaded = self._pool._begin_use(self._served)
+        """Take the model if it is in memory and nobody is to have the room before; otherwise return None."""
+        loaded = self._pool._begin_use(self._served, self._is_long)
         self._is_taken = loaded is not None
         return loaded
 
@@ -294,7 +311,7 @@ class Loan:
         Raises:
             ModelUnavailable: it cannot be loaded, or is larger than the cap.
         """
-        loaded = await self._pool._wait_for_use(self._served)
+        loaded = await self._pool._wait_for_use(self._served, self._is_long)
         self._is_taken = True
         return loaded
 
@@ -302,7 +319,7 @@ class Loan:
         """End the use, if it has begun."""
         if self._is_taken:
             self._is_taken = False
-            self._pool._release(self._served)
+            self._pool._release(self._served, self._is_long)
 
 
 def resident_bytes() -> int:

@@ -46,6 +46,7 @@ from flashbulb_service.scheduler import (
     bucket_name,
     choose_lane,
     count_tokens,
+    lane_of,
     rows_within,
 )
 from flashbulb_service.settings import Settings
@@ -227,7 +228,8 @@ class Worker:
     def _submit(
         self, served: Served, jobs: list[Job], held: "asyncio.Future[bool | None] | None" = None
     ) -> None:
-        self._pipeline.submit(served.model, jobs, Loan(self._pool, served), held=held)
+        loan = Loan(self._pool, served, is_long=lane_of(jobs[0].bucket) == LONG)
+        self._pipeline.submit(served.model, jobs, loan, held=held)
 
     async def _claim_lone(self, lone: Lone, models: Mapping[str, Served]) -> Taken | None:
         """Begin to draw a job while its claim is on its way; None when it is to be claimed as any other."""

@@ -17,7 +17,7 @@ from flashbulb_service.catalog import Model, open_model
 from flashbulb_service.errors import ModelUnavailable
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.model_book import ModelBook
-from flashbulb_service.model_pool import LoadedModel, ModelPool, choose_evictions, resident_bytes
+from flashbulb_service.model_pool import LoadedModel, Loan, ModelPool, choose_evictions, resident_bytes
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.repository import Repository
@@ -152,6 +152,34 @@ async def test_a_model_that_draws_stays_and_its_next_batch_does_not_overtake_who
     await asyncio.gather(waiting, late)
     assert order == ["ant@1", "bee@1"]
     assert ant.users == bee.users == 0
+
+
+async def test_short_work_goes_on_while_a_loader_waits_for_a_video_and_for_nothing_else(
+    device: Device, three: list[Model]
+) -> None:
+    """A model that needed the memory of a video's stopped the pictures of all others until the video was made."""
+    pool = pool_of(device, 2)
+    cat, ant, bee = [await pool.add(three[number]) for number in (2, 0, 1)]
+    cat.bytes = 2 * GROWTH  # it needs the room of both
+    video = Loan(pool, bee, is_long=True)
+    await video.take()
+    loading = asyncio.create_task(Loan(pool, cat).take())
+    await asyncio.sleep(0)
+    picture = Loan(pool, ant)
+    assert picture.take_now() is not None
+    picture.give_back()
+    async with asyncio.timeout(10):
+        await picture.take()
+    assert Loan(pool, bee, is_long=True).take_now() is None  # another video would keep the room
+    video.give_back()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert device.held == ["ant@1", "bee@1"]
+    assert Loan(pool, ant).take_now() is None  # its batch in hand is short: the loader is not overtaken
+    picture.give_back()
+    assert (await loading).model.id == "cat@1"
+    assert device.held == ["cat@1"]
+    assert not ant.users and not bee.users and not bee.long_users
 
 
 async def test_one_that_is_larger_than_the_cap_is_refused_in_one_line(
