@@ -189,10 +189,16 @@ def form_batch(
 def _choose(rows: Sequence[Waiting], facts: BucketFacts, used_ms: Mapping[str, float]) -> list[Waiting]:
     cap = max(1, facts.cap)
     quantum_ms = QUANTUM_SHARE * _full_ms(facts)
-    chosen = fair_fill(rows, cap, used_ms, lambda row: charge(row, cap, facts.tau), quantum_ms)
+
+    def fill(these: Sequence[Waiting]) -> list[Waiting]:
+        return fair_fill(these, cap, used_ms, lambda row: charge(row, cap, facts.tau), quantum_ms)
+
+    chosen = fill(rows)
     if chosen[0].is_suspect:
         return chosen[:1]
-    return [row for row in chosen if not row.is_suspect]
+    if any(row.is_suspect for row in chosen):  # whose places are for those behind them
+        chosen = fill([row for row in rows if not row.is_suspect])
+    return chosen
 
 
 def _fit_deadlines(

@@ -135,6 +135,11 @@ def test_suspect_runs_alone_and_others_run_without_it() -> None:
     assert ids(form_batch(second, 0.0, BucketFacts(8, TAU), {})[0]) == ["a", "b"]
 
 
+def test_a_suspect_takes_nobodys_place_in_a_batch_it_is_not_in() -> None:
+    rows = [row("a", 2e4), row("s", 3e4, is_suspect=True), row("b", 4e4), row("c", 5e4)]
+    assert ids(form_batch(rows, 0.0, BucketFacts(3), {})[0]) == ["a", "b", "c"]
+
+
 def window(*buckets: BucketWindow, **fields) -> Window:
     return Window(0.0, buckets, **fields)
 
