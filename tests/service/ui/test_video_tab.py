@@ -49,11 +49,12 @@ def test_a_prompt_becomes_a_video_that_plays_loops_and_shows_its_frames(page: Pa
     open_tab(page, both_url)
     assert page.js("document.getElementById('model').value") == "tiny-video"
     assert page.js("document.getElementById('seconds').innerText.trim()") == "1.5 s"
-    make(page, "rocket flying up", "7")
-    seen = page.until(
-        "(window.seen ??= new Set()).add(document.getElementById('status').textContent),"
-        f"{PLAYER}?.readyState >= 2 && {IDLE} && [...window.seen].join('|')"
+    page.js(
+        "window.seen = new Set(), new MutationObserver(() => seen.add(document.getElementById('status').textContent))"
+        ".observe(document.getElementById('status'), {childList: true, characterData: true, subtree: true})"
     )
+    make(page, "rocket flying up", "7")
+    seen = page.until(f"{PLAYER}?.readyState >= 2 && {IDLE} && [...window.seen].join('|')")
     assert "step " in seen and " of 4" in seen
     about = page.js(f"[{PLAYER}.videoWidth, {PLAYER}.videoHeight, {PLAYER}.duration, {PLAYER}.loop]")
     assert about == [64, 64, 1.5, True]
