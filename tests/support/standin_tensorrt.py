@@ -1,7 +1,8 @@
 """Stand-ins of the interfaces of TensorRT's runtime and of CUDA's: engines are ONNX graphs, run by onnxruntime.
 
 For the host's logic only: addresses, shapes, profiles, order of calls, capture and replay. They refuse what the real
-ones refuse: unset shapes or addresses, copies beyond a buffer, work on a stream of which the capture was not ended.
+ones refuse: unset shapes, addresses that are unset or null, copies beyond a buffer, work on a stream whose capture
+was not ended.
 """
 
 import ctypes
@@ -38,6 +39,8 @@ class StandInCuda:
         return (0 if self.streams.pop(id(stream), None) else 1,)
 
     def cudaMalloc(self, size):
+        if size == 0:
+            return 0, 0
         if size > self.left:
             return 2, 0
         self.left -= size
@@ -150,6 +153,8 @@ class Context:
 
     def execute_async_v3(self, stream):
         if set(self.shapes) != set(self.engine.inputs) or set(self.addresses) != set(self.engine.tensors):
+            return False
+        if not all(self.addresses.values()):
             return False
         shapes = dict(self.shapes)
 

@@ -79,6 +79,7 @@ class EngineSession:
         self._profile = -1
         try:
             for name, size in self._largest().items():
+                size = max(size, 1)  # a width of 0 has an address too: TensorRT takes none that is null
                 self._device[name] = cuda.device_memory(size)
                 self._host[name] = cuda.host_memory(size)
                 self._context.set_tensor_address(name, self._device[name])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from flashbulb_distill.bundle import BundleError, hash_file, open_bundle
 from flashbulb_distill.bundle.engines import (
@@ -13,7 +14,7 @@ from flashbulb_distill.bundle.engines import (
 )
 from flashbulb_service.backends import ImageRequest, Student
 from flashbulb_service.backends.cuda import Cuda
-from flashbulb_service.backends.engine import find_profile, padded_rows
+from flashbulb_service.backends.engine import EngineSession, find_profile, padded_rows
 from flashbulb_service.backends.onnx import OnnxBackend
 from flashbulb_service.backends.tensorrt import TensorRTBackend
 from flashbulb_service.errors import BackendUnavailable, OutOfMemory
@@ -81,6 +82,30 @@ def backend_on(driver):
     return TensorRTBackend(cuda=Cuda(driver), runtimes={"standard": standin_runtime(driver)})
 
 
+def session_on(driver):
+    """Load an engine of x [b, 4] -> doubled [b, 4], pooled [b, 0]: T5's students have no pooled embeddings."""
+    edges = [
+        numpy_helper.from_array(np.array([value], np.int64), name)
+        for name, value in (("zero", 0), ("one", 1))
+    ]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Add", ["x", "x"], ["doubled"]),
+            helper.make_node("Slice", ["x", "zero", "zero", "one"], ["pooled"]),
+        ],
+        "text_encoder",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 4])],
+        [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", w])
+            for n, w in (("doubled", 4), ("pooled", 0))
+        ],
+        edges,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    plan = model.SerializeToString()
+    return EngineSession(standin_runtime(driver), Cuda(driver), plan, [profile({"x": (4,)})])
+
+
 def requests(count):
     return [ImageRequest(f"red apple {'dog ' * i}", 7 + i, 0, 64, 64, num_steps=2) for i in range(count)]
 
@@ -110,6 +135,16 @@ def test_a_batch_size_is_captured_once_and_replayed_after(bundle):
     student.generate(requests(4))
     assert driver.captures == 4
     assert driver.launches == launched + 3  # two steps and a decoder; no prompt is new
+
+
+def test_an_output_of_width_0_has_an_address():
+    session = session_on(driver := StandInCuda())
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    doubled, pooled = session.run(["doubled", "pooled"], {"x": x})
+    np.testing.assert_array_equal(doubled, 2 * x)
+    assert pooled.shape == (3, 0)
+    session.close()
+    assert not driver.buffers
 
 
 def test_closing_gives_everything_back(bundle):
