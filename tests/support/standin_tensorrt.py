@@ -118,8 +118,10 @@ class Engine:
     def get_tensor_dtype(self, name):
         return TYPES[self.tensors[name].type]
 
+    device_memory_size_v2 = 4096
+
     def create_execution_context(self):
-        return Context(self)
+        return Context(self) if self.device_memory_size_v2 <= self.driver.left else None
 
 
 class Context:

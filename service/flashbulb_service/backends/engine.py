@@ -13,7 +13,7 @@ import numpy as np
 
 from flashbulb_distill.bundle.engines import Profile
 from flashbulb_service.backends.cuda import Cuda
-from flashbulb_service.errors import BackendUnavailable
+from flashbulb_service.errors import BackendUnavailable, OutOfMemory
 
 Shape = tuple[int, ...]
 
@@ -68,6 +68,11 @@ class EngineSession:
                 f"TensorRT {trt.__version__} refused an engine that its manifest allows; build the engines again"
             )
         self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise OutOfMemory(
+                f"expected {self._engine.device_memory_size_v2} bytes of device memory for an engine to run in, found "
+                "fewer; free some, or export engines with a smaller --max-batch"
+            )
         self._stream = cuda.stream()
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]

@@ -166,6 +166,13 @@ def test_too_little_memory_is_told_and_leaves_none_taken(bundle):
     assert not driver.buffers and not driver.streams
 
 
+def test_an_engine_that_finds_too_little_memory_to_run_in_is_out_of_memory():
+    with pytest.raises(OutOfMemory, match="expected 4096 bytes of device memory for an engine") as caught:
+        session_on(driver := StandInCuda(memory=1000))
+    assert "\n" not in str(caught.value)
+    assert not driver.buffers and not driver.streams
+
+
 @pytest.mark.parametrize(
     ("changes", "gpu", "told"),
     [
