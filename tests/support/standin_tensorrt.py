@@ -2,7 +2,7 @@
 
 For the host's logic only: addresses, shapes, profiles, order of calls, capture and replay. They refuse what the real
 ones refuse: unset shapes, addresses that are unset or null, copies beyond a buffer, work on a stream whose capture
-was not ended.
+was not ended; and a graph whose context was changed after the capture, which the real ones run wrongly.
 """
 
 import ctypes
@@ -19,9 +19,10 @@ class StandInCuda:
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaError_t = SimpleNamespace(cudaErrorMemoryAllocation=2)
 
-    def __init__(self, *, name=b"NVIDIA L4", major=8, minor=9, memory=1 << 30):
+    def __init__(self, *, name=b"NVIDIA L4", major=8, minor=9, memory=1 << 30, can_capture=True):
         self.properties = SimpleNamespace(name=name, major=major, minor=minor)
         self.left, self.buffers, self.streams, self.capturing = memory, {}, {}, None
+        self.can_capture = can_capture
         self.launches = self.captures = 0
 
     def cudaGetDeviceProperties(self, device):
@@ -51,6 +52,8 @@ class StandInCuda:
     cudaMallocHost = cudaMalloc
 
     def cudaFree(self, address):
+        if address == 0:
+            return (0,)
         memory = self.buffers.pop(address, None)
         self.left += len(memory or b"")
         return (0 if memory else 1,)
@@ -73,6 +76,8 @@ class StandInCuda:
 
     def cudaStreamEndCapture(self, stream):
         recorded, self.capturing = self.capturing, None
+        if not self.can_capture:
+            return 901, None  # cudaErrorStreamCaptureInvalidated
         self.captures += 1
         return 0, recorded
 
@@ -93,6 +98,7 @@ class StandInCuda:
         return (0 if self.capturing is None else 1,)
 
 
+CONTEXT_BYTES = 1024
 TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 
@@ -120,21 +126,33 @@ class Engine:
 
     device_memory_size_v2 = 4096
 
-    def create_execution_context(self):
-        return Context(self) if self.device_memory_size_v2 <= self.driver.left else None
+    def create_execution_context(self, strategy="static"):
+        scratch = self.device_memory_size_v2 if strategy == "static" else 0
+        return Context(self, scratch) if CONTEXT_BYTES + scratch <= self.driver.left else None
 
 
 class Context:
     """Runs an engine on what lies at the addresses that were set."""
 
-    def __init__(self, engine):
-        self.engine, self.shapes, self.addresses, self.runs = engine, {}, {}, 0
+    def __init__(self, engine, scratch):
+        self.engine, self.shapes, self.addresses, self.changes = engine, {}, {}, 0
+        self.has_memory, self.taken = scratch > 0, CONTEXT_BYTES + scratch
+        engine.driver.left -= self.taken
+
+    def __del__(self):
+        self.engine.driver.left += self.taken
+
+    def set_device_memory(self, address, size):
+        held = len(self.engine.driver.buffers[address])
+        self.has_memory = held >= size >= self.engine.device_memory_size_v2
 
     def set_optimization_profile_async(self, index, stream):
+        self.changes += 1
         self.shapes.clear()
         return True
 
     def set_input_shape(self, name, shape):
+        self.changes += 1
         self.shapes[name] = tuple(shape)
         return True
 
@@ -156,11 +174,12 @@ class Context:
     def execute_async_v3(self, stream):
         if set(self.shapes) != set(self.engine.inputs) or set(self.addresses) != set(self.engine.tensors):
             return False
-        if not all(self.addresses.values()):
+        if not all(self.addresses.values()) or not self.has_memory:
             return False
-        shapes = dict(self.shapes)
+        shapes, changes = dict(self.shapes), self.changes
 
         def work():
+            assert changes == self.changes, "the context was changed after it was queued"
             feeds = {name: self._array(name, shape) for name, shape in shapes.items()}
             names = [name for name in self.engine.tensors if name not in shapes]
             for name, value in zip(names, self.engine.session.run(names, feeds), strict=True):
@@ -176,7 +195,16 @@ class Context:
         return np.frombuffer(memory, dtype=kind, count=size // kind.itemsize).reshape(shape)
 
 
-def standin_runtime(driver, version="11.4.0.106"):
+class RtxEngine(Engine):
+    """An engine whose contexts tell whether they can be captured; they cannot."""
+
+    def create_execution_context(self, strategy="static"):
+        context = super().create_execution_context(strategy)
+        context.is_stream_capturable = lambda stream: False
+        return context
+
+
+def standin_runtime(driver, version="11.4.0.106", engine=Engine):
     """Return what `import tensorrt` gives, as far as the backend uses it."""
 
     class Logger:
@@ -187,13 +215,14 @@ def standin_runtime(driver, version="11.4.0.106"):
 
     def runtime(logger):
         return SimpleNamespace(
-            deserialize_cuda_engine=lambda plan: None if plan == b"refused" else Engine(plan, driver)
+            deserialize_cuda_engine=lambda plan: None if plan == b"refused" else engine(plan, driver)
         )
 
     return SimpleNamespace(
         __version__=version,
         Logger=Logger,
         Runtime=runtime,
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
         TensorIOMode=SimpleNamespace(INPUT="input"),
         nptype=lambda kind: kind,
     )

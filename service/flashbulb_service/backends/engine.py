@@ -1,12 +1,16 @@
 """One TensorRT engine with fixed buffers, asked like an onnxruntime session.
 
 Every batch size that was met once is a captured CUDA graph: copies in, network and copies out are queued by one call.
-A batch is padded to the next power of two, so that there are few graphs and they are met while warming up.
+A batch is padded to the next power of two, so that there are few graphs and they are met while warming up. A graph
+holds what its execution context was as it was captured, so each has a context of its own, whose shapes never change;
+all contexts work in the same memory, one after another. What cannot be captured is queued call by call.
 """
 
 import ctypes
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,10 @@ from flashbulb_service.backends.cuda import Cuda
 from flashbulb_service.errors import BackendUnavailable, OutOfMemory
 
 Shape = tuple[int, ...]
+
+MAX_CONTEXTS = 32  # with a graph, of one engine; shapes that are met later share another context
+
+log = logging.getLogger(__name__)
 
 
 def padded_rows(rows: int, largest: int) -> int:
@@ -50,6 +58,16 @@ def _fits(profile: Profile, shape: Shape) -> bool:
     )
 
 
+@dataclass
+class Call:
+    """What runs inputs of certain shapes: a context that is set to them, and its graph, None where there is none."""
+
+    context: Any
+    inputs: Mapping[str, Shape]
+    outputs: Mapping[str, Shape]
+    graph: Any = None
+
+
 class EngineSession:
     """An engine on a stream of its own. One thread at a time may run it."""
 
@@ -67,11 +85,11 @@ class EngineSession:
             raise BackendUnavailable(
                 f"TensorRT {trt.__version__} refused an engine that its manifest allows; build the engines again"
             )
-        self._context = self._engine.create_execution_context()
+        self._context = self._new_context()
         if self._context is None:
             raise OutOfMemory(
-                f"expected {self._engine.device_memory_size_v2} bytes of device memory for an engine to run in, found "
-                "fewer; free some, or export engines with a smaller --max-batch"
+                "expected device memory for an engine to run in, TensorRT found too little; free some, or export "
+                "engines with a smaller --max-batch"
             )
         self._stream = cuda.stream()
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -80,14 +98,16 @@ class EngineSession:
         self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
         self._device: dict[str, int] = {}
         self._host: dict[str, int] = {}
-        self._graphs: dict[tuple[int, tuple[tuple[str, Shape], ...]], tuple[Any, dict[str, Shape]]] = {}
-        self._profile = -1
+        self._calls: dict[tuple[tuple[str, Shape], ...], Call] = {}
+        self._most_calls = MAX_CONTEXTS
+        self._spare: Call | None = None
+        self._scratch = 0
         try:
+            self._scratch = cuda.device_memory(max(self._engine.device_memory_size_v2, 1))
             for name, size in self._largest().items():
                 size = max(size, 1)  # a width of 0 has an address too: TensorRT takes none that is null
                 self._device[name] = cuda.device_memory(size)
                 self._host[name] = cuda.host_memory(size)
-                self._context.set_tensor_address(name, self._device[name])
         except BaseException:
             self.close()
             raise
@@ -103,10 +123,13 @@ class EngineSession:
             held = self._view(name, shape)
             held[:rows] = feeds[name]
             held[rows:] = feeds[name][-1:]  # real rows: nothing may overflow in a row that nobody reads
-        graph, produced = self._graph(shapes)
-        self._cuda.launch(graph, self._stream)
+        call = self._call(shapes)
+        if call.graph is None:
+            self._queue(call)
+        else:
+            self._cuda.launch(call.graph, self._stream)
         self._cuda.wait(self._stream)
-        return [self._view(name, produced[name])[:rows].copy() for name in outputs or self._outputs]
+        return [self._view(name, call.outputs[name])[:rows].copy() for name in outputs or self._outputs]
 
     @property
     def takes(self) -> dict[str, np.dtype[Any]]:
@@ -114,41 +137,73 @@ class EngineSession:
         return {name: self._types[name] for name in self._inputs}
 
     def close(self) -> None:
-        """Give graphs, buffers and the stream back."""
-        for graph, _ in self._graphs.values():
-            self._cuda.forget(graph)
-        self._graphs.clear()
-        self._cuda.free([*self._device.values()], [*self._host.values()], [self._stream])
+        """Give graphs, contexts, buffers and the stream back."""
+        for call in self._calls.values():
+            if call.graph is not None:
+                self._cuda.forget(call.graph)
+        self._calls.clear()
+        self._context = self._spare = None
+        self._cuda.free([self._scratch, *self._device.values()], [*self._host.values()], [self._stream])
         self._device.clear()
         self._host.clear()
-        self._context = self._engine = self._runtime = None
+        self._engine = self._runtime = None
 
-    def _graph(self, shapes: Mapping[str, Shape]) -> tuple[Any, dict[str, Shape]]:
-        """Return the captured graph for these input shapes, captured now if it is met for the first time."""
-        profile = find_profile(self._profiles, shapes)
-        key = (profile, tuple(sorted(shapes.items())))
-        if key not in self._graphs:
-            if profile != self._profile:
-                self._context.set_optimization_profile_async(profile, self._stream)
-                self._profile = profile
-            for name, shape in shapes.items():
-                self._context.set_input_shape(name, shape)
-            produced = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+    def _call(self, shapes: Mapping[str, Shape]) -> Call:
+        """Return what runs these input shapes, captured now if they are met for the first time."""
+        key = tuple(sorted(shapes.items()))
+        if key in self._calls:
+            return self._calls[key]
+        context = self._new_context() if len(self._calls) < self._most_calls else None
+        if context is None:  # no room for one more, nor later: the first context is set to what comes
+            self._most_calls = len(self._calls)
+            if self._spare is None or self._spare.inputs != shapes:
+                self._spare = self._set(self._context, shapes)
+            return self._spare
+        call = self._set(context, shapes)
+        self._queue(call)  # the first run sets an engine up, which must not be part of what is captured
+        self._cuda.wait(self._stream)
+        call.graph = self._capture(call)
+        self._calls[key] = call
+        return call
 
-            def queue() -> None:
-                for name, shape in shapes.items():
-                    size = self._bytes(name, shape)
-                    self._cuda.to_device(self._device[name], self._host[name], size, self._stream)
-                if not self._context.execute_async_v3(self._stream):
-                    raise BackendUnavailable("TensorRT could not queue the engine; see the log above")
-                for name, shape in produced.items():
-                    size = self._bytes(name, shape)
-                    self._cuda.to_host(self._host[name], self._device[name], size, self._stream)
+    def _new_context(self) -> Any:
+        """Return a context without memory to work in, None where the device has none left for the context itself."""
+        return self._engine.create_execution_context(
+            self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
 
-            queue()  # the first run sets an engine up, which must not be part of what is captured
-            self._cuda.wait(self._stream)
-            self._graphs[key] = self._cuda.capture(self._stream, queue), produced
-        return self._graphs[key]
+    def _set(self, context: Any, shapes: Mapping[str, Shape]) -> Call:
+        """Set a context to shapes and to the memory that all of them share: one runs at a time."""
+        context.set_optimization_profile_async(find_profile(self._profiles, shapes), self._stream)
+        context.set_device_memory(self._scratch, self._engine.device_memory_size_v2)
+        for name, address in self._device.items():
+            context.set_tensor_address(name, address)
+        for name, shape in shapes.items():
+            context.set_input_shape(name, shape)
+        return Call(context, shapes, {name: tuple(context.get_tensor_shape(name)) for name in self._outputs})
+
+    def _queue(self, call: Call) -> None:
+        """Queue copies in, network and copies out."""
+        for name, shape in call.inputs.items():
+            size = self._bytes(name, shape)
+            self._cuda.to_device(self._device[name], self._host[name], size, self._stream)
+        if not call.context.execute_async_v3(self._stream):
+            raise BackendUnavailable("TensorRT could not queue the engine; see the log above")
+        for name, shape in call.outputs.items():
+            size = self._bytes(name, shape)
+            self._cuda.to_host(self._host[name], self._device[name], size, self._stream)
+
+    def _capture(self, call: Call) -> Any:
+        """Return the graph of a call, None where the engine cannot be captured."""
+        try:
+            # Only RTX can be asked; standard TensorRT says so by failing.
+            if getattr(call.context, "is_stream_capturable", lambda stream: True)(self._stream):
+                return self._cuda.capture(self._stream, lambda: self._queue(call))
+            reason = "TensorRT says that it cannot be"
+        except (BackendUnavailable, OutOfMemory) as error:
+            reason = str(error)
+        log.warning("An engine runs without a CUDA graph for %s: %s", dict(call.inputs), reason)
+        return None
 
     def _largest(self) -> dict[str, int]:
         """Return the bytes that each input and output may need."""
@@ -162,7 +217,6 @@ class EngineSession:
             for name in self._outputs:
                 shape = tuple(self._context.get_tensor_shape(name))
                 sizes[name] = max(sizes[name], self._bytes(name, shape))
-        self._profile = len(self._profiles) - 1
         return sizes
 
     def _bytes(self, name: str, shape: Shape) -> int:

@@ -18,7 +18,8 @@ from flashbulb_service.backends.engine import EngineSession, find_profile, padde
 from flashbulb_service.backends.onnx import OnnxBackend
 from flashbulb_service.backends.tensorrt import TensorRTBackend
 from flashbulb_service.errors import BackendUnavailable, OutOfMemory
-from support.standin_tensorrt import StandInCuda, standin_runtime
+from support.standin_tensorrt import Engine as StandInEngine
+from support.standin_tensorrt import RtxEngine, StandInCuda, standin_runtime
 from support.tiny_bundle import make_tiny_bundle
 
 LARGEST = 6
@@ -82,7 +83,7 @@ def backend_on(driver):
     return TensorRTBackend(cuda=Cuda(driver), runtimes={"standard": standin_runtime(driver)})
 
 
-def session_on(driver):
+def session_on(driver, engine=StandInEngine):
     """Load an engine of x [b, 4] -> doubled [b, 4], pooled [b, 0]: T5's students have no pooled embeddings."""
     edges = [
         numpy_helper.from_array(np.array([value], np.int64), name)
@@ -102,8 +103,15 @@ def session_on(driver):
         edges,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    plan = model.SerializeToString()
-    return EngineSession(standin_runtime(driver), Cuda(driver), plan, [profile({"x": (4,)})])
+    trt = standin_runtime(driver, engine=engine)
+    return EngineSession(trt, Cuda(driver), model.SerializeToString(), [profile({"x": (4,)})])
+
+
+def runs(session, *sizes):
+    """Run batches of these sizes one after another; each has its own numbers, and each is right."""
+    for number, rows in enumerate(sizes):
+        x = number + np.arange(4 * rows, dtype=np.float32).reshape(rows, 4)
+        np.testing.assert_array_equal(session.run(["doubled"], {"x": x})[0], 2 * x)
 
 
 def requests(count):
@@ -147,6 +155,33 @@ def test_an_output_of_width_0_has_an_address():
     assert not driver.buffers
 
 
+def test_a_graph_is_replayed_only_where_its_context_is_as_it_was_captured():
+    """One context took the shapes of every batch size, while the graphs that it had been captured in were replayed."""
+    session = session_on(driver := StandInCuda())
+    runs(session, 6, 4, 2, 1, 6, 4, 2, 1)
+    assert driver.captures == 4 and driver.launches == 8
+
+
+@pytest.mark.parametrize(
+    ("driver", "engine"), [(StandInCuda(can_capture=False), StandInEngine), (StandInCuda(), RtxEngine)]
+)
+def test_an_engine_that_cannot_be_captured_runs_without_a_graph(driver, engine, caplog):
+    session = session_on(driver, engine)
+    runs(session, 3, 1, 3, 1)
+    assert driver.launches == 0 and driver.capturing is None
+    assert len(caplog.records) == 2 and "runs without a CUDA graph for {'x': (4, 4)}" in caplog.text
+
+
+@pytest.mark.parametrize(("most", "memory"), [(1, 1 << 20), (32, 7_000)])
+def test_shapes_for_which_there_is_no_context_more_share_one_without_a_graph(most, memory, monkeypatch):
+    monkeypatch.setattr("flashbulb_service.backends.engine.MAX_CONTEXTS", most)
+    session = session_on(driver := StandInCuda(memory=memory))
+    runs(session, 6, 4, 2, 4, 6)
+    assert driver.captures == 1 and driver.launches == 2
+    session.close()
+    assert driver.left == memory and not driver.buffers
+
+
 def test_closing_gives_everything_back(bundle):
     add_engines(bundle)
     driver = StandInCuda()
@@ -167,7 +202,7 @@ def test_too_little_memory_is_told_and_leaves_none_taken(bundle):
 
 
 def test_an_engine_that_finds_too_little_memory_to_run_in_is_out_of_memory():
-    with pytest.raises(OutOfMemory, match="expected 4096 bytes of device memory for an engine") as caught:
+    with pytest.raises(OutOfMemory, match="expected device memory for an engine to run in") as caught:
         session_on(driver := StandInCuda(memory=1000))
     assert "\n" not in str(caught.value)
     assert not driver.buffers and not driver.streams
