@@ -112,7 +112,7 @@ def backend_of(bundle: Bundle, settings: Settings) -> str:
         BackendUnavailable: the one that was asked for cannot, or none can.
     """
     engines = [manifest for _, manifest in list_engines(bundle.path)]
-    return choose_backend(settings.backend, bundle.manifest, this_machine(), engines)
+    return choose_backend(settings.backend, bundle.manifest, this_machine(), engines, bundle.sha256)
 
 
 def known_times(bundle: Bundle, settings: Settings) -> tuple[Mapping[int, float], str]:

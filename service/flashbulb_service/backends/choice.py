@@ -3,15 +3,17 @@
 One that was asked for by name is used or refused, never replaced. A backend is one module of this package.
 """
 
-import shutil
+import json
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 
 from flashbulb_distill.bundle import Manifest
-from flashbulb_distill.bundle.engines import EngineManifest, Flavor
+from flashbulb_distill.bundle.engines import EngineManifest, Flavor, refusal
+from flashbulb_service.backends.cuda import Gpu
 from flashbulb_service.errors import BackendUnavailable
 
 AUTO = "auto"
@@ -21,7 +23,8 @@ PACKAGES: Mapping[str, tuple[str, str]] = {  # name -> the package that it needs
     "onnx": ("onnxruntime", "pip install flashbulb"),
     "torch": ("torch", "pip install 'flashbulb[distill]'"),
 }
-NVIDIA_SMI_TIMEOUT_S = 5.0
+LOOK = "from flashbulb_service.backends.tensorrt import tell; tell()"
+LOOK_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -30,26 +33,31 @@ class Machine:
 
     modules: frozenset[str]  # backends that this version of the service has
     packages: frozenset[str]  # that are installed, of those that backends need
-    gpus: tuple[str, ...] = ()  # compute capabilities, such as "sm_89"
+    runtimes: Mapping[Flavor, str] = field(default_factory=dict)  # TensorRT's versions, where there is a GPU
+    gpu: Gpu | None = None  # the one that a backend takes: CUDA's first
 
 
 def choose_backend(
-    wanted: str, manifest: Manifest, machine: Machine, engines: Sequence[EngineManifest] = ()
+    wanted: str,
+    manifest: Manifest,
+    machine: Machine,
+    engines: Sequence[EngineManifest] = (),
+    bundle_sha256: str = "",
 ) -> str:
     """Return the name of the backend that runs a bundle: pure, so that it can be told before anything is loaded.
 
     Args:
-        engines: that lie beside the bundle, as `list_engines` finds them.
+        engines: that lie beside the bundle, as `list_engines` finds them; bundle_sha256: what they have to name.
     Raises:
         BackendUnavailable: the one that was asked for cannot; or with "auto", none can. Says why, in one line.
     """
     if wanted == "synthetic":
         return wanted
     if wanted != AUTO:
-        if (problem := obstacle(wanted, manifest, machine, engines)) is not None:
+        if (problem := obstacle(wanted, manifest, machine, engines, bundle_sha256)) is not None:
             raise BackendUnavailable(f"backend {wanted!r} was asked for, but {problem}")
         return wanted
-    problems = {name: obstacle(name, manifest, machine, engines) for name in PREFERRED}
+    problems = {name: obstacle(name, manifest, machine, engines, bundle_sha256) for name in PREFERRED}
     for name, problem in problems.items():
         if problem is None:
             return name
@@ -60,14 +68,18 @@ def choose_backend(
 
 
 def obstacle(
-    name: str, manifest: Manifest, machine: Machine, engines: Sequence[EngineManifest] = ()
+    name: str,
+    manifest: Manifest,
+    machine: Machine,
+    engines: Sequence[EngineManifest] = (),
+    bundle_sha256: str = "",
 ) -> str | None:
     """Say why a backend cannot run a bundle here; None when it can."""
     model = f"{manifest.name}@{manifest.version}"
     if name not in machine.modules:
         return f"this version has {', '.join(sorted(machine.modules))}"
     if name == "tensorrt":
-        return _engine_obstacle(model, machine, engines)
+        return _engine_obstacle(machine, engines, bundle_sha256)
     package, remedy = PACKAGES[name]
     if package not in machine.packages:
         return f"the package {package} is not installed: {remedy}"
@@ -79,45 +91,72 @@ def obstacle(
     return None if _has(manifest, ".safetensors") else f"{model} holds no weights (*.safetensors)"
 
 
-def _engine_obstacle(model: str, machine: Machine, engines: Sequence[EngineManifest]) -> str | None:
-    installed = {flavor for flavor, package in RUNTIMES.items() if package in machine.packages}
-    if not installed:
+def choose_engines(
+    manifests: Sequence[EngineManifest], bundle_sha256: str, versions: Mapping[Flavor, str], gpu: Gpu
+) -> EngineManifest:
+    """Return the engines to load: those that nothing speaks against, the tuned flavour first.
+
+    Raises:
+        BackendUnavailable: there are none; the message says why, set by set.
+    """
+    reasons = []
+    for flavor in RUNTIMES:
+        for manifest in manifests:
+            if manifest.flavor != flavor:
+                continue
+            if flavor not in versions:
+                reasons.append(
+                    f"expected the package {RUNTIMES[flavor]} for {flavor} engines, it is not installed"
+                )
+                continue
+            reason = refusal(
+                manifest,
+                bundle_sha256=bundle_sha256,
+                runtime_version=versions[flavor],
+                capability=gpu.capability,
+                gpu=gpu.name,
+            )
+            if reason is None:
+                return manifest
+            reasons.append(reason)
+    told = "; ".join(reasons) or "the bundle has no engines"
+    raise BackendUnavailable(
+        f"no engine for {gpu.name} ({gpu.capability}): {told}; run: flashbulb export tensorrt"
+    )
+
+
+def _engine_obstacle(machine: Machine, engines: Sequence[EngineManifest], bundle_sha256: str) -> str | None:
+    if not machine.packages & {*RUNTIMES.values()}:
         return f"neither {' nor '.join(RUNTIMES.values())} is installed: pip install 'flashbulb[tensorrt]'"
-    runnable = [engine for engine in engines if engine.flavor in installed]
-    if not runnable:
-        flavors = ", ".join(sorted(installed))
-        return f"{model} has no engines of the flavor {flavors}: flashbulb export tensorrt"
-    targets = {target for engine in runnable for target in engine.targets}
-    if not targets & set(machine.gpus):
-        here = ", ".join(machine.gpus) or "no NVIDIA GPU"
-        return f"{model} has engines for {', '.join(sorted(targets))}, and this machine has {here}"
+    if machine.gpu is None:
+        return "CUDA finds no NVIDIA GPU on this machine, or cuda-bindings is not installed"
+    try:
+        choose_engines(engines, bundle_sha256, machine.runtimes, machine.gpu)
+    except BackendUnavailable as error:
+        return str(error)
     return None
 
 
 @cache
 def this_machine() -> Machine:
-    """Look at this machine, once; nothing is imported for it."""
+    """Look at this machine, once; nothing is imported for it here."""
     modules = {name for name in PREFERRED if find_spec(f"flashbulb_service.backends.{name}")}
     wanted = {*RUNTIMES.values(), *(package for package, _ in PACKAGES.values())}
     packages = {package for package in wanted if find_spec(package)}
-    return Machine(frozenset(modules), frozenset(packages), _gpus())
+    can_have_engines = find_spec("cuda") and packages & {*RUNTIMES.values()}
+    return Machine(frozenset(modules), frozenset(packages), *(_look() if can_have_engines else ()))
 
 
-def _gpus() -> tuple[str, ...]:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ()
+def _look() -> tuple[dict[Flavor, str], Gpu | None]:
+    """Ask TensorRT and CUDA as a backend does, in another process: this one may fork, or never need them."""
     try:
         done = subprocess.run(
-            [command, "--query-gpu=compute_cap", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=NVIDIA_SMI_TIMEOUT_S,
-            check=True,
+            [sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=LOOK_TIMEOUT_S, check=True
         )
-    except (OSError, subprocess.SubprocessError):  # a driver that does not answer counts as no GPU
-        return ()
-    return tuple("sm_" + line.strip().replace(".", "") for line in done.stdout.splitlines() if line.strip())
+    except (OSError, subprocess.SubprocessError):  # no GPU, or a driver that does not answer
+        return {}, None
+    told = json.loads(done.stdout.splitlines()[-1])
+    return told["runtimes"], Gpu(**told["gpu"])
 
 
 def _has(manifest: Manifest, suffix: str) -> bool:

@@ -4,20 +4,15 @@ All but the three networks is the ONNX backend: tokenizer, sampler, noise and pi
 """
 
 import importlib
-from collections.abc import Sequence
+import json
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
 from flashbulb_distill.bundle import Bundle
-from flashbulb_distill.bundle.engines import (
-    EngineManifest,
-    Flavor,
-    engine_file,
-    list_engines,
-    refusal,
-)
-from flashbulb_service.backends.choice import RUNTIMES
-from flashbulb_service.backends.cuda import Cuda, Gpu
+from flashbulb_distill.bundle.engines import Flavor, engine_file, list_engines
+from flashbulb_service.backends.choice import RUNTIMES, choose_engines
+from flashbulb_service.backends.cuda import Cuda
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.backends.engine import EngineSession
 from flashbulb_service.backends.onnx import OnnxBackend, plain_tokenizers
@@ -57,7 +52,7 @@ class TensorRTBackend(OnnxBackend):
             BundleError: an engine is not what its manifest says.
         """
         found = list_engines(bundle.path)
-        versions = {flavor: str(trt.__version__) for flavor, trt in self._runtimes.items()}
+        versions = runtime_versions(self._runtimes)
         manifest = choose_engines([m for _, m in found], bundle.sha256, versions, self._cuda.gpu)
         folder = next(place for place, one in found if one is manifest)
         trt = self._runtimes[manifest.flavor]
@@ -79,43 +74,20 @@ class TensorRTBackend(OnnxBackend):
         super().close()
 
 
-def choose_engines(
-    manifests: Sequence[EngineManifest], bundle_sha256: str, versions: dict[Flavor, str], gpu: Gpu
-) -> EngineManifest:
-    """Return the engines to load: those that nothing speaks against, the tuned flavour first.
-
-    Raises:
-        BackendUnavailable: there are none; the message says why, set by set.
-    """
-    reasons = []
-    for flavor in RUNTIMES:
-        for manifest in manifests:
-            if manifest.flavor != flavor:
-                continue
-            if flavor not in versions:
-                reasons.append(
-                    f"expected the package {RUNTIMES[flavor]} for {flavor} engines, it is not installed"
-                )
-                continue
-            reason = refusal(
-                manifest,
-                bundle_sha256=bundle_sha256,
-                runtime_version=versions[flavor],
-                capability=gpu.capability,
-                gpu=gpu.name,
-            )
-            if reason is None:
-                return manifest
-            reasons.append(reason)
-    told = "; ".join(reasons) or "the bundle has no engines"
-    raise BackendUnavailable(
-        f"no engine for {gpu.name} ({gpu.capability}): {told}; run: flashbulb export tensorrt"
-    )
-
-
 def installed_runtimes() -> dict[Flavor, Any]:
     """Import the TensorRT packages that are installed."""
     return {flavor: importlib.import_module(name) for flavor, name in RUNTIMES.items() if find_spec(name)}
+
+
+def runtime_versions(runtimes: dict[Flavor, Any]) -> dict[Flavor, str]:
+    """Return the versions that engines have to be of."""
+    return {flavor: str(trt.__version__) for flavor, trt in runtimes.items()}
+
+
+def tell() -> None:
+    """Print, as JSON, what engines have to fit here: versions and GPU; see `choice.this_machine`."""
+    told = {"runtimes": runtime_versions(installed_runtimes()), "gpu": asdict(Cuda().gpu)}
+    print(json.dumps(told))
 
 
 def create(*, threads: int, cache: EmbeddingCache | None = None) -> TensorRTBackend:
