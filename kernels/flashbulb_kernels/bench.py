@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Preparation, attention
+from .attention.availability import DTYPES, arch_of
+from .tiles import has_backward
 
 Timer = Callable[[Callable[[], object]], tuple[float, float, float]]
 
@@ -76,7 +78,7 @@ class Row:
 def bench(
     layers: Sequence[Layer], *, batch: int, dtype: torch.dtype, device: torch.device, timer: Timer
 ) -> Iterator[Row]:
-    """Time every layer, forward and training, ours and torch's in turn.
+    """Time every layer, forward and, where there are kernels for gradients, training; ours and torch's in turn.
 
     Args:
         batch: samples per call.
@@ -85,7 +87,8 @@ def bench(
     for layer in layers:
         q, k, v = _draw(layer, batch, dtype, device)
         preparation = _preparation(layer, dtype, device)
-        for work, products in (("forward", 2), ("training", 2 + 5)):
+        trains = has_backward(DTYPES[dtype], layer.d, arch_of(device))
+        for work, products in (("forward", 2), *([("training", 2 + 5)] if trains else [])):
             ours, theirs = (
                 timer(_call(q, k, v, preparation, layer, run, work)) for run in (by_triton, by_torch)
             )

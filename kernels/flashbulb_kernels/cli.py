@@ -142,7 +142,7 @@ def inspect(
     epilog="\b\nExamples:\n  flashbulb kernels verify\n  TRITON_INTERPRET=1 flashbulb kernels verify --dtype bf16"
 )
 def verify(dtype: DType = "all") -> None:
-    """Compare the kernels with their definition on this machine: values and gradients."""
+    """Compare the kernels with their definition on this machine: values and, where there are kernels, gradients."""
     import torch
 
     device = torch.device(GPU if torch.cuda.is_available() else "cpu")
@@ -195,7 +195,7 @@ def _verify(device: "torch.device", dtypes: "list[torch.dtype]", *, talk: bool) 
     listed = verification.cases(dtypes, arch_of(device))
     if not listed:
         raise KernelUnavailable(
-            f"expected a dtype with kernels for values and gradients on this GPU, got {', '.join(map(str, dtypes))}"
+            f"expected a dtype with kernels on this GPU, got {', '.join(map(str, dtypes))}"
         )
     wrong = []
     for verdict in verification.verify(device, listed):

@@ -97,6 +97,11 @@ def backward_entries(dtype: str, head_dim: int, arch: str) -> tuple[str, ...]:
     return "delta", "dq", *(("dk", "dv") if apart else ("dkdv",))
 
 
+def has_backward(dtype: str, head_dim: int, arch: str) -> bool:
+    """Say whether there are kernels for gradients."""
+    return all(has_tile(entry, dtype, head_dim, arch) for entry in backward_entries(dtype, head_dim, arch))
+
+
 def block_d(head_dim: int) -> int:
     """Return the power of two that holds a head: blocks have such sizes, and a matrix product needs 16 at least."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -109,6 +109,15 @@ def test_work_is_counted_by_the_matrix_products():
     assert rows[0].speedup == 1.0
 
 
+def test_training_is_timed_only_where_there_are_kernels_for_gradients(monkeypatch, device):
+    monkeypatch.setattr(bench, "arch_of", lambda _: "sm_90")
+    for dtype, works in ((torch.float32, ["forward"]), (torch.bfloat16, ["forward", "training"])):
+        rows = bench.bench(
+            TINY[:1], batch=1, dtype=dtype, device=torch.device(device), timer=lambda _: (2.0, 1.0, 3.0)
+        )
+        assert [row.work for row in rows] == works
+
+
 def test_verify_lists_every_case(monkeypatch, device, capsys):
     monkeypatch.setattr(verify, "cases", lambda *_: FEW)
     assert flashbulb(["kernels", "verify"]) == 0

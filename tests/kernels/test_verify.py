@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flashbulb_kernels.attention import backward, forward
+from flashbulb_kernels.attention import availability, backward, forward
+from flashbulb_kernels.tiles import HEAD_DIMS, has_backward, has_tile
 from flashbulb_kernels.verify import Case, cases, verify
 
 RIGHT_FORWARD, RIGHT_BACKWARD = forward.forward, backward.backward
@@ -27,6 +28,25 @@ def test_the_list_has_odd_lengths_every_head_dimension_masks_and_norms():
     assert {1, 63, 77, 200, 333} <= {case.n for case in listed} | {case.m for case in listed}
     assert any(case.masked for case in listed)
     assert {case.prepared for case in listed} == {"", "rms of two segments", "layer and rotation"}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_every_forward_kernel_is_verified_and_gradients_where_there_are_kernels(arch):
+    """A kernel without a backward pass was left out, while `auto` takes it for inference: all of fp32 was."""
+    listed = cases([*availability.DTYPES], arch)
+    for dtype, name in availability.DTYPES.items():
+        found = {case.d: case.gradients for case in listed if case.dtype == dtype and not case.prepared}
+        exist = [d for d in HEAD_DIMS if has_tile("forward", name, d, arch)]
+        assert found == {d: has_backward(name, d, arch) for d in exist}
+        assert any(case.prepared for case in listed if case.dtype == dtype)
+    assert any(case.gradients for case in listed) and not all(case.gradients for case in listed)
+
+
+def test_a_case_of_values_alone_asks_for_no_gradient(device, monkeypatch):
+    monkeypatch.setattr(backward, "backward", lambda *_: pytest.fail("gradients were asked for"))
+    (verdict,) = verify(torch.device(device), [Case(63, 77, 32, torch.float32, gradients=False)])
+    assert verdict.ok and [*verdict.found] == ["o"]
+    assert str(verdict).startswith("63x77 d32 float32 values alone: o ")
 
 
 def tilted(q, k, v, mask, scale, tile):
