@@ -157,7 +157,7 @@ def compile_variants(
 ) -> Iterator[tuple[Variant, Compiled | CompilationFailed]]:
     """Compile in `jobs` processes and yield each result as it is ready; what is in the cache is not compiled again.
 
-    A variant that the compiler refuses is yielded with the error, and the others go on.
+    A variant that the compiler refuses, or dies of, is yielded with the error, and the others go on.
 
     Raises:
         KernelUnavailable: Triton is not installed.
@@ -177,9 +177,10 @@ def compile_variants(
     done: queue.SimpleQueue[tuple[Variant, Compiled | Exception]] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="flashbulb-triton-") as scratch:
         workers = [_worker(scratch) for _ in range(min(jobs, len(waiting)))]
+        taking = threading.Lock()
         threads = [
-            threading.Thread(target=_feed, args=(worker, todo, done, cache), daemon=True)
-            for worker in workers
+            threading.Thread(target=_feed, args=(i, workers, taking, scratch, todo, done, cache), daemon=True)
+            for i in range(len(workers))
         ]
         try:
             for thread in threads:
@@ -190,14 +191,14 @@ def compile_variants(
                     raise result
                 yield variant, result
         finally:
-            for worker in workers:
-                worker.kill()
+            with taking:  # with nothing left to take, no worker is started any more
+                _drain(todo)
+                for worker in workers:
+                    worker.kill()
             for thread in threads:
                 thread.join()
             for worker in workers:
-                # Leaving it closes its pipes; what could not be written any more does not matter.
-                with contextlib.suppress(BrokenPipeError), worker:
-                    pass
+                _close(worker)
 
 
 def _triton() -> str:
@@ -224,21 +225,43 @@ def _worker(scratch: str) -> subprocess.Popen[str]:
     )
 
 
+def _close(worker: "subprocess.Popen[str]") -> None:
+    # Leaving it closes its pipes; what could not be written any more does not matter.
+    with contextlib.suppress(BrokenPipeError), worker:
+        pass
+
+
+def _drain(todo: "queue.SimpleQueue[Variant]") -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            todo.get_nowait()
+
+
 def _feed(
-    worker: "subprocess.Popen[str]",
+    number: int,
+    workers: "list[subprocess.Popen[str]]",
+    taking: threading.Lock,
+    scratch: str,
     todo: "queue.SimpleQueue[Variant]",
     done: "queue.SimpleQueue[tuple[Variant, Compiled | Exception]]",
     cache: Path,
 ) -> None:
-    """Hand variants to one worker until none is left."""
-    assert worker.stdin is not None and worker.stdout is not None
+    """Hand variants to one worker, and to another in its place when it has died, until none is left."""
     while True:
+        with taking:
+            try:
+                variant = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                if workers[number].poll() is not None:
+                    _close(workers[number])
+                    workers[number] = _worker(scratch)
+            except OSError as error:  # no process is to be had
+                done.put((variant, error))
+                continue
         try:
-            variant = todo.get_nowait()
-        except queue.Empty:
-            return
-        try:
-            done.put((variant, _compile(variant, worker, cache)))
+            done.put((variant, _compile(variant, workers[number], cache)))
         except Exception as error:  # noqa: BLE001 - raised again where the results are read
             done.put((variant, error))
 
@@ -248,9 +271,11 @@ def _compile(variant: Variant, worker: "subprocess.Popen[str]", cache: Path) -> 
     key = content_key(variant)
     target = cache / key
     with tempfile.TemporaryDirectory(prefix=".new-", dir=cache) as folder:
-        worker.stdin.write(json.dumps(request(variant) | {"folder": folder}) + "\n")
-        worker.stdin.flush()
-        answer = worker.stdout.readline()
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):  # it has died meanwhile
+            worker.stdin.write(json.dumps(request(variant) | {"folder": folder}) + "\n")
+            worker.stdin.flush()
+            answer = worker.stdout.readline()
         if not answer:
             raise CompilationFailed(f"{variant}: the compiler's process ended with code {worker.wait()}")
         if error := json.loads(answer)["error"]:

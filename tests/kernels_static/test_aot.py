@@ -107,6 +107,55 @@ def test_a_variant_that_cannot_compile_is_told_and_the_others_go_on(cache: Path)
     assert isinstance(results[forward("sm_80")], Compiled)
 
 
+# Answers as the compiler does, and dies of the architecture sm_86.
+MORTAL = """
+import json, os, pathlib, sys
+for line in sys.stdin:
+    told = json.loads(line)
+    if told["arch"] == "sm_86":
+        os._exit(3)
+    for name in ("kernel.ptx", "kernel.cubin", "ptxas.log"):
+        (pathlib.Path(told["folder"]) / name).write_text("made")
+    (pathlib.Path(told["folder"]) / "metadata.json").write_text("{}")
+    print('{"error": null}', flush=True)
+"""
+
+
+@pytest.fixture
+def mortal(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
+    """Replace the compilers, and list those that were started."""
+    started = []
+
+    def start(scratch: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen([sys.executable, "-Sc", MORTAL], stdin=pipe, stdout=pipe, text=True))
+        return started[-1]
+
+    monkeypatch.setattr("flashbulb_kernels.aot._worker", start)
+    return started
+
+
+def test_a_compiler_that_dies_is_told_and_another_goes_on(
+    mortal: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """The next variant was written to the dead one: a BrokenPipeError ended everything."""
+    variants = [forward(arch) for arch in ("sm_80", "sm_86", "sm_89", "sm_90")]
+    results = dict(compile_variants(variants, tmp_path, jobs=1))
+    assert isinstance(results[variants[1]], CompilationFailed)
+    assert "the compiler's process ended with code 3" in str(results[variants[1]])
+    assert all(isinstance(results[variants[i]], Compiled) for i in (0, 2, 3))
+    assert len(mortal) == 2
+
+
+def test_who_stops_reading_leaves_no_compiler_behind(
+    mortal: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    results = compile_variants([forward(arch) for arch in ("sm_86", *ARCHS)], tmp_path, jobs=2)
+    next(iter(results))
+    results.close()  # type: ignore[attr-defined]
+    assert mortal and all(worker.poll() is not None for worker in mortal)
+
+
 def test_hopper_gets_ptx_that_a_driver_of_cuda_12_reads(cache: Path) -> None:
     ((_, compiled),) = compile_variants([forward("sm_90")], cache)
     assert isinstance(compiled, Compiled)
