@@ -6,6 +6,7 @@ its node into an ONNX graph where an `Attention` stands. An engine with the kern
 Nothing here has run in TensorRT yet: graph, PTX, launch parameters and signatures are tested, a build is not.
 """
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ from .tiles import Tile
 if TYPE_CHECKING:
     import onnx
 
+_log = logging.getLogger(__name__)
+
 NAMESPACE = "flashbulb"
 OPERATOR = "FlashAttention"
+DTYPES = ("FLOAT16", "BFLOAT16")  # as ONNX calls them
 
 # TensorRT times these at build and keeps the fastest. They fit the shared memory that needs no leave of the driver.
 TACTICS: dict[int, Tile] = {
@@ -188,9 +192,14 @@ class Rewrite:
 def use_plugin(model: "onnx.ModelProto") -> Rewrite:
     """Replace, in place, every `Attention` that the plugin computes alike; for a copy that only TensorRT reads.
 
-    An `Attention` with a mask, a past, a cap, causal order, packed heads or a second output stays as it is.
+    An `Attention` with a mask, a past, a cap, causal order, packed heads or a second output stays as it is; so does one
+    whose q, k and v are not of fp16 or bf16, differ in heads or width, or are not described in the graph. How many were
+    replaced is logged, a warning where none was.
     """
     from onnx import helper
+
+    graph = model.graph
+    described = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
 
     wanted = {name for node in model.graph.node for name in node.input}
     wanted |= {output.name for output in model.graph.output}
@@ -199,7 +208,8 @@ def use_plugin(model: "onnx.ModelProto") -> Rewrite:
         if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
             continue
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if (reason := _why_not(list(node.input), list(node.output), attributes, wanted)) is not None:
+        reason = _why_not(list(node.input), list(node.output), attributes, wanted)
+        if (reason := reason or _why_not_these([described.get(name) for name in node.input[:3]])) is not None:
             left.append(f"{node.name or node.output[0]}: {reason}")
             continue
         node.op_type, node.domain = OPERATOR, NAMESPACE
@@ -215,6 +225,17 @@ def use_plugin(model: "onnx.ModelProto") -> Rewrite:
         replaced += 1
     if replaced and all(known.domain != NAMESPACE for known in model.opset_import):
         model.opset_import.append(helper.make_opsetid(NAMESPACE, 1))
+    if replaced:
+        _log.info("%s: %d attention nodes are the plugin's, %d stay", graph.name, replaced, len(left))
+    else:
+        opset = next((known.version for known in model.opset_import if known.domain in ("", "ai.onnx")), 0)
+        _log.warning(
+            "%s: expected Attention nodes for the plugin, replaced none of %d in a graph of opset %d: %s",
+            graph.name,
+            len(left),
+            opset,
+            "; ".join(left) or "opset 23 has them, an older one holds attention in pieces",
+        )
     return Rewrite(replaced, tuple(left))
 
 
@@ -236,4 +257,25 @@ def _why_not(
         return "has more outputs than one"
     if "scale" not in attributes:
         return "names no scale"
+    return None
+
+
+def _why_not_these(tensors: "list[onnx.TypeProto.Tensor | None]") -> str | None:
+    """Say why the plugin cannot take these q, k and v; None where it can."""
+    from onnx import TensorProto
+
+    heads, widths, types = set(), set(), set()
+    for tensor in tensors:
+        axes = [] if tensor is None else list(tensor.shape.dim)
+        if tensor is None or len(axes) != 4 or not (axes[1].dim_value and axes[3].dim_value):
+            return "does not tell heads and width of q, k and v"
+        heads.add(axes[1].dim_value)
+        widths.add(axes[3].dim_value)
+        types.add(TensorProto.DataType.Name(tensor.elem_type))
+    if len(types) > 1 or not types <= {*DTYPES}:
+        return f"is of {' and '.join(sorted(types))}, the plugin of {' or '.join(DTYPES)}"
+    if len(heads) > 1:
+        return f"has other numbers of heads for q, k and v: {', '.join(map(str, sorted(heads)))}"
+    if len(widths) > 1:
+        return f"has heads of other widths for q, k and v: {', '.join(map(str, sorted(widths)))}"
     return None

@@ -46,7 +46,8 @@ def graph(**changes: Any) -> Any:
     """Return a model of one Attention over (2, 3, n, 16), with a mask, attributes or a second output as asked."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'flashbulb[distill]'")
     helper = onnx.helper
-    float16 = onnx.TensorProto.FLOAT16
+    kind = changes.pop("kind", onnx.TensorProto.FLOAT16)
+    shapes = {"k": changes.pop("k", [2, 3, "n", 16]), "v": changes.pop("v", [2, 3, "n", 16])}
     inputs = ["q", "k", "v", *changes.pop("inputs", ())]
     outputs = ["y", *changes.pop("outputs", ())]
     attributes = {"scale": 0.25} | changes
@@ -54,7 +55,10 @@ def graph(**changes: Any) -> Any:
         "Attention", inputs, outputs, **{k: v for k, v in attributes.items() if v is not None}
     )
     after = helper.make_node("Identity", outputs[-1:], ["z"])
-    values = [helper.make_tensor_value_info(name, float16, [2, 3, "n", 16]) for name in (*inputs, "z")]
+    values = [
+        helper.make_tensor_value_info(name, kind, shapes.get(name, [2, 3, "n", 16]))
+        for name in (*inputs, "z")
+    ]
     model = helper.make_model(
         helper.make_graph([attention, after], "g", values[:-1], values[-1:]),
         opset_imports=[helper.make_opsetid("", 23)],
@@ -89,6 +93,10 @@ def test_an_attention_becomes_the_plugins_node() -> None:
         ({"q_num_heads": 3, "kv_num_heads": 3}, "packs its heads"),
         ({"outputs": ["", "", "scores"]}, "more outputs"),
         ({"scale": None}, "names no scale"),
+        ({"kind": 1}, "is of FLOAT, the plugin of FLOAT16 or BFLOAT16"),
+        ({"k": [2, 1, "n", 16], "v": [2, 1, "n", 16]}, "other numbers of heads for q, k and v: 1, 3"),
+        ({"v": [2, 3, "n", 8]}, "heads of other widths for q, k and v: 8, 16"),
+        ({"k": [2, "h", "n", 16]}, "does not tell heads and width"),
     ],
 )
 def test_an_attention_that_the_plugin_would_compute_otherwise_stays(
@@ -107,6 +115,36 @@ def test_an_attention_that_the_plugin_would_compute_otherwise_stays(
     assert len(rewrite.left) == 1 and reason in rewrite.left[0]
     assert model.SerializeToString() == before
     assert onnx.__version__
+
+
+def test_an_attention_of_values_that_the_graph_does_not_describe_stays() -> None:
+    import onnx
+
+    model = graph()
+    model.graph.node.insert(0, onnx.helper.make_node("Identity", ["q"], ["q2"]))
+    model.graph.node[1].input[0] = "q2"
+    assert "does not tell heads and width" in use_plugin(model).left[0]
+    model.graph.value_info.append(
+        onnx.helper.make_tensor_value_info("q2", onnx.TensorProto.FLOAT16, [2, 3, "n", 16])
+    )
+    assert use_plugin(model).replaced == 1
+
+
+def test_what_was_replaced_is_logged_and_that_nothing_was(caplog: pytest.LogCaptureFixture) -> None:
+    """Bundles are of opset 18, which has no Attention: an engine was built without the plugin, and nobody was told."""
+    caplog.set_level("INFO")
+    use_plugin(graph())
+    assert caplog.messages == ["g: 1 attention nodes are the plugin's, 0 stay"]
+    caplog.clear()
+    plain = graph()
+    plain.graph.node[0].op_type = "Softmax"
+    plain.opset_import[0].version = 18
+    use_plugin(plain)
+    use_plugin(graph(is_causal=1))
+    none, causal = caplog.records
+    assert none.levelname == causal.levelname == "WARNING"
+    assert "replaced none of 0 in a graph of opset 18: opset 23 has them" in none.message
+    assert "replaced none of 1 in a graph of opset 23: y: is causal" in causal.message
 
 
 # -------------------------------------------------------------------------------------------------- the PTX
