@@ -2,9 +2,11 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from flashbulb_service.embedded import EmbeddedServer
 
 kubernetes_validate = pytest.importorskip(
     "kubernetes_validate", reason="kubernetes-validate is not installed"
@@ -69,13 +73,14 @@ def test_every_pod_meets_the_restricted_standard(overlay: str) -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True, name
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert pod["automountServiceAccountToken"] is False, name
-        for container in pod["containers"]:
+        for container in pod["containers"] + pod.get("initContainers", []):
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             }, name
             assert "memory" in container["resources"]["limits"], name
+        for container in pod["containers"]:
             assert container["startupProbe"] and container["livenessProbe"], name
 
 
@@ -101,6 +106,39 @@ def test_settings_of_the_config_map_exist(overlay: str) -> None:
     from flashbulb_service.settings import check_names
 
     check_names(next(one["data"] for one in build(overlay) if one["kind"] == "ConfigMap"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_first_key_is_made_in_a_container_that_runs_without_one(overlay: str) -> None:
+    """The documented `exec` went to APIs that ended with "no key" again and again."""
+    pod = find(overlay, "Deployment", "api")["spec"]["template"]["spec"]
+    (waiting,) = pod["initContainers"]
+    for name in ("image", "envFrom"):
+        assert waiting[name] == pod["containers"][0][name]
+    assert all(mount in pod["containers"][0]["volumeMounts"] for mount in waiting["volumeMounts"])
+    assert "/run/secrets/flashbulb" in {mount["mountPath"] for mount in waiting["volumeMounts"]}
+    readme = (KUBERNETES.parent / "README.md").read_text(encoding="utf-8")
+    assert f"exec deploy/api --container {waiting['name']} -- flashbulb keys create me" in readme
+
+
+def test_pods_of_the_api_wait_for_the_first_key_and_no_longer(tmp_path: Path) -> None:
+    (waiting,) = find("cpu", "Deployment", "api")["spec"]["template"]["spec"]["initContainers"]
+    # While it would sleep, somebody makes a key: it says once that it waits.
+    _program(tmp_path / "flashbulb", f'exec {sys.executable} -m flashbulb_service.cli "$@"')
+    _program(tmp_path / "sleep", "echo waits; flashbulb keys create me >/dev/null 2>&1")
+    with EmbeddedServer(tmp_path / "queue") as server:
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "FLASHBULB_REDIS": server.url,
+        }
+        done = subprocess.run(waiting["command"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "waits\n"
+
+
+def _program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(0o755)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
