@@ -24,6 +24,7 @@ kubernetes_validate = pytest.importorskip(
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
 
 KUBERNETES = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
+PROMETHEUS = KUBERNETES.parent / "prometheus"
 OVERLAYS = ("cpu", "gpu", "dev", "pools")
 SCALED = ("cpu", "gpu", "pools")
 KEDA = json.loads(Path(__file__).with_name("scaledobject.schema.json").read_text(encoding="utf-8"))
@@ -134,6 +135,47 @@ def test_pods_of_the_api_wait_for_the_first_key_and_no_longer(tmp_path: Path) ->
         }
         done = subprocess.run(waiting["command"], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "waits\n"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_prometheus_reads_every_pod_once_and_has_the_key_that_the_api_asks_for(overlay: str) -> None:
+    """An annotation gives no key for the API; with one, each API told all the workers' counts again."""
+    from flashbulb_service.tenants.access import scope_of
+
+    config = yaml.safe_load((PROMETHEUS / "kubernetes.yml").read_text(encoding="utf-8"))
+    readers: dict[str, list[dict[str, Any]]] = {}
+    for name, pod in pods(overlay):
+        template = find(overlay, "StatefulSet" if name == "valkey" else "Deployment", name)["spec"][
+            "template"
+        ]
+        assert "annotations" not in template["metadata"], "whoever looks for annotations reads it again"
+        label = template["metadata"]["labels"]["app.kubernetes.io/name"]
+        ports = {port["name"]: port["containerPort"] for port in pod["containers"][0]["ports"]}
+        for job in config["scrape_configs"]:
+            assert job["kubernetes_sd_configs"] == [{"role": "pod", "namespaces": {"names": ["flashbulb"]}}]
+            (kept,) = job["relabel_configs"]
+            if any(re.fullmatch(kept["regex"], f"{label};{port}") for port in ports):
+                readers.setdefault(label, []).append(job)
+    (api,) = readers.pop("api")
+    assert scope_of("/metrics") == "admin" and api["authorization"]["type"] == "Bearer"
+    readme = (KUBERNETES.parent / "README.md").read_text(encoding="utf-8")
+    folder, _, key = api["authorization"]["credentials_file"].rpartition("/")
+    assert f"keys create prometheus --scope admin > deploy/secrets/metrics_{key}" in readme
+    assert f"secret generic {folder.rpartition('/')[2]} --from-file={key}=" in readme and folder in readme
+    assert api["metric_relabel_configs"] == [{"source_labels": ["worker"], "regex": ".+", "action": "drop"}]
+    assert set(readers) == {"worker"}
+    assert len(readers["worker"]) == len([name for name, _ in pods(overlay) if name.startswith("worker")])
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_can_read_what_prometheus_is_to_read(tmp_path: Path) -> None:
+    config = yaml.safe_load((PROMETHEUS / "kubernetes.yml").read_text(encoding="utf-8"))
+    for job in config["scrape_configs"]:
+        del job["kubernetes_sd_configs"]  # Debian's promtool is built without
+    (tmp_path / "kubernetes.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = ["promtool", "check", "config", "--syntax-only", tmp_path / "kubernetes.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _program(path: Path, text: str) -> None:
