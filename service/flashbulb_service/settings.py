@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     allowed_hosts: frozenset[str] = Field(
         default=frozenset(),
         description='["pictures.example"]: accepted in the Host header, on loopback besides its own names; '
-        "empty elsewhere: any",
+        "elsewhere empty: any, and /livez, /readyz and /metrics take any",
     )
     public_url: str | None = Field(
         default=None,

@@ -18,7 +18,7 @@ from flashbulb_service.api.errors import (
     WrongHost,
     describe,
 )
-from flashbulb_service.api.hosts import accepts
+from flashbulb_service.api.hosts import PROBES, accepts
 from flashbulb_service.api.short_way import ShortWay
 from flashbulb_service.errors import ServiceError
 from flashbulb_service.observability import Metrics, known_method
@@ -163,7 +163,7 @@ class RequestFrame:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         hosts = Headers(scope=scope).getlist("host")
-        if not accepts(hosts, bound_to=self._bound_to, allowed=self._allowed_hosts):
+        if not accepts(hosts, path=scope["path"], bound_to=self._bound_to, allowed=self._allowed_hosts):
             wrong = WrongHost(
                 f"expected a Host header that names this server, got {', '.join(hosts)!r}: "
                 "use its own address, or add the name to FLASHBULB_ALLOWED_HOSTS"
@@ -207,7 +207,7 @@ class RequestFrame:
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.request(route, scope["method"], status, seconds)
-        level = logging.DEBUG if route in ("/livez", "/readyz", "/metrics") else logging.INFO
+        level = logging.DEBUG if route in PROBES else logging.INFO
         # The route and not the path: who knows the path of a picture may see it, and a path may hold anything.
         method = known_method(scope["method"])
         log.log(level, "%s %s %d in %.1f ms", method, route, status, seconds * 1000)
