@@ -89,6 +89,14 @@ def test_every_service_is_confined(name: str) -> None:
     assert "memory" in limits
 
 
+def test_no_service_asks_for_more_processors_than_the_smallest_machine_has() -> None:
+    """Docker refuses such a container: with fewer than four processors, compose did not start."""
+    limits = {name: service["deploy"]["resources"]["limits"] for name, service in services().items()}  # type: ignore[index]
+    asked = {name: limit["cpus"] for name, limit in limits.items() if "cpus" in limit}
+    assert asked.pop("worker") == "${FLASHBULB_WORKER_CPUS:-0}"  # none
+    assert all(float(cpus) <= 1 for cpus in asked.values()), asked
+
+
 def test_no_secret_stands_in_the_file_or_an_environment() -> None:
     text = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
     assert "requirepass" not in text
