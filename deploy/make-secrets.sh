@@ -25,7 +25,8 @@ fi
 [ -e "$folder/grafana_password" ] || random >"$folder/grafana_password"
 # Filled by: docker compose -f deploy/compose.yaml run --rm api keys create prometheus --scope admin
 [ -e "$folder/metrics_key" ] || : >"$folder/metrics_key"
-# Containers run as other users than you; the folder is yours alone, the files are readable in them.
-chmod 0444 "$folder/valkey.conf" "$folder/flashbulb_redis" "$folder/grafana_password" "$folder/metrics_key"
+# Containers run as other users than you; the folder is yours alone, the files are readable in them. You write them: a key for
+# metrics, a new password.
+chmod 0644 "$folder/valkey.conf" "$folder/flashbulb_redis" "$folder/grafana_password" "$folder/metrics_key"
 chmod 0700 "$folder"
 echo "Secrets are in $folder"

@@ -124,6 +124,15 @@ def test_secrets_are_made_once_and_kept(tmp_path: Path) -> None:
     assert tmp_path.stat().st_mode & 0o077 == 0
 
 
+def test_secrets_can_be_written_by_their_owner_and_read_in_containers(tmp_path: Path) -> None:
+    """`keys create prometheus > metrics_key`, as documented, failed with "Permission denied"; so did a new password."""
+    assert run("sh", DEPLOY / "make-secrets.sh", tmp_path).returncode == 0
+    made = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    del made[".gitignore"]
+    names = ("valkey.conf", "flashbulb_redis", "grafana_password", "metrics_key")
+    assert made == dict.fromkeys(names, 0o644)
+
+
 def test_valkey_puts_every_write_on_the_disk_before_it_answers_and_drops_none(tmp_path: Path) -> None:
     """The server reads the very file; only its folder is another one.
 
