@@ -132,7 +132,9 @@ class Settings(BaseSettings):
     synthetic: str = Field(
         default="", description="JSON options of the synthetic backend: see backends/synthetic.py"
     )
-    threads: int = Field(default=0, ge=0, description="threads of one worker's operators; 0: one per core")
+    threads: int = Field(
+        default=0, ge=0, description="threads of one worker's operators; 0: one per core that it may use"
+    )
     max_batch: int = Field(default=64, ge=1, description="upper limit on top of what each bundle allows")
     max_batch_tokens: int | None = Field(
         default=None,
