@@ -1,5 +1,7 @@
 """SDXL, SD3, SD3.5 and CogVideoX: every wrapper against diffusers' own pipeline, on tiny models with the real flags."""
 
+import io
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -269,3 +271,30 @@ def test_a_network_with_patches_over_time_is_refused(source):
     network.register_to_config(patch_size_t=2)
     with pytest.raises(ValueError, match=r"expected a CogVideoX 1\.0 network"):
         CogVideoXDenoiser(network, "variance-preserving")
+
+
+def test_a_tokenizer_that_is_sentencepieces_file_alone_gives_sentencepieces_ids(tmp_path):
+    """CogVideoX's repositories have no tokenizer.json, and without sentencepiece transformers asked for tiktoken."""
+    import sentencepiece
+
+    text = "a red dog runs over the green hill while two small birds sing in tall trees"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(text[start:] + text[:start] for start in range(len(text))),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,  # ids as T5 has them
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    folder = make_tiny_pipeline(tmp_path, "cogvideox-2b")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "spiece.model").write_bytes(model.getvalue())
+    (ids,) = open_source(folder).prompts().tokenise(PROMPTS)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    expected = [[*pieces.encode(prompt)[: ids.shape[1] - 1], 1] for prompt in PROMPTS]
+    assert ids.tolist() == [row + [0] * (ids.shape[1] - len(row)) for row in expected]
+    assert len(set(expected[0])) > 3
