@@ -11,6 +11,7 @@ import redis
 import yaml
 
 from flashbulb_service.embedded import find_server
+from flashbulb_service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -95,6 +96,19 @@ def test_no_service_asks_for_more_processors_than_the_smallest_machine_has() -> 
     asked = {name: limit["cpus"] for name, limit in limits.items() if "cpus" in limit}
     assert asked.pop("worker") == "${FLASHBULB_WORKER_CPUS:-0}"  # none
     assert all(float(cpus) <= 1 for cpus in asked.values()), asked
+
+
+@pytest.mark.parametrize("name", ["api", "worker", "worker-gpu"])
+def test_every_setting_in_the_shell_arrives(name: str) -> None:
+    """FLASHBULB_ALLOWED_HOSTS and others were dropped, and everybody was sent to 127.0.0.1 for pictures."""
+    environment = dict(services()[name]["environment"])  # type: ignore[call-overload]
+    known = {f"FLASHBULB_{field.upper()}" for field in Settings.model_fields}
+    ours = {name: value for name, value in environment.items() if name in known}
+    of_the_image = ("MODELS", "DATA", "REDIS", "HOST", "PORT", "METRICS_HOST", "METRICS_PORT")
+    assert known - set(ours) == {f"FLASHBULB_{name}" for name in of_the_image}
+    # Without a value: as it is in the shell, and absent where it is absent.
+    assert all(value is None or value.startswith(f"${{{name}:-") for name, value in ours.items())
+    assert ours["FLASHBULB_PUBLIC_URL"] is None
 
 
 def test_no_secret_stands_in_the_file_or_an_environment() -> None:
