@@ -241,9 +241,18 @@ def test_workers_scale_with_the_work_that_waits_down_to_none(overlay: str) -> No
         assert "flashbulb_queue_work_seconds" in trigger["metadata"]["query"]
         # What runs or waits for a retry is no waiting work: the last worker must outlast both.
         assert spec["cooldownPeriod"] > float(config["FLASHBULB_DRAIN_S"]) + Limits().max_backoff_s
-        # A count of replicas would fight the autoscaler at each apply.
-        assert "replicas" not in find(overlay, "Deployment", spec["scaleTargetRef"]["name"])["spec"]
     assert "flashbulb_queue_work_seconds" in Metrics().names
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_an_autoscaler_counts_has_no_count_of_its_own(overlay: str) -> None:
+    """The two would fight: each apply set the API back to two pods."""
+    autoscalers = ("ScaledObject", "HorizontalPodAutoscaler")
+    scalers = [one["spec"] for one in build(overlay) if one["kind"] in autoscalers]
+    targets = {spec["scaleTargetRef"]["name"] for spec in scalers}
+    assert ("api" in targets) == (overlay != "dev")
+    for name in targets:
+        assert "replicas" not in find(overlay, "Deployment", name)["spec"], name
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
