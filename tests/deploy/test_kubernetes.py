@@ -184,6 +184,21 @@ def _program(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_service_of_the_cluster_becomes_a_setting(overlay: str) -> None:
+    """One named flashbulb put FLASHBULB_SERVICE_HOST into every pod, and pods ended with "unknown setting"."""
+    assert {name: pod.get("enableServiceLinks") for name, pod in pods(overlay)} == {
+        name: False for name, _ in pods(overlay)
+    }
+
+
+def test_one_node_takes_our_images_as_they_were_loaded_into_it() -> None:
+    for name, pod in pods("dev"):
+        if name != "valkey":
+            for container in pod["containers"] + pod.get("initContainers", []):
+                assert container["imagePullPolicy"] == "IfNotPresent", name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_name_that_a_policy_selects_is_a_pod(overlay: str) -> None:
     labels = {"valkey", "api", "worker"}
     for policy in (one for one in build(overlay) if one["kind"] == "NetworkPolicy"):
