@@ -7,6 +7,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 Result = Mapping[str, Any]
+COMMANDS = {"student_vs_teacher": "student"}  # where a result is named otherwise than its command
 
 
 def performance_page(folder: Path = RESULTS) -> str:
@@ -30,7 +31,8 @@ def _origin(name: str, result: Result) -> str:
     where = machine if isinstance(machine, str) else f"{machine.get('cpu')}, {machine.get('cores')} cores"
     load = machine.get("load_average", []) if isinstance(machine, dict) else []
     busy = f", load average {load[0]:.1f}" if load else ""
-    return f"`python -m benchmarks {name}`, {where}{busy}, commit `{result.get('commit', 'unknown')}`."
+    command = f"python -m benchmarks {COMMANDS.get(name, name)}"
+    return f"`{command}`, {where}{busy}, commit `{result.get('commit', 'unknown')}`."
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> list[str]:

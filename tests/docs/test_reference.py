@@ -102,6 +102,19 @@ def test_a_planted_metric_is_found_undocumented() -> None:
     assert undocumented({"flashbulb_unicorns_total"}) == {"flashbulb_unicorns_total"}
 
 
+def test_every_benchmark_that_a_page_names_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page of results named one by the file of its result, and that command only printed its help."""
+    monkeypatch.syspath_prepend(str(DOCS.parent))
+    known = import_module("benchmarks.__main__").BENCHMARKS
+    pages = [DOCS.parent / "README.md", *DOCS.rglob("*.md")]
+    named = {
+        name
+        for page in pages
+        for name in re.findall(r"python -m benchmarks ([a-z]\w*)", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 10 and named <= set(known), named - set(known)
+
+
 def test_curves_are_drawn_of_every_figure_and_a_run_without_any_is_refused(
     reference: ModuleType, tmp_path: Path
 ) -> None:

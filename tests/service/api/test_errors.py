@@ -189,10 +189,13 @@ def test_every_error_of_the_service_has_a_status_of_its_kind() -> None:
         for kind in vars(module).values():
             if isinstance(kind, type) and issubclass(kind, ServiceError) and kind not in taken:
                 made.append(kind("message"))
+    page = (Path(__file__).resolve().parents[3] / "docs" / "http-api.md").read_text(encoding="utf-8")
+    (unavailable,) = (line for line in page.splitlines() if line.startswith("| 503 |"))
     for error in made:
         answer = describe(error)
         assert 400 <= answer.status <= 599
         assert answer.code != "internal_error"
+        assert answer.status != 503 or f"`{answer.code}`" in unavailable, "the page of the API leaves it out"
     assert describe(made[0]).headers == {"retry-after": "1", "retry-after-ms": "250"}
     assert [describe(error).status for error in made[:6]] == [429, 504, 500, 404, 404, 409]
     assert describe(HTTPException(418, "teapot")).status == 418
