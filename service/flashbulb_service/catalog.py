@@ -124,16 +124,18 @@ class Catalog:
         return cls(models, default=default, aliases=aliases, openai_aliases=openai_aliases)
 
     def refresh(self, models_dir: Path, is_served: Callable[[str, str], bool]) -> None:
-        """Follow the repository: drop what is gone, and take what is new or replaced once a worker has it ready.
+        """Follow the repository: drop what is gone, and take what is new or replaced once it is served.
 
-        A bundle that cannot be read is left out; the workers, which verify it, say why in their log.
+        A bundle that cannot be read is left out; the workers, which verify it, say why in their log. One that is gone
+        stays while it is served and the repository has nothing else of its name that is.
 
         Args:
-            is_served: (name@version, sha256 of its manifest) -> whether a worker draws with it.
+            is_served: (name@version, sha256 of its manifest) -> whether a worker draws with it, or would be started.
         """
         known = {model.id: model for model in self.models}
         models = []
-        for name, version, path in list_models(models_dir):
+        listed = list_models(models_dir)
+        for name, version, path in listed:
             model = known.get(f"{name}@{version}")
             with contextlib.suppress(BundleRejected, OSError):
                 if model is None or hash_file(path / "manifest.json") != model.bundle.sha256:
@@ -141,6 +143,12 @@ class Catalog:
                     model = found if is_served(found.id, found.bundle.sha256) else model
             if model is not None:
                 models.append(model)
+        replaced = {name for name, _, _ in listed} - {model.name for model in models}
+        models += [
+            model
+            for model in self.models
+            if model.name in replaced and is_served(model.id, model.bundle.sha256)
+        ]
         self.models = tuple(sorted(models, key=lambda model: (model.name, model.version)))
 
     def follow(self, aliases: Mapping[str, str], unloaded: frozenset[str]) -> None:

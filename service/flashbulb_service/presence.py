@@ -152,6 +152,16 @@ def serves(workers: Sequence[LiveWorker], model: str, bundle: str | None = None)
     return any((model, bundle) in zip(worker.models, worker.bundles, strict=False) for worker in workers)
 
 
+def would_serve(workers: Sequence[LiveWorker], model: str, bundle: str) -> bool:
+    """Tell whether a bundle is served, or would be by the worker that its waiting work starts.
+
+    While a live worker has another bundle of the name, that one is what a worker has ready.
+    """
+    name = model.partition("@")[0]
+    names = {served.partition("@")[0] for worker in workers for served in worker.models}
+    return serves(workers, model, bundle) or name not in names
+
+
 def _to_member(worker: LiveWorker) -> str:
     return json.dumps(asdict(worker), sort_keys=True)
 

@@ -26,7 +26,7 @@ from flashbulb_service.heap import bound_heap
 from flashbulb_service.huge_pages import use_huge_pages
 from flashbulb_service.model_store import keep_following
 from flashbulb_service.parts import load_catalog, open_parts
-from flashbulb_service.presence import serves
+from flashbulb_service.presence import serves, would_serve
 from flashbulb_service.processes import keep_running
 from flashbulb_service.results import make_private
 from flashbulb_service.settings import Settings
@@ -260,10 +260,11 @@ async def _when_ready(context: Context) -> None:
 
 async def _follow_models(context: Context) -> None:
     """Keep the catalog at what the repository holds and workers have ready, until this task is cancelled."""
+    is_served = would_serve if context.settings.ready_without_workers else serves
     while True:
         try:
             workers = await context.presence.workers()
-            context.catalog.refresh(context.settings.models, partial(serves, workers))
+            context.catalog.refresh(context.settings.models, partial(is_served, workers))
             await follow_words(context)
         except (ServiceError, OSError) as error:
             log.warning("the list of models was not refreshed: %s", error)

@@ -160,7 +160,7 @@ class Settings(BaseSettings):
     )
     ready_without_workers: bool = Field(
         default=False,
-        description="an API is ready on /readyz with no worker too, where workers are started for what waits",
+        description="an API is ready on /readyz, and offers models, with no worker too: what waits starts one",
     )
 
     # what a picture says about itself (docs/safety.md)

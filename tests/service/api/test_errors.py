@@ -1,6 +1,9 @@
 """Every error, from every route, is the same body with a request id."""
 
+import dataclasses
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,12 @@ from starlette.exceptions import HTTPException
 from flashbulb_service import errors as service_errors
 from flashbulb_service.api import errors as api_errors
 from flashbulb_service.api.errors import describe
+from flashbulb_service.catalog import Catalog
 from flashbulb_service.errors import JobFailed, QueueFull, ServiceError
 from flashbulb_service.queue import Limits, Queue
 from flashbulb_service.results import ResultStore
+from flashbulb_service.serve import upkeep
+from support.tiny_bundle import make_tiny_bundle
 
 MakeApp = Callable[..., FastAPI]
 
@@ -123,6 +129,34 @@ async def test_with_scale_to_zero_an_api_is_ready_and_its_waiting_work_can_start
         assert float(metrics['flashbulb_queue_work_seconds{model="tiny@1"}']) > 0  # what an autoscaler reads
         app.state.context.draining.set()  # a stopping API is not ready all the same
         check_body(await client.get("/readyz"), 503, "not_ready")
+
+
+async def test_at_rest_with_scale_to_zero_what_the_repository_holds_can_be_asked_for(
+    make_app: MakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., Any]
+) -> None:
+    """A new model was 404 until a worker had it, and none was started for it; a replaced one left nothing at all."""
+    monkeypatch.setattr("flashbulb_service.serve.CATALOG_INTERVAL_S", 0.01)
+    models = tmp_path / "models"
+    make_tiny_bundle(models)
+    catalog = Catalog.load(models, verify=False)
+    app = make_app(ready_without_workers=True)
+    context = app.state.context
+    settings = context.settings.model_copy(update={"models": models})
+    app.state.context = context = dataclasses.replace(context, settings=settings, catalog=catalog)
+
+    async def offered(*expected: str) -> bool:
+        return tuple(model.id for model in catalog.models) == expected
+
+    async with upkeep(context), client_of(app) as client:
+        make_tiny_bundle(models, name="new")
+        await wait_until(partial(offered, "new@1", "tiny@1"))
+        make_tiny_bundle(models, version=2)
+        shutil.rmtree(models / "tiny" / "1")
+        await wait_until(partial(offered, "new@1", "tiny@2"))
+        for name in ("new", "tiny"):
+            made = await client.post("/v1/jobs", json={"prompt": "dog", "model": name})
+            assert made.status_code == 200
+    assert set((await context.queue.stats()).queued) == {"new@1", "tiny@2"}
 
 
 async def test_the_openapi_document_has_the_distributions_version(

@@ -2,12 +2,14 @@
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from flashbulb_service.catalog import Catalog, Model, open_model
 from flashbulb_service.errors import UnknownModel
+from flashbulb_service.presence import LiveWorker, serves, would_serve
 from flashbulb_service.repository import Repository
 from support.tiny_bundle import make_tiny_bundle
 
@@ -88,3 +90,27 @@ def test_the_catalog_offers_a_new_version_once_a_worker_has_it(tmp_path: Path) -
     for wanted in ("tiny", None):
         with pytest.raises(UnknownModel):
             catalog.find(wanted)
+
+
+def test_a_replaced_version_is_offered_while_workers_serve_it_and_nothing_else_of_its_name(
+    tmp_path: Path,
+) -> None:
+    """An API that saw the store before the workers did took away what they still drew with."""
+    make_tiny_bundle(tmp_path)
+    catalog = Catalog.load(tmp_path, verify=False)
+    (old,) = catalog.models
+    worker = LiveWorker("w", (old.id,), "onnx", (old.bundle.sha256,))
+    shutil.rmtree(tmp_path / "tiny" / "1")
+    make_tiny_bundle(tmp_path, version=2)
+    for is_served in (serves, would_serve):
+        catalog.refresh(tmp_path, partial(is_served, [worker]))
+        assert [model.id for model in catalog.models] == ["tiny@1"]
+    catalog.refresh(tmp_path, lambda model, bundle: True)
+    assert [model.id for model in catalog.models] == ["tiny@2"]
+
+
+def test_without_a_live_worker_of_its_name_a_bundle_is_what_a_started_one_would_serve() -> None:
+    worker = LiveWorker("w", ("tiny@1",), "onnx", ("abc",))
+    asked = [("tiny@1", "abc"), ("tiny@1", "def"), ("tiny@2", "abc"), ("sdxl@1", "abc")]
+    assert [would_serve([worker], *one) for one in asked] == [True, False, False, True]
+    assert all(would_serve([], *one) for one in asked)
