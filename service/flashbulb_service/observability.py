@@ -27,6 +27,8 @@ class Metrics(Measures):
         )
         self._shed = self._counter("shed", "Requests that were refused to keep the queue short.", "reason")
         self._webhooks = self._counter("webhook_deliveries", "Webhook calls by how they ended.", "result")
+        for result in ("delivered", "retried", "given_up"):
+            self._webhooks.labels(result)  # at 0: Prometheus sees no rise of a series that begins with it
         self.abandoned = self._counter("jobs_abandoned", "Jobs cancelled since their client left.")
         self._queued = self._gauge("queue_depth", "Jobs waiting for a worker.", "model")
         self._work = self._gauge("queue_work_seconds", "Time of one worker for what waits.", "model")

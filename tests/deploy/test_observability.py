@@ -94,6 +94,11 @@ def test_every_alert_has_a_page_and_a_unit_test(alert: dict[str, Any]) -> None:
     assert any(expected), "expected a unit test in which it fires"
 
 
+def test_the_first_webhook_that_is_given_up_is_a_rise_from_zero() -> None:
+    """Its series began with it, and increase() is silent about where a series begins."""
+    assert b'flashbulb_webhook_deliveries_total{result="given_up"} 0.0' in Metrics().exposition()
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 @pytest.mark.parametrize("check", ["check rules alerts.yml", "test rules alerts_test.yml"])
 def test_promtool_agrees(check: str) -> None:
