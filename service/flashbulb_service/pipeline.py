@@ -51,6 +51,7 @@ from flashbulb_service.previews import Estimate, due_previews
 from flashbulb_service.provenance import Marker
 from flashbulb_service.queue import Queue
 from flashbulb_service.results import ResultStore
+from flashbulb_service.safety import CODE as CONTENT_POLICY
 from flashbulb_service.safety import ImageChecker
 from flashbulb_service.scheduler import LONG, SHORT, Scheduler, halves, lane_of
 from flashbulb_service.tasks import ImageOutcome, ImageTask, Preview, StepDone
@@ -762,7 +763,8 @@ class Pipeline:
         with job_context(job, task.request_id if task else ""):
             log.error("job %s, attempt %d: %s: %s", job.id, job.attempt, code, logged)
         self._metrics.attempt_failed(code)
-        await self._queue.fail(self._worker_id, job, JobError(code, message), retry=retry)
+        keep = code != CONTENT_POLICY  # a replay would draw the same picture
+        await self._queue.fail(self._worker_id, job, JobError(code, message), retry=retry, keep=keep)
 
     @contextlib.asynccontextmanager
     async def _heartbeats(self, claim: Claim) -> AsyncIterator[None]:

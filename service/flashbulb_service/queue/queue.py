@@ -586,13 +586,14 @@ class Queue:
         error: JobError,
         *,
         retry: bool,
+        keep: bool = True,
         delay_s: float | None = None,
         now: float | None = None,
     ) -> JobState:
         """End an attempt without a result, if this worker still holds it.
 
         With retry, the job is delayed by delay_s (default: exponential backoff) until max_attempts are
-        burnt. Otherwise it is failed and kept as a dead letter.
+        burnt. Otherwise it is failed and, with keep, is a dead letter that may be replayed.
 
         Returns:
             the job's state afterwards. A refused call changes nothing and returns the state it found
@@ -611,6 +612,7 @@ class Queue:
             error.code,
             error.message[:MAX_MESSAGE_CHARS],
             *self._expiry(),
+            int(keep),
         )
         return JobState(state.decode()) if state else JobState.CANCELLED
 

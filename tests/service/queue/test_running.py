@@ -235,6 +235,17 @@ async def test_only_dead_letters_can_be_replayed(queue):
     assert not await queue.replay_dead("nothing")
 
 
+async def test_a_failure_that_is_not_kept_is_no_dead_letter(make_queue, client):
+    queue = make_queue(Limits(dead_ttl_s=600.0, result_ttl_s=60.0))
+    job = await start_one(queue)
+    assert await queue.fail("w", job, BOOM, retry=False, keep=False, now=101.0) is JobState.FAILED
+    assert (await queue.get(job.id)).error == BOOM
+    assert (await queue.stats(now=101.0)).dead == 0
+    assert not await queue.replay_dead(job.id, now=101.0)
+    assert not await client.hexists(queue.keys.job(job.id), "payload")
+    assert 59_000 < await client.pttl(queue.keys.job(job.id)) <= 60_000
+
+
 async def test_only_the_newest_dead_letters_are_kept(make_queue):
     queue = make_queue(Limits(max_dead=2))
     ids = []

@@ -1,6 +1,6 @@
 -- End an attempt without a result, fenced.
 -- ARGV: now, worker, id, attempt, retry 0|1, delay or '', backoff, max_backoff, code, message,
---       result_ttl, dead_ttl, max_dead
+--       result_ttl, dead_ttl, max_dead, keep 0|1
 -- Returns the state afterwards, or '' for a job that is gone.
 
 local now = now_ms(ARGV[1])
@@ -27,6 +27,11 @@ if retry and burnt < tonumber(call('HGET', job, 'max_attempts')) then
     call('ZADD', key('deadlines'), deadline, id)
   end
   return 'delayed'
+end
+if ARGV[14] == '0' then
+  call('HDEL', job, 'payload')
+  fail_for_good(id, now, code, message, result_ttl)
+  return 'failed'
 end
 bury(id, now, code, message, result_ttl, dead_ttl, max_dead)
 return 'failed'
