@@ -35,7 +35,7 @@ class Metrics(Measures):
         self._running = self._gauge("jobs_running", "Jobs in a batch.")
         self._delayed = self._gauge("jobs_delayed", "Jobs waiting for a retry.")
         self._dead = self._gauge("jobs_dead", "Jobs that failed for good.")
-        self._oldest = self._gauge("queue_oldest_age_seconds", "Age of the job that waits longest.")
+        self._oldest = self._gauge("queue_oldest_age_seconds", "Age of the job that waits longest.", "lane")
         self._workers = self._gauge("workers", "Live workers.")
         self._ready = self._gauge("ready", "1 when a request would be answered, else 0.")
 
@@ -67,7 +67,8 @@ class Metrics(Measures):
         self._running.set(stats.running)
         self._delayed.set(stats.delayed)
         self._dead.set(stats.dead)
-        self._oldest.set(stats.oldest_age_s)
+        self._oldest.labels("short").set(stats.oldest_short_s)
+        self._oldest.labels("long").set(stats.oldest_long_s)
         self._workers.set(num_workers)
         self._ready.set(ready)
 

@@ -711,9 +711,9 @@ class Queue:
     async def stats(self, *, now: float | None = None) -> QueueStats:
         """Count what is where."""
         reply = await self._run("stats", _time(now), _ms(self.limits.dead_ttl_s))
-        running, delayed, dead, oldest_ms, *queued = reply
+        running, delayed, dead, short_ms, long_ms, *queued = reply
         counts = {model.decode(): count for model, count in zip(queued[::2], queued[1::2], strict=True)}
-        return QueueStats(MappingProxyType(counts), running, delayed, dead, oldest_ms / 1000)
+        return QueueStats(MappingProxyType(counts), running, delayed, dead, short_ms / 1000, long_ms / 1000)
 
     # inside
 

@@ -102,4 +102,10 @@ class QueueStats:
     running: int
     delayed: int
     dead: int
-    oldest_age_s: float  # of the job that has been queued longest; 0.0 when none is queued
+    oldest_short_s: float  # age of the short job that has been queued longest; 0.0 when none is queued
+    oldest_long_s: float  # the same of long work
+
+    @property
+    def oldest_age_s(self) -> float:
+        """Return the age of the job that has been queued longest."""
+        return max(self.oldest_short_s, self.oldest_long_s)

@@ -314,6 +314,14 @@ async def test_stats_count_what_is_where(queue):
     assert stats.oldest_age_s == 5.0
 
 
+async def test_the_oldest_job_of_long_work_is_told_apart(queue):
+    """A video may wait for an hour; a picture that waits a minute is somebody's alarm."""
+    await queue.enqueue([new(model="video@1", bucket="video@1:64x64:long")], now=100.0)
+    await queue.enqueue([new()], now=103.0)
+    stats = await queue.stats(now=105.0)
+    assert (stats.oldest_short_s, stats.oldest_long_s, stats.oldest_age_s) == (2.0, 5.0, 5.0)
+
+
 async def test_reaper_moves_more_than_one_script_call_allows(queue):
     await queue.enqueue([new()] * 450, now=100.0)
     assert len(await queue.claim("w", MODELS, 450, 10.0, now=100.0)) == 450
