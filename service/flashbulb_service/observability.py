@@ -25,7 +25,7 @@ class Metrics(Measures):
         self._overhead = self._histogram(
             "overhead_seconds", "Time of an answered request, less queue, batch and encoding.", "model"
         )
-        self._shed = self._counter("shed", "Requests that were refused to keep the queue short.", "reason")
+        self._shed = self._counter("shed", "Requests that a limit refused.", "reason")
         self._webhooks = self._counter("webhook_deliveries", "Webhook calls by how they ended.", "result")
         for result in ("delivered", "retried", "given_up"):
             self._webhooks.labels(result)  # at 0: Prometheus sees no rise of a series that begins with it
@@ -49,7 +49,7 @@ class Metrics(Measures):
         self._overhead.labels(model).observe(max(0.0, overhead_s))
 
     def shed(self, reason: str) -> None:
-        """Count a refused request; `reason` is the limit that was hit."""
+        """Count a refused request; `reason` is the code of its error."""
         self._shed.labels(reason).inc()
 
     def webhook_delivery(self, result: str) -> None:

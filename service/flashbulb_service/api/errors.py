@@ -243,10 +243,11 @@ def describe(error: Exception) -> ErrorAnswer:
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer a request with its error, and count those that the queue had no room for."""
-    if isinstance(error, QueueFull):
-        request.app.state.context.metrics.shed(error.scope)
-    return describe(error).response()
+    """Answer a request with its error, and count those that a limit refused."""
+    answer = describe(error)
+    if answer.status == 429:
+        request.app.state.context.metrics.shed(answer.code)
+    return answer.response()
 
 
 def _retry_after(seconds: float) -> dict[str, str]:

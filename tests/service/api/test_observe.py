@@ -31,7 +31,7 @@ async def test_refused_requests_are_counted_by_the_limit(make_app: MakeApp) -> N
     async with client_of(make_app(Limits(max_queued=2))) as client:
         await client.post("/v1/images/generations", json={"prompt": "dog", "n": 3})
         text = (await client.get("/metrics")).text
-    assert 'flashbulb_shed_total{reason="total"} 1.0' in text
+    assert 'flashbulb_shed_total{reason="queue_full"} 1.0' in text
     assert "flashbulb_ready 0.0" in text  # no worker
 
 

@@ -177,7 +177,7 @@ async def test_both_ways_count_alike(make_app: MakeApp) -> None:
             await client.post(ROUTE, content=b'{"prompt": "dog"}', headers={"content-type": kind})
     told = metrics.exposition().decode()
     assert f'requests_total{{method="POST",route="{ROUTE}",status="429"}} 2.0' in told
-    assert 'shed_total{reason="total"} 2.0' in told
+    assert 'shed_total{reason="queue_full"} 2.0' in told
 
 
 async def test_an_unforeseen_error_is_a_500_in_our_form_on_both_ways(

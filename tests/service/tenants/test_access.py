@@ -297,6 +297,8 @@ async def test_one_key_has_a_share_of_the_event_streams_and_leaves_others_theirs
         refused = await mine.get(f"/v1/jobs/{ids[0]}/events")
         error = check_error(refused, 429, "too_many_streams")
         assert "1 event streams of your key" in error["message"] and int(refused.headers["retry-after"]) >= 1
+        counted = app.state.context.metrics.exposition()
+        assert b'flashbulb_shed_total{reason="too_many_streams"} 1.0' in counted
         assert (await theirs.get(f"/v1/jobs/{ids[1]}/events")).status_code == 200
         await watching.aclose()
         assert (await mine.get(f"/v1/jobs/{ids[0]}/events")).status_code == 200
