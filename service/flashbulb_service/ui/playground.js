@@ -261,8 +261,8 @@ async function start() {
   try {
     models = (await askJson("/v1/models")).data;
   } catch (error) {
-    if (error instanceof Refusal && error.status === 401) {
-      if (hasKey()) showError(error.message, error.detail);
+    if (error instanceof Refusal && [401, 403].includes(error.status)) {
+      if (hasKey() || error.status === 403) showError(error.message, error.detail);
       askForKey();
       return;
     }

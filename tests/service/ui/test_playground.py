@@ -124,6 +124,11 @@ def test_a_server_with_keys_asks_for_one_and_keeps_it_in_the_tab(page: Page, tmp
         page.js(f"document.getElementById('key').value = 'fb_wrong'; {submit}")
         assert "invalid_api_key" in page.until(VISIBLE_ERROR)
         page.until("document.getElementById('key').value === ''")
+        admin = run_flashbulb("keys", "create", "ops", "--scope", "admin", "--data", tmp_path / "data")
+        page.js(f"document.getElementById('key').value = '{admin.stdout.strip()}'; {submit}")
+        assert "missing_scope" in page.until(VISIBLE_ERROR)  # it was kept, and the tab had no way on
+        page.until("document.getElementById('key').value === ''")
+        assert page.js("[document.getElementById('access').hidden, sessionStorage.length]") == [False, 0]
         page.js(f"document.getElementById('key').value = '{made}'; {submit}")
         page.until("document.getElementById('state').textContent === 'ready'")
         assert page.js("document.getElementById('access').hidden") is True
