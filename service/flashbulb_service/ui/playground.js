@@ -102,6 +102,7 @@ function showTab(name) {
     $(`tab-${other}`).tabIndex = other === tab ? 0 : -1;
   }
   $("count-field").hidden = tab === "videos";
+  $("count").disabled = tab === "videos"; // what cannot be seen is not to be checked
   $("seconds-field").hidden = tab === "images";
   $("prompt").placeholder = tab === "videos" ? "rocket flying up" : "red apple";
   form.setAttribute("aria-label", tab === "videos" ? "Make videos" : "Draw pictures");

@@ -87,6 +87,17 @@ def test_stop_cancels_the_video(page: Page, both_url: str) -> None:
     assert page.complaints() == []
 
 
+def test_a_count_of_pictures_stops_no_video(page: Page, both_url: str) -> None:
+    """The hidden field was checked all the same: "Make video" did nothing, and said nothing."""
+    page.open(both_url)
+    page.until("document.getElementById('state').textContent === 'ready'")
+    page.js("document.getElementById('count').value = 99; document.getElementById('tab-videos').click()")
+    make(page, "dog", "3")
+    page.until(f"{PLAYER} && {IDLE}")
+    page.js("document.getElementById('tab-images').click()")
+    assert page.js("document.getElementById('form').checkValidity()") is False
+
+
 def test_the_requests_shown_as_text_make_the_same_video(page: Page, both_url: str, tmp_path: Path) -> None:
     open_tab(page, both_url)
     make(page, 'a "red" dog\'s heart', "5")
