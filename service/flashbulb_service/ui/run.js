@@ -12,6 +12,26 @@ export function element(name, text, attributes = {}) {
   return made;
 }
 
+// Queue a job for each seed, then follow all of them to their ends; an error ends what was begun, as nobody sees it.
+export async function seeThrough(run, queue, signal) {
+  try {
+    for (const seed of run.seeds) {
+      if (run.stopped) break;
+      run.jobs.set(seed, await queue(seed));
+    }
+    if (run.stopped) await cancel(run); // one was on its way when it was stopped
+    run.onChange(run);
+    await Promise.all([...run.jobs.keys()].map((seed) => run.follow(seed, signal)));
+  } catch (error) {
+    await cancel(run);
+    throw error;
+  }
+}
+
+export async function cancel(run) {
+  await Promise.allSettled([...run.jobs.values()].map(({ id }) => askJson(`/v1/jobs/${id}`, { method: "DELETE" })));
+}
+
 export class Run {
   // `choice` is the form; `seeds` has at least one number. `onChange` is called when there is something new to tell.
   constructor(choice, seeds, onChange) {
@@ -40,11 +60,8 @@ export class Run {
     return row;
   }
 
-  // Queue every job, then follow all of them to their ends.
   async start(signal) {
-    for (const seed of this.seeds) this.jobs.set(seed, await post("/v1/jobs", bodyOf(this.choice, seed), signal));
-    this.onChange(this);
-    await Promise.all(this.seeds.map((seed) => this.follow(seed, signal)));
+    await seeThrough(this, (seed) => post("/v1/jobs", bodyOf(this.choice, seed), signal), signal);
   }
 
   async follow(seed, signal) {
@@ -89,7 +106,7 @@ export class Run {
 
   async stop() {
     this.stopped = true;
-    await Promise.allSettled([...this.jobs.values()].map(({ id }) => askJson(`/v1/jobs/${id}`, { method: "DELETE" })));
+    await cancel(this);
   }
 
   // Pictures that never came leave no empty frame behind.

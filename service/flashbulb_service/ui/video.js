@@ -1,9 +1,9 @@
 // One press of "Make video": a video for each seed, followed through its events, then shown in a player with its
 // spritesheet. It tells what a `Run` tells.
 
-import { askJson, events, fileAsData, post } from "/ui/server.js";
+import { events, fileAsData, post } from "/ui/server.js";
 import { fileName, videoBodyOf } from "/ui/request.js";
-import { element } from "/ui/run.js";
+import { cancel, element, seeThrough } from "/ui/run.js";
 
 const ENDS = ["job.completed", "job.failed", "job.cancelled"];
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -28,9 +28,7 @@ export class VideoRun {
   }
 
   async start(signal) {
-    for (const seed of this.seeds) this.jobs.set(seed, await post("/v1/videos", videoBodyOf(this.choice, seed), signal));
-    this.onChange(this);
-    await Promise.all(this.seeds.map((seed) => this.follow(seed, signal)));
+    await seeThrough(this, (seed) => post("/v1/videos", videoBodyOf(this.choice, seed), signal), signal);
   }
 
   async follow(seed, signal) {
@@ -74,7 +72,7 @@ export class VideoRun {
 
   async stop() {
     this.stopped = true;
-    await Promise.allSettled([...this.jobs.values()].map(({ id }) => askJson(`/v1/jobs/${id}`, { method: "DELETE" })));
+    await cancel(this);
   }
 
   // Videos that never came leave no empty frame behind.

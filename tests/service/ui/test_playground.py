@@ -262,6 +262,52 @@ def test_stop_cancels_what_was_not_drawn_and_keeps_what_was(page: Page, slow_url
     assert (job["prompt"], job["status"]) == ("cat", "cancelled")
 
 
+# Holds or refuses the requests for jobs that a press of "Draw" makes; `posts` counts them.
+REFUSE_THE_THIRD = """
+    const real = window.fetch; window.posts = 0;
+    window.fetch = (path, options) => options?.method === 'POST' && ++window.posts === 3
+        ? Promise.resolve(new Response('{"error": {"message": "full", "code": "queue_full"}}', {status: 429}))
+        : real(path, options);
+"""
+HOLD_THE_SECOND = """
+    const real = window.fetch; window.posts = 0;
+    window.fetch = async (path, options) => {
+        if (options?.method === 'POST' && ++window.posts === 2)
+            await new Promise((resolve) => { window.release = resolve; });
+        return real(path, options);
+    };
+"""
+
+
+def jobs_of(url: str, prompt: str) -> list[tuple[int, str]]:
+    listed = httpx2.get(f"{url}/v1/jobs").json()["data"]
+    return [(job["seed"], job["status"]) for job in listed if job["prompt"] == prompt]
+
+
+def test_when_a_seed_is_refused_those_before_it_are_cancelled(page: Page, slow_url: str) -> None:
+    """They were neither shown nor ended: the device drew pictures for nobody."""
+    open_ready(page, slow_url)
+    page.js(REFUSE_THE_THIRD)
+    press_draw(page, "boat", count=9, seed="1-4")
+    assert "full" in page.until(VISIBLE_ERROR)
+    page.until(IDLE)
+    assert sorted(jobs_of(slow_url, "boat")) == [(1, "cancelled"), (2, "cancelled")]
+    assert page.js("window.posts") == 3
+
+
+def test_stop_while_seeds_are_still_queued_ends_all_and_queues_no_more(page: Page, slow_url: str) -> None:
+    """It ended those that were known, and the page went on to queue the others."""
+    open_ready(page, slow_url)
+    page.js(HOLD_THE_SECOND)
+    press_draw(page, "tree", count=9, seed="1-4")
+    page.until("window.release !== undefined")
+    page.js("document.getElementById('stop').click()")
+    page.js("window.release()")
+    page.until(IDLE)
+    assert sorted(jobs_of(slow_url, "tree")) == [(1, "cancelled"), (2, "cancelled")]
+    assert page.js("window.posts") == 2
+
+
 def test_several_seeds_stand_side_by_side_and_their_program_draws_the_same(
     page: Page, server_url: str, tmp_path: Path
 ) -> None:
