@@ -1,7 +1,7 @@
 // The playground: a form, the run under way, the runs before it, and the request as text. No library, no state but
 // what stands on the page.
 
-import { ask, askJson, dropKey, hasKey, keepKey, Refusal, refusalOf } from "/ui/server.js";
+import { ask, askJson, dropKey, hasKey, keepKey, Refusal, refusalOf } from "./server.js";
 import {
   asCurl,
   asPython,
@@ -11,9 +11,9 @@ import {
   videoAsCurl,
   videoAsPython,
   videoBodyOf,
-} from "/ui/request.js";
-import { element, Run } from "/ui/run.js";
-import { VideoRun } from "/ui/video.js";
+} from "./request.js";
+import { element, Run } from "./run.js";
+import { VideoRun } from "./video.js";
 
 const MAX_HISTORY = 24;
 const $ = (id) => document.getElementById(id);
@@ -85,8 +85,9 @@ function checkSeeds() {
 }
 
 function showRequest(bodies) {
-  $("curl").textContent = TABS[tab].curl(location.origin, bodies, hasKey());
-  $("python").textContent = TABS[tab].python(location.origin, bodies, hasKey());
+  const base = new URL(".", location.href).href.replace(/\/$/, "");
+  $("curl").textContent = TABS[tab].curl(base, bodies, hasKey());
+  $("python").textContent = TABS[tab].python(base, bodies, hasKey());
 }
 
 function refreshRequest() {
@@ -260,7 +261,7 @@ function keepShown() {
 async function start() {
   setBusy(false);
   try {
-    models = (await askJson("/v1/models")).data;
+    models = (await askJson("v1/models")).data;
   } catch (error) {
     if (error instanceof Refusal && [401, 403].includes(error.status)) {
       if (hasKey() || error.status === 403) showError(error.message, error.detail);
@@ -279,7 +280,7 @@ async function start() {
 }
 
 async function checkReady() {
-  const ready = await ask("/readyz").catch(() => null);
+  const ready = await ask("readyz").catch(() => null);
   if (ready?.ok) {
     $("error").hidden = true;
     showState("good", "ready");

@@ -31,22 +31,22 @@ export function videoBodyOf({ model, prompt, size, seconds }, seed) {
 }
 
 // Make a video, wait for the end of its events, fetch its file.
-export function videoAsCurl(origin, bodies, withKey) {
+export function videoAsCurl(base, bodies, withKey) {
   const key = withKey ? ` -H "Authorization: Bearer $FLASHBULB_API_KEY"` : "";
   return bodies
     .map((body) =>
       [
-        `id=$(curl -s ${origin}/v1/videos${key} \\`,
+        `id=$(curl -s ${base}/v1/videos${key} \\`,
         `  -H 'Content-Type: application/json' \\`,
         `  -d ${shellText(JSON.stringify(body))} | grep -o 'video_[0-9a-f]*' | head -n 1)`,
-        `curl -sN ${origin}/v1/jobs/$id/events${key} > /dev/null`,
-        `curl -s ${origin}/v1/videos/$id/content${key} -o video${body.seed === undefined ? "" : `-${body.seed}`}.mp4`,
+        `curl -sN ${base}/v1/jobs/$id/events${key} > /dev/null`,
+        `curl -s ${base}/v1/videos/$id/content${key} -o video${body.seed === undefined ? "" : `-${body.seed}`}.mp4`,
       ].join("\n"),
     )
     .join("\n");
 }
 
-export function videoAsPython(origin, bodies, withKey) {
+export function videoAsPython(base, bodies, withKey) {
   const [body] = bodies;
   const seeds = bodies.map((one) => one.seed).filter((seed) => seed !== undefined);
   const many = seeds.length > 1;
@@ -56,7 +56,7 @@ export function videoAsPython(origin, bodies, withKey) {
     ...(withKey ? ["import os"] : []),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${pythonText(`${origin}/v1`)}, api_key=${key})`,
+    `client = OpenAI(base_url=${pythonText(`${base}/v1`)}, api_key=${key})`,
     ...(many ? [`for seed in [${seeds.join(", ")}]:`] : []),
     `${pad}video = client.videos.create_and_poll(`,
     `${pad}    model=${pythonText(body.model)},`,
@@ -70,11 +70,11 @@ export function videoAsPython(origin, bodies, withKey) {
   return lines.join("\n");
 }
 
-export function asCurl(origin, bodies, withKey) {
+export function asCurl(base, bodies, withKey) {
   return bodies
     .map((body) =>
       [
-        `curl ${origin}/v1/images/generations \\`,
+        `curl ${base}/v1/images/generations \\`,
         ...(withKey ? [`  -H "Authorization: Bearer $FLASHBULB_API_KEY" \\`] : []),
         `  -H 'Content-Type: application/json' \\`,
         `  -d ${shellText(JSON.stringify(body))}`,
@@ -83,7 +83,7 @@ export function asCurl(origin, bodies, withKey) {
     .join("\n");
 }
 
-export function asPython(origin, bodies, withKey) {
+export function asPython(base, bodies, withKey) {
   const [body] = bodies;
   const seeds = bodies.map((one) => one.seed).filter((seed) => seed !== undefined);
   const many = seeds.length > 1;
@@ -94,7 +94,7 @@ export function asPython(origin, bodies, withKey) {
     ...(withKey ? ["import os"] : []),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${pythonText(`${origin}/v1`)}, api_key=${key})`,
+    `client = OpenAI(base_url=${pythonText(`${base}/v1`)}, api_key=${key})`,
     ...(many ? [`for seed in [${seeds.join(", ")}]:`] : []),
     `${pad}answer = client.images.generate(`,
     `${pad}    model=${pythonText(body.model)},`,

@@ -1,7 +1,7 @@
 // One press of "Draw": a job for each seed, watched through its events, shown in rows that fill as pictures come.
 
-import { askJson, events, fileAsData, post } from "/ui/server.js";
-import { bodyOf, fileName } from "/ui/request.js";
+import { askJson, events, fileAsData, post } from "./server.js";
+import { bodyOf, fileName } from "./request.js";
 
 const ENDS = ["job.completed", "job.failed", "job.cancelled"];
 
@@ -29,7 +29,7 @@ export async function seeThrough(run, queue, signal) {
 }
 
 export async function cancel(run) {
-  await Promise.allSettled([...run.jobs.values()].map(({ id }) => askJson(`/v1/jobs/${id}`, { method: "DELETE" })));
+  await Promise.allSettled([...run.jobs.values()].map(({ id }) => askJson(`v1/jobs/${id}`, { method: "DELETE" })));
 }
 
 export class Run {
@@ -61,12 +61,12 @@ export class Run {
   }
 
   async start(signal) {
-    await seeThrough(this, (seed) => post("/v1/jobs", bodyOf(this.choice, seed), signal), signal);
+    await seeThrough(this, (seed) => post("v1/jobs", bodyOf(this.choice, seed), signal), signal);
   }
 
   async follow(seed, signal) {
     const { id } = this.jobs.get(seed);
-    for await (const { name, data } of events(`/v1/jobs/${id}/events`, (one) => ENDS.includes(one.name), signal)) {
+    for await (const { name, data } of events(`v1/jobs/${id}/events`, (one) => ENDS.includes(one.name), signal)) {
       if (name.startsWith("job.")) this.jobs.set(seed, data);
       else Object.assign(this.jobs.get(seed), { ...pick(data) });
       if (name === "picture.preview") await this.show(seed, data.index, data.url, { preview: true });
@@ -79,7 +79,7 @@ export class Run {
     const job = this.jobs.get(seed);
     const known = job.data.every(({ index }) => this.images.has(`${seed}/${index}`));
     if (known && job.data.length === Math.round((job.progress / 100) * job.n)) return;
-    const fresh = known ? await askJson(`/v1/jobs/${job.id}`) : job; // an event tells progress, the job the addresses
+    const fresh = known ? await askJson(`v1/jobs/${job.id}`) : job; // an event tells progress, the job the addresses
     this.jobs.set(seed, fresh);
     for (const { index, url } of fresh.data) {
       if (!this.images.has(`${seed}/${index}`)) await this.show(seed, index, url, {});
@@ -89,7 +89,8 @@ export class Run {
   async show(seed, index, url, { preview = false }) {
     const key = `${seed}/${index}`;
     if (this.images.has(key)) return; // a preview that came late
-    const source = await fileAsData(url);
+    const file = new URL(url, location.href).pathname.split("/").pop(); // the same file, by the way this page came
+    const source = await fileAsData(`v1/images/results/${file}`);
     if (!preview) this.images.set(key, source);
     const { prompt } = this.choice;
     const alt = `${prompt}, picture ${index + 1}`;

@@ -16,6 +16,7 @@ export class Refusal extends Error {
   }
 }
 
+// `path` is relative to the page: a proxy may have put both under a path of its own.
 export function ask(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
   return fetch(path, key ? { ...options, headers: { ...options.headers, authorization: `Bearer ${key}` } } : options);
@@ -47,9 +48,8 @@ export async function refusalOf(response) {
 }
 
 // A file of the server as a data: address, which the page may show and the visitor may save.
-export async function fileAsData(url) {
-  const { pathname, search } = new URL(url, location.href); // the same file, by the way this page came
-  const response = await ask(pathname + search);
+export async function fileAsData(path) {
+  const response = await ask(path);
   if (!response.ok) throw await refusalOf(response);
   const blob = await response.blob();
   return new Promise((resolve, reject) => {

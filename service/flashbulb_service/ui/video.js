@@ -1,9 +1,9 @@
 // One press of "Make video": a video for each seed, followed through its events, then shown in a player with its
 // spritesheet. It tells what a `Run` tells.
 
-import { events, fileAsData, post } from "/ui/server.js";
-import { fileName, videoBodyOf } from "/ui/request.js";
-import { cancel, element, seeThrough } from "/ui/run.js";
+import { events, fileAsData, post } from "./server.js";
+import { fileName, videoBodyOf } from "./request.js";
+import { cancel, element, seeThrough } from "./run.js";
 
 const ENDS = ["job.completed", "job.failed", "job.cancelled"];
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -28,12 +28,12 @@ export class VideoRun {
   }
 
   async start(signal) {
-    await seeThrough(this, (seed) => post("/v1/videos", videoBodyOf(this.choice, seed), signal), signal);
+    await seeThrough(this, (seed) => post("v1/videos", videoBodyOf(this.choice, seed), signal), signal);
   }
 
   async follow(seed, signal) {
     const { id } = this.jobs.get(seed);
-    for await (const { name, data } of events(`/v1/jobs/${id}/events`, (one) => ENDS.includes(one.name), signal)) {
+    for await (const { name, data } of events(`v1/jobs/${id}/events`, (one) => ENDS.includes(one.name), signal)) {
       if (name.startsWith("job.")) this.jobs.set(seed, data);
       else Object.assign(this.jobs.get(seed), data);
       this.onChange(this);
@@ -45,7 +45,7 @@ export class VideoRun {
   async show(seed) {
     const { id } = this.jobs.get(seed);
     const views = ["", "?variant=thumbnail", "?variant=spritesheet"];
-    const [film, thumbnail, sheet] = await Promise.all(views.map((view) => fileAsData(`/v1/videos/${id}/content${view}`)));
+    const [film, thumbnail, sheet] = await Promise.all(views.map((view) => fileAsData(`v1/videos/${id}/content${view}`)));
     const { prompt } = this.choice;
     const player = element("video", undefined, { src: film, poster: thumbnail, controls: "", playsinline: "", "aria-label": prompt });
     player.muted = true; // there is no sound; without this no browser starts by itself

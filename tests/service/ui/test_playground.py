@@ -3,7 +3,9 @@
 import base64
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -138,6 +140,52 @@ def test_a_server_with_keys_asks_for_one_and_keeps_it_in_the_tab(page: Page, tmp
         assert page.js("JSON.stringify(localStorage) + document.cookie") == "{}"
         page.open(serving.url)  # again, in the same tab
         page.until("document.getElementById('state').textContent === 'ready'")
+
+
+class UnderAPath(BaseHTTPRequestHandler):
+    """A proxy that has the API under /flashbulb, and nothing elsewhere."""
+
+    target = ""
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/flashbulb/"):
+            self.send_error(404)
+            return
+        url = self.target + self.path.removeprefix("/flashbulb")
+        body = self.rfile.read(int(self.headers.get("content-length", "0")))
+        with httpx2.stream(self.command, url, headers=dict(self.headers.items()), content=body) as answer:
+            self.send_response(answer.status_code)
+            for name, value in answer.headers.items():
+                if name not in ("connection", "transfer-encoding"):
+                    self.send_header(name, value)
+            self.end_headers()
+            for chunk in answer.iter_raw():
+                self.wfile.write(chunk)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Stay quiet."""
+
+
+def test_the_playground_works_under_a_path_of_a_proxy(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files, its requests and its pictures were asked for at the proxy's root, where something else may be."""
+    make_tiny_bundle(tmp_path / "models")
+    with ThreadingHTTPServer(("127.0.0.1", 0), UnderAPath) as proxy:
+        public_url = f"http://127.0.0.1:{proxy.server_address[1]}/flashbulb"
+        with Serving(tmp_path / "models", tmp_path / "data", public_url=public_url) as serving:
+            monkeypatch.setattr(UnderAPath, "target", serving.url)
+            threading.Thread(target=proxy.serve_forever).start()
+            try:
+                open_ready(page, f"{public_url}/")
+                draw(page, "dog", count=2)
+                assert f"curl {public_url}/v1/" in page.js("document.getElementById('curl').textContent")
+                assert page.complaints() == []
+            finally:
+                page.open("about:blank")
+                proxy.shutdown()
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1400])
