@@ -149,14 +149,27 @@ def _cast(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> ir.Nod
 
 
 def _places_of(network: torch.nn.Module, places: Mapping[str, Place]) -> dict[str, Place | None]:
-    """Find the place of each of a network's tensors; shared ones are stored under one of their names."""
+    """Find the place of each of a network's tensors; shared ones are stored under one of their names.
+
+    A name may be stored behind a prefix: published files of CLIPTextModel say text_model., which transformers drops
+    when it loads them and writes again when it saves.
+    """
     state = network.state_dict()
+    others = {stored: place for stored, place in places.items() if stored not in state}
+
+    def find(name: str, shape: tuple[int, ...]) -> Place | None:
+        if name in places:
+            return places[name]
+        found = [p for stored, p in others.items() if stored.endswith(f".{name}") and p.shape == shape]
+        return found[0] if len(found) == 1 else None
+
+    own = {name: find(name, tuple(tensor.shape)) for name, tensor in state.items()}
     by_memory = {
-        (tensor.data_ptr(), tuple(tensor.shape)): places[name]
+        (tensor.data_ptr(), tuple(tensor.shape)): own[name]
         for name, tensor in state.items()
-        if name in places
+        if own[name] is not None
     }
     return {
-        name: places.get(name) or by_memory.get((tensor.data_ptr(), tuple(tensor.shape)))
+        name: own[name] or by_memory.get((tensor.data_ptr(), tuple(tensor.shape)))
         for name, tensor in state.items()
     }

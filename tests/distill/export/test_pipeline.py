@@ -5,7 +5,7 @@ import json
 import onnx
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flashbulb_distill.export.external import place_weights
 from flashbulb_distill.export.graph import networks_of, trace_graph
@@ -28,6 +28,18 @@ def save_folder(root, names):
         entries[name] = [type(parts[name]).__module__.partition(".")[0], type(parts[name]).__name__]
     (root / "model_index.json").write_text(json.dumps(entries))
     return root
+
+
+def store_behind(folder, *prefixes):
+    """Store every tensor of a part in one file, once behind each prefix."""
+    tensors = {}
+    for file in [*folder.glob("*.safetensors")]:
+        tensors |= load_file(file)
+        file.unlink()
+    for index in folder.glob("*.index.json"):
+        index.unlink()
+    stored = {f"{prefix}{name}": value.clone() for prefix in prefixes for name, value in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_graphs_lie_beside_sharded_weights_and_agree_with_torch(tmp_path, capsys):
@@ -61,6 +73,14 @@ def test_graph_of_another_dtype_casts_what_is_stored(tmp_path, capsys):
     assert types == {onnx.TensorProto.FLOAT}
 
 
+def test_weights_that_are_stored_behind_a_prefix_are_found(tmp_path, capsys):
+    """Published SDXL has text_model.embeddings.* where transformers 5 calls it embeddings.*: none was found."""
+    folder = save_folder(tmp_path, ["text_encoder"])
+    store_behind(folder / "text_encoder", "text_model.")
+    assert run(["export", "onnx", str(folder)]) == 0
+    assert "differs from torch" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -89,4 +109,8 @@ def test_weights_that_are_missing_are_named(tmp_path):
     name = next(iter(network.state_dict()))
     save_file({name: torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"expected .*weight of shape .* found"):
+        place_weights(graph, component, {network: tmp_path}, tmp_path)
+    network.save_pretrained(tmp_path)
+    store_behind(tmp_path, "text_model.", "teacher.")
+    with pytest.raises(ValueError, match=r"expected .*weight of shape .* found none"):
         place_weights(graph, component, {network: tmp_path}, tmp_path)
