@@ -75,10 +75,13 @@ def export_pipeline(
         dtype: that the graphs compute in; as stored if None.
         check: hold each graph against torch; needs two to three times the memory of its weights.
     Raises:
-        ValueError: no such folder, or weights are missing.
+        ValueError: no such folder, or weights are missing or lie elsewhere.
         ParityError: a graph does not compute what its network does; it is not written.
     """
-    for family, name, network in find_networks(folder):
+    networks = find_networks(folder)
+    for _, name, _ in networks:
+        _refuse_links(folder, name)
+    for family, name, network in networks:
         loaded = load_network(folder / name, network, dtype)
         component = component_of(family, name, loaded)
         graph = trace_graph(component, opset=opset, cache=cache)
@@ -94,6 +97,17 @@ def export_pipeline(
         finally:
             temporary.unlink(missing_ok=True)
         yield ExportedPart(component.name, path, parity)
+
+
+def _refuse_links(folder: Path, name: str) -> None:
+    """Raise ValueError if weights are links, as in the hub's cache: neither onnx nor onnxruntime reads a graph's so."""
+    for file in (folder / name).glob("*.safetensors"):
+        own = folder.resolve() / name / file.name
+        if file.resolve() != own or own.stat().st_nlink > 1:
+            raise ValueError(
+                f"{file}: expected a file of its own, found a link, through which onnxruntime reads no weights; "
+                "copy the folder (cp -rL), or fetch it with hf download --local-dir"
+            )
 
 
 def find_networks(folder: Path) -> list[tuple[str, str, str]]:

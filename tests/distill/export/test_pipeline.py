@@ -1,12 +1,14 @@
 """`flashbulb export onnx` on diffusers folders."""
 
 import json
+from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flashbulb_distill.export import pipeline
 from flashbulb_distill.export.external import place_weights
 from flashbulb_distill.export.graph import networks_of, trace_graph
 from flashbulb_service.cli import run
@@ -79,6 +81,20 @@ def test_weights_that_are_stored_behind_a_prefix_are_found(tmp_path, capsys):
     store_behind(folder / "text_encoder", "text_model.")
     assert run(["export", "onnx", str(folder)]) == 0
     assert "differs from torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to], ids=["symbolic", "hard"])
+def test_weights_that_are_links_are_refused_before_anything_is_traced(tmp_path, capsys, monkeypatch, link):
+    """A snapshot of the hub's cache links into blobs/: that was a traceback of onnx.checker, after all the tracing."""
+    folder = save_folder(tmp_path / "snapshot", ["text_encoder"])
+    file = max(folder.glob("text_encoder/*.safetensors"))
+    link(file, file.rename(tmp_path / "blob"))
+    monkeypatch.setattr(pipeline, "trace_graph", lambda *_, **__: pytest.fail("traced"))
+    capsys.readouterr()  # progress of saving
+    assert run(["export", "onnx", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert f"{file}: expected a file of its own, found a link" in error and "cp -rL" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
