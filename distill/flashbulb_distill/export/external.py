@@ -26,6 +26,7 @@ DTYPES = {
     "I64": ir.DataType.INT64,
 }
 _MAX_HEADER_BYTES = 100 << 20
+_INDEX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +40,42 @@ class Place:
     length: int
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that from_pretrained loads: those of the index where there is one, and of no variant like fp16.
+
+    Raises:
+        ValueError: there is no such file, or one of the index is missing.
+    """
+    whole = folder / "model.safetensors"
+    if whole.is_file():  # transformers takes it before an index; diffusers has another name
+        return [whole]
+    for index in folder.glob(f"*{_INDEX}"):
+        if "." in index.name.removesuffix(_INDEX):  # of a variant, as diffusers once named it
+            continue
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(
+                f"{index}: expected the files that it names, found no {missing[0]}; fetch it anew"
+            )
+        return files
+    files = sorted(file for file in folder.glob("*.safetensors") if "." not in file.stem)
+    if not files:
+        raise ValueError(
+            f"{folder}: expected *.safetensors files, found none beside those of variants like fp16; "
+            "save the model there first"
+        )
+    return files
+
+
 def read_places(folder: Path) -> dict[str, Place]:
-    """Return the place of every tensor in the safetensors files of a folder, shards included; reads headers only.
+    """Return the place of every tensor in a folder's `weight_files`; reads headers only.
 
     Raises:
         ValueError: there is no such file, or one is damaged.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: expected *.safetensors files, found none; save the model there first")
     places = {}
-    for file in files:
+    for file in weight_files(folder):
         with file.open("rb") as handle:
             head = handle.read(8)
             header_bytes = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER_BYTES + 1

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from .draft import draft
-from .external import Place, place_weights, read_places, save_weights
+from .external import Place, place_weights, read_places, save_weights, weight_files
 from .families import Component, component_of, variants
 from .graph import networks_of, save_graph, trace_graph
 from .parity import Parity, check_component
@@ -101,7 +101,7 @@ def export_pipeline(
 
 def _refuse_links(folder: Path, name: str) -> None:
     """Raise ValueError if weights are links, as in the hub's cache: neither onnx nor onnxruntime reads a graph's so."""
-    for file in (folder / name).glob("*.safetensors"):
+    for file in weight_files(folder / name):
         own = folder.resolve() / name / file.name
         if file.resolve() != own or own.stat().st_nlink > 1:
             raise ValueError(
