@@ -28,6 +28,7 @@ from ..bundle import (
 from ..teachers.codec import VaeCodec
 from ..teachers.denoiser import Condition, Denoiser
 from ..teachers.prompts import PromptEncoder
+from ..train.recipe import MAX_TOLERANCE
 from .draft import draft
 from .external import place_weights
 from .families import Component, VaeDecoder
@@ -111,14 +112,14 @@ def export_student(
     max_batch: int = 1,
     attribution: str = "",
     parents: Mapping[str, str] | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = MAX_TOLERANCE,
 ) -> list[Parity]:
     """Write a verified bundle of one size to `folder`, which appears whole or not at all.
 
     Beside the graphs lies the student as a diffusers folder: the graphs hold no weights, they name its files.
 
     Args:
-        tolerance: of the parity gate, relative to each output's root mean square.
+        tolerance: of the parity gate, relative to each output's root mean square; `verify_bundle` allows no more.
     Returns:
         What the parity gate measured.
     Raises:

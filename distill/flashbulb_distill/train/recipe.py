@@ -13,6 +13,10 @@ from ..bundle import Shape
 
 STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm")  # in their order
 
+MAX_TOLERANCE = (
+    1e-3  # of a bundle's parity gate: float32 graphs differ by 5e-5 at most, a changed weight by more
+)
+
 IDA = "by how much each student update pulls the fake score along; SenseFlow has .03, the paper nothing"
 
 
@@ -264,7 +268,9 @@ class ExportRecipe(Strict):
     licence: str
     attribution: str = ""
     max_batch: int = Field(default=16, ge=1)
-    tolerance: float = Field(default=1e-3, gt=0)
+    tolerance: float = Field(
+        default=MAX_TOLERANCE, gt=0, le=MAX_TOLERANCE, description="of the parity gate: graphs beside torch"
+    )
     fps: float | None = Field(default=None, gt=0, description="frames a second; of videos only")
 
 

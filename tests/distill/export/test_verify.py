@@ -59,7 +59,7 @@ def test_one_changed_weight_is_refused_by_its_hash(bundle):
         verify_bundle(bundle)
 
 
-def test_one_changed_weight_behind_a_right_hash_is_refused_by_parity(bundle, capsys):
+def change_one_weight(bundle):
     def bump(values):
         values[101, 5] = 100 if values[101, 5] < 50 else -100  # of [CLS], which every prompt begins with
         return values
@@ -67,11 +67,23 @@ def test_one_changed_weight_behind_a_right_hash_is_refused_by_parity(bundle, cap
     change_initialiser(
         bundle / "text_encoder.onnx", lambda t: t.name.endswith("word_embeddings.weight/int8"), bump
     )
+
+
+def test_one_changed_weight_behind_a_right_hash_is_refused_by_parity(bundle, capsys):
+    change_one_weight(bundle)
     rewrite(bundle)
     with pytest.raises(ParityError, match=r"text_encoder: expected ONNX Runtime within 0\.0001"):
         verify_bundle(bundle)
     assert run(["models", "verify", "--models", str(bundle.parents[1])]) == 1
     assert "text_encoder: expected" in capsys.readouterr().err
+
+
+def test_a_changed_weight_is_refused_whatever_the_manifest_allows(bundle):
+    """The tolerance was the manifest's own, so that a publisher could allow anything."""
+    change_one_weight(bundle)
+    rewrite(bundle, parity=open_bundle(bundle, verify=False).manifest.parity | {"tolerance": 1e9})
+    with pytest.raises(ParityError, match=r"text_encoder: expected ONNX Runtime within 0\.001 of torch"):
+        verify_bundle(bundle)
 
 
 @pytest.mark.parametrize(
