@@ -292,7 +292,7 @@ class Run:
         parent = list(stages)[place - 1] if place else None
         made_of = self.train(parent) if parent else self._source()
         inputs = {"parent": made_of, "time_steps": self.recipe.time_steps, "seed": self.recipe.seed}
-        inputs |= self._networks()
+        inputs |= self.networks()
         section = stages[stage]
         inputs |= {"guard": self.recipe.guard.model_dump(mode="json")} if self.recipe.guard else {}
         folder = self._folder(stage, digest(inputs | {"recipe": section.model_dump(mode="json")}))
@@ -330,7 +330,7 @@ class Run:
         self.ranks.first(folder.finish)
         return folder.identity
 
-    def _networks(self) -> dict[str, object]:
+    def networks(self) -> dict[str, object]:
         """Return what the recipe says of all that is trained, whatever the stage."""
         recipe, roles = self.recipe, self.recipe.roles
         lora = recipe.lora if "lora" in (roles.student, roles.fake) else None
@@ -443,7 +443,7 @@ class Run:
 
     def _evaluate(self, parent: str) -> tuple[str, dict[str, float]]:
         measurement, teacher, recipe = self.measurement, self.evaluate_teacher(), self.recipe
-        folder = self._folder("evaluation", self._evaluation_of({"student": parent}))
+        folder = self._folder("evaluation", self.evaluation_of({"student": parent}))
         path = folder.path
         if not folder.is_done():
             folder.claim()
@@ -465,7 +465,7 @@ class Run:
     def evaluate_teacher(self) -> BaseModel:
         """Measure the teacher. It depends on no student, so it may run beside the training."""
         measurement = self.measurement
-        folder = self._folder("teacher", self._evaluation_of({"teacher": self.teacher_sha256}))
+        folder = self._folder("teacher", self.evaluation_of({"teacher": self.teacher_sha256}))
         path = folder.path / "evaluation.json"
         if not folder.is_done():
             folder.claim()
@@ -475,7 +475,8 @@ class Run:
         found: BaseModel = measurement.read(path)
         return found
 
-    def _evaluation_of(self, made_of: dict[str, str]) -> str:
+    def evaluation_of(self, made_of: dict[str, str]) -> str:
+        """Return the identity of the evaluation of something."""
         measured = {"reference": self.measurement.reference_sha256}
         return digest(made_of | measured | {"recipe": self.recipe.measures.model_dump(mode="json")})
 

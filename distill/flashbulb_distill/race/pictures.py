@@ -4,7 +4,7 @@ Where the recipe has a section `regression`, its student is the common start; el
 the recipe has no section takes its rates, batch and guidance from the nearest one that is there.
 
     <out>/pairs, <out>/regression    as in a run
-    <out>/race/<entry>/<seed>/       a folder a stage, evaluation.json
+    <out>/race/<entry>/<seed>/       a folder a stage, evaluation/
     <out>/race/race.json, table.md
 """
 
@@ -22,16 +22,17 @@ from ..evaluate.run import EvaluationResult
 from ..export.generate import student_images
 from ..pairs.store import read_pairs
 from ..run import STUDENT, Run
+from ..stage import StageFolder
 from ..train.build import Inputs, build, student_of
 from ..train.checkpoint import read_module
 from ..train.recipe import (
-    AdversarialRecipe,
     DmdRecipe,
     LaddRecipe,
     LcmRecipe,
     Recipe,
     RecipeError,
     StageRecipe,
+    digest,
 )
 from ..train.trainer import train
 from .entries import Entry, Stage
@@ -102,18 +103,22 @@ class PictureRace:
     moves: int
 
     def __call__(self, provenance: Mapping[str, str]) -> RaceResult:
-        """Run all entries with all seeds, each to its evaluation; what is done is not repeated."""
+        """Run all entries with all seeds, each to its evaluation; what is done is not repeated.
+
+        Raises:
+            RecipeError: what is there was made otherwise, with another number of moves for example.
+        """
         run = self.run
         run.measurement.reference_sha256  # noqa: B018  # refuse before hours of training
-        run.pairs()
+        made_of = run.pairs()
         start: dict[str, Tensor] | None = None
         if run.recipe.regression is not None:
-            run.regression()
+            made_of = run.regression()
             start = load_file(run.out / "regression" / STUDENT)
-        runs = [self._race(entry, seed, start) for seed in self.seeds for entry in self.entries]
+        runs = [self._race(entry, seed, made_of, start) for seed in self.seeds for entry in self.entries]
         if start is not None:
             folder = run.out / "race" / "start"
-            found = self._measure(folder, start, "start")
+            found = self._measure(folder, made_of, start, "start")
             runs.append(_result("start", "the regression that all start from", run.recipe.seed, 0.0, found))
         course: dict[str, float | int | str] = {"moves": self.moves, "recipe": run.recipe.sha256()}
         result = RaceResult(
@@ -129,61 +134,75 @@ class PictureRace:
         (folder / "table.md").write_text(race_table(result, columns))
         return result
 
-    def _race(self, entry: Entry, seed: int, start: Mapping[str, Tensor] | None) -> RunResult:
+    def _race(self, entry: Entry, seed: int, made_of: str, start: Mapping[str, Tensor] | None) -> RunResult:
         folder = self.run.out / "race" / entry.name / str(seed)
         weights, seconds = start, 0.0
         heads: dict[str, Tensor] | None = None
         for stage in entry.stages:
-            path = folder / stage
-            if not (path / STUDENT).exists():
+            part = self._folder(entry, stage, seed, made_of)
+            path, made_of = part.path, part.identity
+            if not part.is_done():
+                part.claim()
                 began = time.process_time()
-                weights = self._train(entry, stage, seed, weights, heads, path)
+                weights = self._train(entry, stage, part, weights, heads)
                 (path / "cpu_seconds").write_text(str(time.process_time() - began))
                 save_file({name: value.contiguous() for name, value in weights.items()}, path / STUDENT)
+                part.finish()
             weights = load_file(path / STUDENT)
             seconds += float((path / "cpu_seconds").read_text())
             heads = read_module(path, "latent") if entry.carry_heads else None
         assert weights is not None
-        found = self._measure(folder, weights, entry.name)
+        found = self._measure(folder, made_of, weights, entry.name)
         return _result(entry.name, entry.title, seed, seconds, found)
+
+    def _folder(self, entry: Entry, stage: Stage, seed: int, made_of: str) -> StageFolder:
+        """Return the folder of an entry's stage, with the recipe that it is trained by."""
+        run = self.run
+        name, section = section_of(run.recipe, stage)
+        steps = self.moves // len(entry.stages) + section.average_from
+        section = section.model_copy(update={"steps": steps})
+        inputs = {"parent": made_of, "time_steps": run.recipe.time_steps, "seed": seed} | run.networks()
+        identity = digest(
+            inputs | {"recipe": section.model_dump(mode="json"), "carry_heads": entry.carry_heads}
+        )
+        recipe = run.recipe.model_copy(update={name: section, "seed": seed})
+        return StageFolder(run.out / "race" / entry.name / str(seed) / stage, identity, recipe)
 
     def _train(
         self,
         entry: Entry,
         stage: Stage,
-        seed: int,
+        part: StageFolder,
         start: Mapping[str, Tensor] | None,
         heads: Mapping[str, Tensor] | None,
-        folder: Path,
     ) -> dict[str, Tensor]:
-        run = self.run
-        name, section = section_of(run.recipe, stage)
-        warmup = section.warmup_steps if isinstance(section, AdversarialRecipe) else 0
-        steps = self.moves // len(entry.stages) + warmup
-        section = section.model_copy(update={"steps": steps})
-        recipe = run.recipe.model_copy(update={name: section, "seed": seed})
+        run, recipe = self.run, part.recipe
+        name, section = section_of(recipe, stage)
         pairs = read_pairs(run.out / "pairs")
         inputs = Inputs(recipe, run.trained_teacher, run.condition, run.uncond, pairs, start, heads)
         return train(
             build(name, inputs),
-            folder,
-            stage=f"{entry.name} seed {seed} {stage}",
-            steps=steps,
+            part.path,
+            stage=f"{entry.name} seed {recipe.seed} {stage}",
+            steps=section.steps,
             ema=section.ema,
-            identity=recipe.sha256(),
-            average_from=warmup,
+            identity=part.identity,
+            average_from=section.average_from,
             report=run.progress,
         )
 
-    def _measure(self, folder: Path, weights: Mapping[str, Tensor], name: str) -> BaseModel:
-        run, path = self.run, folder / "evaluation.json"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+    def _measure(self, folder: Path, made_of: str, weights: Mapping[str, Tensor], name: str) -> BaseModel:
+        run = self.run
+        part = StageFolder(folder / "evaluation", run.evaluation_of({"student": made_of}), run.recipe)
+        path = part.path / "evaluation.json"
+        if not part.is_done():
+            part.claim()
             images = student_images(
                 run.teacher, student_of(run.teacher, weights, run.recipe), run.recipe.time_steps
             )
             found = run.measurement.measure(name, images, {"recipe": run.recipe.sha256()})
             path.write_text(found.model_dump_json(indent=1) + "\n")
+            part.finish()
         result: BaseModel = run.measurement.read(path)
         return result
 

@@ -1,6 +1,7 @@
 """The race on a recipe's teacher: equal terms, nothing done twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def test_entries_start_from_the_regression_share_its_pairs_and_are_not_trained_t
     # Two updates each: B4's are one of ADP, then one of ADM from there.
     folder = run.out / "race"
     students = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("student.safetensors"))
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.glob("B*/*/*/student.safetensors"))
     }
     assert set(students) == {
         f"{stage}/student.safetensors"
@@ -80,6 +82,25 @@ def test_entries_start_from_the_regression_share_its_pairs_and_are_not_trained_t
     again = PictureRace(run, entries, (7, 8), 2)({"command": "x"})
     assert {name: path.stat().st_mtime_ns for name, path in students.items()} == before
     assert again.runs == result.runs
+
+
+@pytest.mark.timeout(120)
+def test_what_was_trained_or_measured_otherwise_is_refused(run):
+    """100 moves were once reported as 1000: a student that was there was taken, whatever had made it."""
+    entries = find_entries("A1")
+    PictureRace(run, entries, (9,), 2)({"command": "x"})
+    before = (run.out / "race" / "race.json").read_bytes()
+    with pytest.raises(
+        RecipeError, match=r"A1/9/regression: was made from a recipe with other regression\.steps;"
+    ):
+        PictureRace(run, entries, (9,), 4)({"command": "x"})
+    measured = run.recipe.evaluate.model_copy(update={"num_seeds": 3})
+    other = replace(run, recipe=run.recipe.model_copy(update={"evaluate": measured}))
+    with pytest.raises(
+        RecipeError, match=r"A1/9/evaluation: was made from a recipe with other evaluate\.num_seeds;"
+    ):
+        PictureRace(other, entries, (9,), 2)({"command": "x"})
+    assert (run.out / "race" / "race.json").read_bytes() == before
 
 
 def test_a_method_without_a_section_takes_the_nearest_ones_rates_and_guidance(tmp_path):
