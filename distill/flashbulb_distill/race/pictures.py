@@ -159,7 +159,8 @@ class PictureRace:
         """Return the folder of an entry's stage, with the recipe that it is trained by."""
         run = self.run
         name, section = section_of(run.recipe, stage)
-        steps = self.moves // len(entry.stages) + section.average_from
+        ratio = getattr(section, "update_ratio", 1)  # steps to a move, of which the warm-up has none
+        steps = section.average_from + self.moves // len(entry.stages) * ratio
         section = section.model_copy(update={"steps": steps})
         inputs = {"parent": made_of, "time_steps": run.recipe.time_steps, "seed": seed} | run.networks()
         identity = digest(

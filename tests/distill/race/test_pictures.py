@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from flashbulb_distill.race.entries import ENTRIES, find_entries
 from flashbulb_distill.race.pictures import PictureRace, section_of
 from flashbulb_distill.run import start_run
+from flashbulb_distill.train.dmd import Dmd
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from support.tiny_teacher import make_tiny_teacher
 
@@ -82,6 +83,20 @@ def test_entries_start_from_the_regression_share_its_pairs_and_are_not_trained_t
     again = PictureRace(run, entries, (7, 8), 2)({"command": "x"})
     assert {name: path.stat().st_mtime_ns for name, path in students.items()} == before
     assert again.runs == result.runs
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("warmup", [1, 3])
+def test_a_student_that_moves_every_third_step_moves_as_often_as_the_others(tmp_path, monkeypatch, warmup):
+    """With update_ratio 3 it once had a third of their updates."""
+    moved = []
+    update = Dmd._update_student
+    monkeypatch.setattr(Dmd, "_update_student", lambda *args: moved.append(args[1]) or update(*args))
+    recipe = recipe_of(tmp_path, "regression=null", "adm.update_ratio=3", f"adm.warmup_steps={warmup}")
+    PictureRace(start_run(recipe, tmp_path / "run", resume=False), find_entries("B2"), (7,), 4)(
+        {"command": "x"}
+    )
+    assert moved == [3, 6, 9, 12]
 
 
 @pytest.mark.timeout(120)
