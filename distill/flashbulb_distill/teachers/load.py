@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -76,13 +77,16 @@ class Source:
         return config
 
     def sha256(self, *parts: str) -> dict[str, str]:
-        """Return the hashes of weights, tokenizers and configurations by path; of all parts unless some are named."""
-        files = sorted(
-            path
-            for path in self.folder.rglob("*")
-            if path.suffix in {".safetensors", ".json", ".txt", ".model"} and path.is_file()
-        )
+        """Return the hashes of the weights that are read, of tokenizers and configurations, by path.
+
+        Other variants may lie beside them, in the hub's cache for one: they are no part of the teacher.
+
+        Args:
+            parts: the sub-folders to look into; all by default.
+        """
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         names = {path.relative_to(self.folder).as_posix(): path for path in files}
+        names = {name: path for name, path in names.items() if _is_read(name, self.variant)}
         names |= {f"lora/{number}": path for number, path in enumerate(self.loras)}
         return {
             name: hash_file(path) for name, path in names.items() if not parts or name.split("/")[0] in parts
@@ -168,20 +172,28 @@ def prediction_of(config: dict[str, Any]) -> Prediction:
 
 def _fetch(hub_id: str, revision: str | None, variant: str | None) -> Path:
     """Fetch a pipeline's parts and nothing beside them: no pickle, no other variant, no single-file checkpoint."""
-    if variant is None:
-        weights, others = ["*/*.safetensors"], ["*.*.safetensors"]  # model.fp16.safetensors
-    else:  # a large one is model.fp16-00001-of-00002.safetensors
-        weights, others = [f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"], []
+    wanted, others = _patterns(variant)
     try:
-        fetched = snapshot_download(
-            hub_id, revision=revision, allow_patterns=[*_TEXTS, *weights], ignore_patterns=others
-        )
+        fetched = snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=others)
         return Path(fetched)
     except Exception as error:  # a wrong name, no network, no access: many types, one meaning
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
             f"{hub_id}: expected a folder or a hub id that can be fetched; no such folder, and {reason}"
         ) from error
+
+
+def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
+    """Return which paths of a pipeline are read, and which of these are not."""
+    if variant is None:
+        return [*_TEXTS, "*/*.safetensors"], ["*.*.safetensors"]  # model.fp16.safetensors
+    # A large one is model.fp16-00001-of-00002.safetensors.
+    return [*_TEXTS, f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"], []
+
+
+def _is_read(name: str, variant: str | None) -> bool:
+    wanted, others = _patterns(variant)
+    return any(fnmatch(name, one) for one in wanted) and not any(fnmatch(name, one) for one in others)
 
 
 def _part(source: Source, kind: Any, name: str, dtype: torch.dtype | None = None) -> Any:

@@ -1,6 +1,7 @@
 """SDXL, SD3, SD3.5 and CogVideoX: every wrapper against diffusers' own pipeline, on tiny models with the real flags."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -247,6 +248,21 @@ def test_of_a_hub_id_only_the_weights_that_are_read_are_fetched(variant, names, 
     monkeypatch.setattr("flashbulb_distill.teachers.load.snapshot_download", snapshot)
     open_source("somebody/teacher", variant=variant)
     assert fetched == names | set(listed[:3])
+
+
+@pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+def test_what_else_lies_beside_the_weights_is_no_part_of_the_teacher(source, tmp_path):
+    """The hub's cache has one folder for all that was ever fetched of a commit: a resumed run was refused."""
+    folder = shutil.copytree(source.folder, tmp_path / "teacher")
+    before = open_source(folder).sha256()
+    assert "unet/diffusion_pytorch_model.safetensors" in before
+    for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "sd_xl_base_1.0.safetensors"):
+        (folder / name).write_bytes(b"of another variant")
+    assert open_source(folder).sha256() == before
+    other = open_source(folder, variant="fp16").sha256()
+    assert {name for name in other if name.endswith(".safetensors")} == {
+        "unet/diffusion_pytorch_model.fp16.safetensors"
+    }
 
 
 @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
