@@ -67,6 +67,7 @@ from .train.trainer import train
 
 STUDENT = "student.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
+WITH_FAKE = ("adm", "dmd")  # stages that train a fake score
 BEFORE_A_RUN = {"doctor.json", "embeddings"}  # what the doctor leaves in a new run's folder
 CPU = torch.device("cpu")
 
@@ -292,7 +293,7 @@ class Run:
         parent = list(stages)[place - 1] if place else None
         made_of = self.train(parent) if parent else self._source()
         inputs = {"parent": made_of, "time_steps": self.recipe.time_steps, "seed": self.recipe.seed}
-        inputs |= self.networks()
+        inputs |= self.networks(stage)
         section = stages[stage]
         inputs |= {"guard": self.recipe.guard.model_dump(mode="json")} if self.recipe.guard else {}
         folder = self._folder(stage, digest(inputs | {"recipe": section.model_dump(mode="json")}))
@@ -330,12 +331,19 @@ class Run:
         self.ranks.first(folder.finish)
         return folder.identity
 
-    def networks(self) -> dict[str, object]:
-        """Return what the recipe says of all that is trained, whatever the stage."""
-        recipe, roles = self.recipe, self.recipe.roles
-        lora = recipe.lora if "lora" in (roles.student, roles.fake) else None
-        said = {"shape": _said(recipe.shape), "roles": _said(roles), "lora": _said(lora)}
-        return {**said, "precision": recipe.precision}
+    def networks(self, stage: str) -> dict[str, object]:
+        """Return what the recipe says, outside the stage's own section, of the networks that a stage trains."""
+        recipe = self.recipe
+        roles = {"student": recipe.roles.student}
+        if stage in WITH_FAKE:
+            roles["fake"] = recipe.roles.fake
+        lora = recipe.lora if "lora" in roles.values() else None
+        return {
+            "shape": _said(recipe.shape),
+            "precision": recipe.precision,
+            "roles": roles,
+            "lora": _said(lora),
+        }
 
     def _start_values(self) -> dict[str, Tensor] | None:
         return dict(self.start.denoiser.named_parameters()) if self.start else None
@@ -569,7 +577,8 @@ class Run:
         def claim() -> bool:
             if folder.is_done():
                 return False
-            self._write_record()
+            if not folder.has_begun():
+                self._write_record()
             folder.claim()
             return True
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from .train.recipe import Recipe, RecipeError
 
+RECORD = "stage.json"
+
 
 @dataclass(frozen=True)
 class StageFolder:
@@ -22,7 +24,7 @@ class StageFolder:
         Raises:
             RecipeError: the folder holds what was made from something else.
         """
-        record = self.path / "stage.json"
+        record = self.path / RECORD
         if not record.exists():
             return False
         found = json.loads(record.read_text())
@@ -33,6 +35,10 @@ class StageFolder:
                 f"{self.path}: was made from {what}; choose another --out, or delete this folder and those after it"
             )
         return bool(found["done"])
+
+    def has_begun(self) -> bool:
+        """Tell whether the stage was claimed before."""
+        return (self.path / RECORD).exists()
 
     def claim(self) -> None:
         """Say that the stage has begun."""
@@ -47,7 +53,7 @@ class StageFolder:
         temporary = self.path / ".stage.json.tmp"
         record = {"identity": self.identity, "done": done, "recipe": self.recipe.model_dump(mode="json")}
         temporary.write_text(json.dumps(record) + "\n")
-        temporary.replace(self.path / "stage.json")
+        temporary.replace(self.path / RECORD)
 
 
 def differing_keys(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> list[str]:

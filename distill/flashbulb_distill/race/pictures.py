@@ -162,7 +162,7 @@ class PictureRace:
         ratio = getattr(section, "update_ratio", 1)  # steps to a move, of which the warm-up has none
         steps = section.average_from + self.moves // len(entry.stages) * ratio
         section = section.model_copy(update={"steps": steps})
-        inputs = {"parent": made_of, "time_steps": run.recipe.time_steps, "seed": seed} | run.networks()
+        inputs = {"parent": made_of, "time_steps": run.recipe.time_steps, "seed": seed} | run.networks(name)
         identity = digest(
             inputs | {"recipe": section.model_dump(mode="json"), "carry_heads": entry.carry_heads}
         )

@@ -52,13 +52,13 @@ def test_networks_of_another_kind_or_size_are_another_run(overrides, tmp_path):
     """The stage is not taken for done, nor gone on with, when the networks are no longer what they were."""
     lora = [*overrides, "roles.student=lora", "regression.rate=1e-3", "lora.rank=2"]
     start_run(load_recipe(RECIPE, lora), tmp_path / "lora", resume=False).regression()
-    for change in ("lora.alpha=32", "roles.fake=lora", "roles.student=full"):
+    for change in ("lora.alpha=32", "roles.student=full"):
         changed = start_run(load_recipe(RECIPE, [*lora, change]), tmp_path / "lora", resume=True)
         with pytest.raises(RecipeError, match=f"a recipe with other {change.partition('=')[0]};"):
             changed.regression()
     start_run(load_recipe(RECIPE, overrides), tmp_path / "full", resume=False).regression()
-    unused = start_run(load_recipe(RECIPE, [*overrides, "lora.alpha=32"]), tmp_path / "full", resume=True)
-    unused.regression()  # nothing is an adapter here
+    for change in ("lora.alpha=32", "roles.fake=lora"):  # no adapter and no fake score here
+        start_run(load_recipe(RECIPE, [*overrides, change]), tmp_path / "full", resume=True).regression()
 
 
 def test_pairs_of_another_size_are_not_taken_for_these(tmp_path):
@@ -85,6 +85,10 @@ def test_what_made_a_run_is_written_when_it_begins_and_the_doctor_may_come_befor
     monkeypatch.setattr("flashbulb_distill.run.code_version", lambda: "second")
     start_run(recipe, out, resume=True).report()
     assert json.loads((out / "recipe.json").read_text())["commit"] == "first", "the report made nothing of it"
+    stage = out / "regression" / "stage.json"
+    stage.write_text(stage.read_text().replace('"done": true', '"done": false'))
+    start_run(recipe, out, resume=True).regression()
+    assert json.loads((out / "recipe.json").read_text())["commit"] == "first", "it had begun before"
     with pytest.raises(RecipeError, match="--resume"):
         start_run(recipe, out, resume=False)
 
