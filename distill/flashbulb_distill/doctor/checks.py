@@ -220,8 +220,12 @@ def finite(subject: Subject) -> str:
         raise Fault("the decoder's pixels are not finite; keep the VAE in float32")
     worst = 0.0
     if subject.bf16 or _dtype(denoiser) != torch.float32:
-        # Last: the copy may have no room beside a teacher that trains well without it.
-        exact = outputs(subject.new_denoiser(False).requires_grad_(False).eval())
+        try:
+            exact = outputs(subject.new_denoiser(False).requires_grad_(False).eval())
+        except torch.OutOfMemoryError as error:  # training needs no such copy
+            raise NotApplicable(
+                f"finite at all times in {_precision(denoiser)}; no memory for a float32 copy to compare with"
+            ) from error
         worst = max(map(_relative, ours, exact))
     if not worst <= DTYPE_TOLERANCE:
         raise Fault(
