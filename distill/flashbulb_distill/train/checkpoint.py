@@ -90,6 +90,7 @@ def save_checkpoint(
     temporary = folder / ".checkpoint.tmp"
     metadata = {"step": str(step), "identity": identity, "sums": json.dumps(state.sums)}
     metadata |= {"notes": json.dumps(state.notes), "numbers": json.dumps(_numbers(state))}
+    metadata["optimizers"] = json.dumps(_kinds(state))
     save_file(tensors, temporary, metadata)
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
@@ -164,6 +165,10 @@ def _numbers(state: State) -> dict[str, int | float]:
     return {name: value for name, value in _optimizer_values(state) if not isinstance(value, Tensor)}
 
 
+def _kinds(state: State) -> dict[str, str]:
+    return {role: type(optimizer).__name__ for role, optimizer in state.optimizers.items()}
+
+
 def _optimizer_values(state: State) -> Iterator[tuple[str, Any]]:
     for role, optimizer in state.optimizers.items():
         # By the parameter's place in its network: an optimiser may have them in groups.
@@ -179,6 +184,11 @@ def _restore(path: Path, state: State, identity: str) -> None:
             if metadata.get("identity") != identity:
                 raise ValueError(
                     f"{path}: made by another recipe, teacher or data; choose another --out, or delete it"
+                )
+            kinds, ours = json.loads(metadata.get("optimizers", "null")), _kinds(state)
+            if kinds not in (None, ours):
+                raise ValueError(
+                    f"{path}: expected the optimisers {ours}, found states of {kinds}; set memory.optimizer back"
                 )
             _fill(state, file.get_tensor, list(file.keys()), json.loads(metadata.get("numbers", "{}")))
     except SafetensorError as error:

@@ -144,6 +144,14 @@ def test_an_optimiser_with_plain_numbers_and_a_shared_table_goes_on_bitwise(tmp_
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_states_of_another_optimiser_are_refused(tmp_path):
+    run(with_shared_state(), tmp_path, steps=5)
+    with pytest.raises(
+        ValueError, match=r"expected the optimisers .*AdamW.*, found states of .*Shared.*; set mem"
+    ):
+        run(Regression(), tmp_path, steps=6)
+
+
 def test_logged_scalars_are_those_of_the_unbroken_run(tmp_path):
     def scalars(folder):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
