@@ -122,7 +122,10 @@ def derive_tolerance(module: nn.Module, cases: Sequence[Case]) -> float:
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
+    return [  # shared ones under all their names: conversion makes several of one
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
 
 
 def _outputs(module: nn.Module, case: Case) -> list[NDArray[np.float32]]:
