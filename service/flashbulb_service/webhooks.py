@@ -45,6 +45,10 @@ _URL = re.compile(r"https?://[!-~]+")  # visible ASCII only: nothing that could 
 _UNICAST = ipaddress.ip_network("2000::/3")  # all that is public of IPv6; the rest may spell any IPv4 address
 
 
+class NoPlace(Exception):
+    """Other calls of its host are under way, so that this one has to wait."""
+
+
 class DeliveryError(Exception):
     """The other server was not told; the text says why."""
 
@@ -282,14 +286,14 @@ async def _place(places: Places, url: str) -> AsyncIterator[None]:
     """Hold one of the places of a message's host.
 
     Raises:
-        DeliveryError: all are taken, and none became free soon.
+        NoPlace: all are taken, and none became free soon.
     """
     place = places.setdefault(urlsplit(url).hostname or "", asyncio.Semaphore(MAX_CALLS_PER_HOST))
     try:
         async with asyncio.timeout(PATIENCE_S):
             await place.acquire()
     except TimeoutError:
-        raise DeliveryError(f"the host has left {MAX_CALLS_PER_HOST} other calls without an answer") from None
+        raise NoPlace from None
     try:
         yield
     finally:
@@ -318,6 +322,9 @@ async def _attempt(
                 status = await deliver(message, key, allow_private=allow_private, now=int(time.time()))
             outcome = f"status {status}"
             result = "delivered" if 200 <= status < 300 else "given_up" if status == 410 else "retried"
+        except NoPlace:  # our own limit, and no fault of the receiver's
+            await queue.hook_done(hook, again_in_s=TIMEOUT_S * (0.5 + random.random()), counts=False)
+            return None
         except InvalidRequest as error:
             outcome, result = error.message, "given_up"  # it will not become better
         except DeliveryError as error:

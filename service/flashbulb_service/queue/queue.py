@@ -376,10 +376,14 @@ class Queue:
         due = [DueHook(lead.decode(), attempt, replays) for lead, attempt, replays in attempts]
         return due, None if wait_ms < 0 else wait_ms / 1000
 
-    async def hook_done(self, hook: DueHook, *, again_in_s: float | None, now: float | None = None) -> None:
-        """End an attempt: delivered or given up (None), or to be tried again."""
+    async def hook_done(
+        self, hook: DueHook, *, again_in_s: float | None, counts: bool = True, now: float | None = None
+    ) -> None:
+        """End an attempt: delivered or given up (None), or to be tried again; one that does not count was not made."""
         delay = "" if again_in_s is None else _ms(again_in_s)
-        await self._run("hook_done", _time(now), hook.request_id, hook.attempt, hook.replays, delay)
+        await self._run(
+            "hook_done", _time(now), hook.request_id, hook.attempt, hook.replays, delay, int(counts)
+        )
 
     async def wait_for_hooks(self, timeout_s: float) -> None:
         """Block until a hook may be due."""

@@ -167,10 +167,14 @@ async def test_a_receiver_that_never_answers_delays_nobody_elses_deliveries(
 
     monkeypatch.setattr(webhooks, "PATIENCE_S", 0.01)
     monkeypatch.setattr(webhooks, "deliver", deliver)
-    delivering = asyncio.create_task(webhooks.keep_delivering(queue, message_of, SECRET, allow_private=False))
+    results: list[str] = []
+    delivering = asyncio.create_task(
+        webhooks.keep_delivering(queue, message_of, SECRET, allow_private=False, on_attempt=results.append)
+    )
     async with asyncio.timeout(10):
         await told.wait()
     assert len(hanging) == webhooks.MAX_CALLS_PER_HOST
+    assert "retried" not in results, "who had to wait for a place was not called"
     delivering.cancel()
     await asyncio.wait([delivering])
 

@@ -38,6 +38,16 @@ async def test_what_a_hook_tells_is_kept_for_all_its_tries_however_short_results
     assert all([await queue._client.ttl(queue.keys.job(job.id)) > needed_s for job in jobs])
 
 
+async def test_a_call_that_had_to_wait_for_others_costs_no_attempt(queue: Queue) -> None:
+    (job,) = await start(queue, 1)
+    await queue.complete("w", job, b"r")
+    (hook,) = await due(queue)
+    await queue.hook_done(hook, again_in_s=0.0, counts=False)
+    assert await due(queue) == [hook]
+    await queue.hook_done(hook, again_in_s=0.0)
+    assert await due(queue) == [DueHook(job.id, attempt=2)]
+
+
 async def test_a_replayed_jobs_end_is_told_after_its_failure_was(queue: Queue) -> None:
     """Its request was taken for one that had ended already: nobody heard of the success."""
     (job,) = await start(queue, 1)

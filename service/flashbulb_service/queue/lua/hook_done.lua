@@ -1,4 +1,4 @@
--- End one delivery attempt. ARGV: now, id, attempt, replays, delay until the next one or ''.
+-- End one delivery attempt. ARGV: now, id, attempt, replays, delay until the next one or '', counts 0|1.
 -- The owner of a later attempt wins, and so does a delivery after a replay.
 
 local hook = call('HMGET', key('job', ARGV[2]), 'hook_attempt', 'replays')
@@ -8,6 +8,9 @@ end
 if ARGV[5] == '' or not hook[1] then
   call('ZREM', key('hooks'), ARGV[2])
 else
+  if ARGV[6] == '0' then
+    call('HINCRBY', key('job', ARGV[2]), 'hook_attempt', -1)
+  end
   call('ZADD', key('hooks'), 'XX', now_ms(ARGV[1]) + tonumber(ARGV[5]), ARGV[2])
   wake_deliverer() -- one that sleeps knows of a later time only
 end
