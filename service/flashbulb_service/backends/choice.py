@@ -4,6 +4,7 @@ One that was asked for by name is used or refused, never replaced. A backend is 
 """
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ PACKAGES: Mapping[str, tuple[str, str]] = {  # name -> the package that it needs
 LOOK = "from flashbulb_service.backends.tensorrt import tell; tell()"
 LOOK_TIMEOUT_S = 30.0
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -35,6 +38,7 @@ class Machine:
     packages: frozenset[str]  # that are installed, of those that backends need
     runtimes: Mapping[Flavor, str] = field(default_factory=dict)  # TensorRT's versions, where there is a GPU
     gpu: Gpu | None = None  # the one that a backend takes: CUDA's first
+    problem: str = ""  # why no GPU was found
 
 
 def choose_backend(
@@ -129,7 +133,7 @@ def _engine_obstacle(machine: Machine, engines: Sequence[EngineManifest], bundle
     if not machine.packages & {*RUNTIMES.values()}:
         return f"neither {' nor '.join(RUNTIMES.values())} is installed: pip install 'flashbulb[tensorrt]'"
     if machine.gpu is None:
-        return "CUDA finds no NVIDIA GPU on this machine, or cuda-bindings is not installed"
+        return f"no NVIDIA GPU was found: {machine.problem or 'the package cuda-bindings is not installed'}"
     try:
         choose_engines(engines, bundle_sha256, machine.runtimes, machine.gpu)
     except BackendUnavailable as error:
@@ -147,16 +151,21 @@ def this_machine() -> Machine:
     return Machine(frozenset(modules), frozenset(packages), *(_look() if can_have_engines else ()))
 
 
-def _look() -> tuple[dict[Flavor, str], Gpu | None]:
+def _look() -> tuple[dict[Flavor, str], Gpu | None, str]:
     """Ask TensorRT and CUDA as a backend does, in another process: this one may fork, or never need them."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=LOOK_TIMEOUT_S, check=True
         )
-    except (OSError, subprocess.SubprocessError):  # no GPU, or a driver that does not answer
-        return {}, None
-    told = json.loads(done.stdout.splitlines()[-1])
-    return told["runtimes"], Gpu(**told["gpu"])
+    except subprocess.CalledProcessError as error:
+        problem = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+    except (OSError, subprocess.SubprocessError) as error:  # a driver that does not answer
+        problem = " ".join(str(error).split())
+    else:
+        told = json.loads(done.stdout.splitlines()[-1])
+        return told["runtimes"], Gpu(**told["gpu"]), ""
+    log.warning("TensorRT is left out: %s", problem)
+    return {}, None, problem
 
 
 def _has(manifest: Manifest, suffix: str) -> bool:

@@ -5,6 +5,7 @@ All but the three networks is the ONNX backend: tokenizer, sampler, noise and pi
 
 import importlib
 import json
+import logging
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +18,8 @@ from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.backends.engine import EngineSession
 from flashbulb_service.backends.onnx import OnnxBackend, plain_tokenizers
 from flashbulb_service.errors import BackendUnavailable
+
+log = logging.getLogger(__name__)
 
 
 class TensorRTBackend(OnnxBackend):
@@ -75,8 +78,15 @@ class TensorRTBackend(OnnxBackend):
 
 
 def installed_runtimes() -> dict[Flavor, Any]:
-    """Import the TensorRT packages that are installed."""
-    return {flavor: importlib.import_module(name) for flavor, name in RUNTIMES.items() if find_spec(name)}
+    """Import the TensorRT packages that are installed. One whose libraries are missing is left out."""
+    found: dict[Flavor, Any] = {}
+    for flavor, name in RUNTIMES.items():
+        if find_spec(name):
+            try:
+                found[flavor] = importlib.import_module(name)
+            except (ImportError, OSError) as error:
+                log.warning("%s is installed and cannot be used: %s", name, " ".join(str(error).split()))
+    return found
 
 
 def runtime_versions(runtimes: dict[Flavor, Any]) -> dict[Flavor, str]:

@@ -97,7 +97,7 @@ def test_one_that_was_asked_for_is_taken_where_it_can_run(plain: Manifest, wante
     [
         ("tensorrt", (), FULL, "the bundle has no engines; run: flashbulb export tensorrt"),
         ("tensorrt", ("sm_90",), FULL, "expected engines for sm_89, got those for sm_90"),
-        ("tensorrt", ("sm_90",), Machine(ALL, FULL.packages), "finds no NVIDIA GPU"),
+        ("tensorrt", ("sm_90",), Machine(ALL, FULL.packages), "no NVIDIA GPU was found"),
         ("tensorrt", (), Machine(frozenset({"onnx"}), FULL.packages), "this version has onnx"),
         ("torch", (), FULL, "holds no weights"),
         ("torch", (), Machine(ALL, frozenset()), "the package torch is not installed: pip install"),
@@ -148,5 +148,10 @@ def test_the_gpu_of_a_machine_is_the_one_that_a_backend_takes(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     machine = this_machine.__wrapped__()
     assert machine.gpu == L4 and machine.runtimes == {"standard": VERSION, "rtx": "1.7.1.116"}
+    (tmp_path / "tensorrt_rtx.py").write_text(
+        "raise OSError('libtensorrt_rtx.so: cannot open shared object')"
+    )
+    assert this_machine.__wrapped__().runtimes == {"standard": VERSION}, "one that is broken hides no other"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert this_machine.__wrapped__().gpu is None
+    machine = this_machine.__wrapped__()
+    assert machine.gpu is None and machine.problem.startswith("ValueError: "), "what CUDA's call raised there"
