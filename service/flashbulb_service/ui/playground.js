@@ -16,6 +16,7 @@ import { element, Run } from "./run.js";
 import { VideoRun } from "./video.js";
 
 const MAX_HISTORY = 24;
+const ANSWER_MS = 3000;
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 let models = [];
@@ -209,8 +210,9 @@ async function stop() {
   if (!running) return;
   $("stop").disabled = true;
   const { run, controller } = running;
-  if (run.jobs.size) await run.stop(); // the streams then tell that the jobs were cancelled
-  else controller.abort();
+  await run.stop(); // the streams then tell that the jobs were cancelled
+  // What is on its way is cancelled when its answer comes; a server that does not answer is not waited for.
+  if (!run.jobs.size) setTimeout(() => run.jobs.size || controller.abort(), ANSWER_MS);
 }
 
 function setBusy(busy) {

@@ -317,10 +317,10 @@ REFUSE_THE_THIRD = """
         ? Promise.resolve(new Response('{"error": {"message": "full", "code": "queue_full"}}', {status: 429}))
         : real(path, options);
 """
-HOLD_THE_SECOND = """
+HOLD_ONE = """
     const real = window.fetch; window.posts = 0;
     window.fetch = async (path, options) => {
-        if (options?.method === 'POST' && ++window.posts === 2)
+        if (options?.method === 'POST' && ++window.posts === window.held)
             await new Promise((resolve) => { window.release = resolve; });
         return real(path, options);
     };
@@ -343,17 +343,20 @@ def test_when_a_seed_is_refused_those_before_it_are_cancelled(page: Page, slow_u
     assert page.js("window.posts") == 3
 
 
-def test_stop_while_seeds_are_still_queued_ends_all_and_queues_no_more(page: Page, slow_url: str) -> None:
-    """It ended those that were known, and the page went on to queue the others."""
+@pytest.mark.parametrize("held", [1, 2])
+def test_stop_while_seeds_are_still_queued_ends_all_and_queues_no_more(
+    page: Page, slow_url: str, held: int
+) -> None:
+    """It ended those that were known; the one on its way was drawn, and the page went on to queue the others."""
     open_ready(page, slow_url)
-    page.js(HOLD_THE_SECOND)
-    press_draw(page, "tree", count=9, seed="1-4")
+    page.js(f"window.held = {held};" + HOLD_ONE)
+    press_draw(page, f"tree {held}", count=9, seed="1-4")
     page.until("window.release !== undefined")
     page.js("document.getElementById('stop').click()")
     page.js("window.release()")
     page.until(IDLE)
-    assert sorted(jobs_of(slow_url, "tree")) == [(1, "cancelled"), (2, "cancelled")]
-    assert page.js("window.posts") == 2
+    assert sorted(jobs_of(slow_url, f"tree {held}")) == [(n + 1, "cancelled") for n in range(held)]
+    assert page.js("window.posts") == held
 
 
 def test_several_seeds_stand_side_by_side_and_their_program_draws_the_same(
