@@ -37,7 +37,8 @@ class WordList:
 
     def __init__(self, entries: list[str]) -> None:
         """Compile the entries; none allows everything."""
-        words = sorted({" ".join(_plain(entry).split()) for entry in entries} - {""}, key=len, reverse=True)
+        plain = (" ".join(_plain(entry).replace("_", " ").split()) for entry in entries)
+        words = sorted({*plain} - {""}, key=len, reverse=True)
         pattern = "|".join(r"[\s_]+".join(map(re.escape, entry.split())) for entry in words)
         letter = r"[^\W_]"  # an underscore parts words, as a blank does
         self._pattern = re.compile(rf"(?<!{letter})(?:{pattern})(?!{letter})") if words else None

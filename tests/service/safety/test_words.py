@@ -37,6 +37,12 @@ def test_a_blocked_word_is_found_in_its_disguises(prompt: str) -> None:
     assert not WORDS.allows(prompt)
 
 
+def test_an_underscore_of_an_entry_is_a_blank_too() -> None:
+    words = WordList(["red_flag", "_"])
+    assert not words.allows("a red flag") and not words.allows("red_flag")
+    assert words.allows("a flag_")
+
+
 @pytest.mark.parametrize("prompt", ["", "bombastic", "a red apple, a flag", "c", "beau", "rebomb"])
 def test_other_words_are_allowed(prompt: str) -> None:
     assert WORDS.allows(prompt)
