@@ -127,7 +127,7 @@ class Catalog:
         """Follow the repository: drop what is gone, and take what is new or replaced once it is served.
 
         A bundle that cannot be read is left out; the workers, which verify it, say why in their log. One that is gone
-        stays while it is served and the repository has nothing else of its name that is.
+        stays while it is served and the repository holds others of its name, none of which is served yet.
 
         Args:
             is_served: (name@version, sha256 of its manifest) -> whether a worker draws with it, or would be started.

@@ -135,7 +135,9 @@ def test_pods_of_the_api_wait_for_the_first_key_and_no_longer(tmp_path: Path) ->
         }
         without_keys = environment | {"FLASHBULB_AUTH": "off"}
         told = [
-            subprocess.run(waiting["command"], env=env, capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                waiting["command"], env=env, capture_output=True, text=True, check=True, timeout=50
+            ).stdout
             for env in (without_keys, environment)
         ]
     assert told == ["", "waits\n"]

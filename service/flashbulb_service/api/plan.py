@@ -84,7 +84,8 @@ def check_webhook(body: DrawRequest, settings: Settings) -> None:
 def body_digest(body: DrawRequest, route: str | None) -> str:
     """Hash what the client asked for, and on which route; its key and what is ignored are no part of that.
 
-    None is the images route. It is not named, for keys outlive an upgrade, and the version before named none.
+    None is the images route. It is not named, for keys outlive an upgrade, and the version before named none; it did
+    hash what is ignored, so keys of bodies that have such fields do not.
     What is ignored may be anything, also what no JSON can be made of again.
     """
     asked = body.model_dump(mode="json", exclude_unset=True, exclude={"idempotency_key", *IGNORED})
