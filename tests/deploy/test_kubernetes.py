@@ -359,3 +359,9 @@ def test_the_training_job_fits_its_schema_and_starts_what_there_is() -> None:
     told = CliRunner().invoke(app, ["run", "--help"]).output
     assert all(option.split("=")[0] in told for option in command if option.startswith("--"))
     assert "--resume" in command
+    # A pod starts in /data: what it reads is named from the root, and is in the ConfigMap that the pages say to make.
+    read = set(re.findall(r"/recipe/([a-z.]+)", " ".join(command)))
+    assert read == {"recipe.yaml", "prompts.txt"}
+    for page in (TRAINING / "kubernetes.yaml", TRAINING.parent / "README.md"):
+        (made,) = re.findall(r"create configmap recipe .*", page.read_text(encoding="utf-8"))
+        assert set(re.findall(r"--from-file=([a-z.]+)", made)) == read
