@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .errors import UsageError
+
 
 class Board:
     """Writes each stage's scalars under `folder`/<stage>, where `tensorboard --logdir` finds them.
@@ -13,14 +15,14 @@ class Board:
     Steps that come again, after a resume or when the guard went back, replace those of before.
 
     Raises:
-        ValueError: tensorboard is not installed.
+        UsageError: tensorboard is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(
+            raise UsageError(
                 "--tensorboard: expected the package tensorboard, it is not installed; "
                 "run: pip install 'flashbulb[tensorboard]'"
             ) from error

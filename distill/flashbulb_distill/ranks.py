@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import UsageError
+
 T = TypeVar("T")
 PATIENCE = timedelta(hours=24)  # others wait this long for the first one's evaluation and export
 
@@ -142,19 +144,19 @@ def own_device(name: str, environment: Mapping[str, str] = os.environ) -> torch.
     """Return the device that this process computes on: "auto" takes a GPU where there is one, each process its own.
 
     Raises:
-        ValueError: there is no such device here.
+        UsageError: there is no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     if not name.startswith("cuda"):
-        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: expected a CUDA device, this torch finds none; use --device cpu")
+        raise UsageError(f"--device {name}: expected a CUDA device, this torch finds none; use --device cpu")
     number = name.partition(":")[2] or environment.get("LOCAL_RANK", "0")
     if not number.isdigit() or int(number) >= torch.cuda.device_count():
-        raise ValueError(
+        raise UsageError(
             f"--device {name}: expected a number below {torch.cuda.device_count()}, got {number!r}"
         )
     return torch.device("cuda", int(number))

@@ -502,8 +502,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def _report(error: Exception) -> int:
     """Say in one line what went wrong, and return the exit code."""
-    from flashbulb_service.errors import InvalidRequest, UnknownModel
-
     if isinstance(error, typer.Abort):
         typer.echo("flashbulb: stopped", err=True)
         return 1
@@ -513,7 +511,7 @@ def _report(error: Exception) -> int:
             return code
     else:
         message = str(error) or type(error).__name__
-        code = 2 if isinstance(error, (InvalidRequest, UnknownModel)) else 1
+        code = getattr(error, "exit_code", 1)  # of wrong usage, other packages' commands included
     typer.echo(f"flashbulb: {' '.join(message.split())}", err=True)
     return code
 

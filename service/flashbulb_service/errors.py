@@ -37,6 +37,7 @@ class ServiceError(Exception):
     """Base of everything the service raises on purpose."""
 
     code: ClassVar[str] = "service_error"
+    exit_code: ClassVar[int] = 1  # of a command that it ends; 2 where what the caller gave cannot be used
 
     @property
     def message(self) -> str:
@@ -51,6 +52,7 @@ class InvalidRequest(ServiceError):
     """
 
     code = "invalid_request"
+    exit_code = 2
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -62,6 +64,7 @@ class UnknownModel(ServiceError):
     """No model of that name is served here."""
 
     code = "model_not_found"
+    exit_code = 2
 
     def __init__(self, model: str, known: Sequence[str] = ()) -> None:
         offered = f"; available: {', '.join(known)}" if known else ""

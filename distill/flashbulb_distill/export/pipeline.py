@@ -11,6 +11,7 @@ import diffusers
 import torch
 import transformers
 
+from ..errors import UsageError
 from .draft import draft
 from .external import Place, place_weights, read_places, save_weights, weight_files
 from .families import Component, component_of, variants
@@ -104,7 +105,7 @@ def _refuse_links(folder: Path, name: str) -> None:
     for file in weight_files(folder / name):
         own = folder.resolve() / name / file.name
         if file.resolve() != own or own.stat().st_nlink > 1:
-            raise ValueError(
+            raise UsageError(
                 f"{file}: expected a file of its own, found a link, through which onnxruntime reads no weights; "
                 "copy the folder (cp -rL), or fetch it with hf download --local-dir"
             )
@@ -118,14 +119,14 @@ def find_networks(folder: Path) -> list[tuple[str, str, str]]:
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ValueError(
+        raise UsageError(
             f"{folder}: expected a diffusers pipeline folder, found no model_index.json; "
             "give one that DiffusionPipeline.save_pretrained wrote"
         )
     entries = json.loads(index.read_text())
     pipeline = entries.get("_class_name")
     if pipeline not in PIPELINES:
-        raise ValueError(f"{index}: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
+        raise UsageError(f"{index}: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
     return [
         (PIPELINES[pipeline], name, entry[1])
         for name, entry in entries.items()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict
 
+from ..errors import UsageError
 from ..train.recipe import Recipe
 from .predict import Prediction
 from .strategies import NO_COST, Strategy, strategies_for
@@ -184,7 +185,7 @@ def _one_of(recipe: Recipe, stage: str, gpus: int) -> Recipe:
     for name in ("batch_size", "pixel_batch") if looks else ("batch_size",):
         rows = getattr(section, name)
         if rows % gpus:
-            raise ValueError(f"--gpus: expected a number that shares {stage}.{name}, {rows}, got {gpus}")
+            raise UsageError(f"--gpus: expected a number that shares {stage}.{name}, {rows}, got {gpus}")
         changes[name] = rows // gpus
     return _with(recipe, stage, **changes)
 

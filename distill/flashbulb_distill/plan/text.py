@@ -2,6 +2,7 @@
 
 from flashbulb_kernels.gpus import GPUS
 
+from ..errors import UsageError
 from .choose import GIB, Plan
 
 UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
@@ -59,7 +60,7 @@ def read_bytes(text: str) -> int:
     """Read a size like 24GiB, 80GB or 512MiB.
 
     Raises:
-        ValueError: it is none.
+        UsageError: it is none.
     """
     units = {"GiB": GIB, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
     for unit, size in units.items():
@@ -70,4 +71,4 @@ def read_bytes(text: str) -> int:
                 break
             if value > 0:
                 return int(value * size)
-    raise ValueError(f"--gpu: expected a memory size like 24GiB or 80GB, got {text!r}")
+    raise UsageError(f"--gpu: expected a memory size like 24GiB or 80GB, got {text!r}")

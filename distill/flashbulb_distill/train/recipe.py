@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..bundle import Shape
+from ..errors import UsageError
 
 STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm")  # in their order
 
@@ -402,7 +403,7 @@ class Recipe(Strict):
         return digest(self.model_dump(mode="json", exclude_none=True))
 
 
-class RecipeError(ValueError):
+class RecipeError(UsageError):
     """Say in one line what of a recipe is wrong."""
 
 

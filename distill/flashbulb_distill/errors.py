@@ -1,0 +1,7 @@
+"""What the distiller's commands raise for what they were given."""
+
+
+class UsageError(ValueError):
+    """Say in one line what of a command's arguments, files or recipe cannot be used."""
+
+    exit_code = 2  # of wrong usage: what starts a job again need not try this one
