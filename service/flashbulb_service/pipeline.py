@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
@@ -308,6 +309,15 @@ class Pipeline:
         free_at = max(self._free_at if drawing else 0.0, self._step_end) if lane == SHORT else 0.0
         return None if free_at == math.inf else max(0.0, free_at - time.monotonic() - CLAIM_LEAD_S)
 
+    def _must_end_before(self, claim: Claim) -> "set[asyncio.Task[None]]":
+        """Return the earlier claims that must end first: none is drawn beside a suspect.
+
+        The scheduler planned it alone in its batch. That the other lane claims beside it is not ruled out; by the order
+        of the claims no two of them wait for each other.
+        """
+        earlier = takewhile(lambda entry: entry[1] is not claim, self._claims.items())
+        return {task for task, other in earlier if claim.suspect or other.suspect}
+
     def _ended(self, task: "asyncio.Task[None]") -> None:
         claim = self._claims.pop(task)
         if claim.lane == LONG:
@@ -349,6 +359,9 @@ class Pipeline:
         try:
             async with self._heartbeats(claim), contextlib.AsyncExitStack() as lending:
                 lending.callback(loan.give_back)
+                # Before a model is taken: whoever needs the room of one that is lent waits as well.
+                if earlier := self._must_end_before(claim):
+                    await asyncio.wait(earlier)
                 try:
                     claim.lent = claim.lent or await loan.take()
                 except ModelUnavailable as error:  # another worker may have the memory
@@ -356,11 +369,6 @@ class Pipeline:
                         for job in claim.jobs:
                             await self._fail(job, error.code, error, retry=True)
                     return
-                if (
-                    claim.suspect
-                ):  # the scheduler planned it alone in its batch; here no other batch is beside it
-                    while others := set(self._claims) - {asyncio.current_task()}:
-                        await asyncio.wait(others)
                 await self._run_batch(claim, claim.jobs, begun, is_whole=True)
                 if not await claim.is_held() and not claim.is_refused:  # the answer was lost
                     await self._queue.release(self._worker_id, claim.jobs)
@@ -412,7 +420,7 @@ class Pipeline:
 
     def _begin_at_once(self, claim: Claim, loan: Loan) -> Begun | None:
         """Begin to draw before anything else is done for a claim, where nothing is in the way; else return None."""
-        if claim.lane != SHORT or claim.suspect:
+        if claim.lane != SHORT or claim.suspect or self._must_end_before(claim):
             return None
         rows, refusals = read_rows(claim, claim.jobs)
         claim.lent = None if refusals else loan.take_now()

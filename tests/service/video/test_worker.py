@@ -165,3 +165,58 @@ async def test_without_an_encoder_a_video_fails_in_one_clear_line(mixed, video_j
     (view,) = await mixed.queue.wait((await mixed.queue.enqueue([video_job()])).ids, WAIT_S)
     assert (view.state, view.error.code) == (JobState.FAILED, "encoder_unavailable")
     assert "PyAV" in view.error.message
+
+
+async def lose(mixed, *jobs):
+    """Have a worker claim jobs and go silent; return their ids."""
+    ids = []
+    for job in jobs:
+        ids += (await mixed.queue.enqueue([job])).ids
+        assert len(await mixed.queue.claim("lost-worker", [job.model], 8, lease_s=0.001)) == 1
+    lost = 0
+    while lost < len(jobs):
+        lost += await mixed.queue.reap()
+    return ids
+
+
+async def test_a_picture_and_a_video_that_may_have_killed_a_worker_are_drawn_one_after_the_other(
+    mixed, video_job, image_job
+):
+    """Both lanes claim at the same time: each of the two waited for the other's end, and a worker hung for good."""
+    ids = await lose(mixed, image_job(), video_job())
+    waited_with_a_model = []
+    worker = mixed.start()
+    for backend, waiting in ((mixed.images, "tiny-video@1"), (mixed.videos, "tiny@1")):
+        backend.at_step = lambda step, requests, waiting=waiting: waited_with_a_model.append(
+            worker._pool.served[waiting].users
+        )
+    await outcome_of(mixed, ids)
+    assert sorted(mixed.log) == ["image", "step 1", "step 2", "step 3", "step 4"]
+    assert mixed.log.index("image") in (0, 4)
+    assert set(waited_with_a_model) == {0}  # whoever needs its room would wait for what waits
+
+
+async def test_a_picture_that_was_claimed_beside_a_suspect_is_drawn_after_it(
+    mixed, video_job, image_job, monkeypatch
+):
+    ids = await lose(mixed, video_job())
+    begun, claimed, take = asyncio.Event(), threading.Event(), Queue.take
+
+    async def late(self, worker_id, plan, *args, **options):
+        taken = await take(self, worker_id, plan, *args, **options)
+        if plan.model == "tiny@1":
+            await begun.wait()
+            claimed.set()
+        return taken
+
+    def at_step(step, requests):
+        if step == 1:
+            loop.call_soon_threadsafe(begun.set)
+            assert claimed.wait(10)
+
+    loop, mixed.videos.at_step = asyncio.get_running_loop(), at_step
+    monkeypatch.setattr(Queue, "take", late)
+    ids += (await mixed.queue.enqueue([image_job()])).ids
+    mixed.start()
+    await outcome_of(mixed, ids)
+    assert mixed.log == ["step 1", "step 2", "step 3", "step 4", "image"]
