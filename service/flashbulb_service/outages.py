@@ -1,10 +1,11 @@
-"""Logs an outage when it begins, now and then while it lasts, and when it is over; not at every attempt."""
+"""Outages: when to try again, and a log of their begin, of now and then, and of their end; not of every attempt."""
 
 import logging
 import time
 from collections.abc import Callable
 
 REPEAT_S = 30.0
+BACKOFF_S = 0.5  # between two tries
 
 
 class OutageLog:

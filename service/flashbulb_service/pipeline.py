@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,7 +47,7 @@ from flashbulb_service.jobs import Job, JobError
 from flashbulb_service.long_work import Key, LongRun
 from flashbulb_service.model_pool import LoadedModel, Loan
 from flashbulb_service.observability import job_context
-from flashbulb_service.outages import OutageLog
+from flashbulb_service.outages import BACKOFF_S, OutageLog
 from flashbulb_service.previews import Estimate, due_previews
 from flashbulb_service.provenance import Marker
 from flashbulb_service.queue import Queue
@@ -209,6 +209,7 @@ class Pipeline:
         self._notes: deque[Callable[[], None]] = deque()  # on what was delivered
         self._noting: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
+        self._outage = OutageLog(log, "cannot tell the queue how jobs ended, trying again")
         self.is_claiming = False  # short work is on its way from the queue, where it waits no more
 
     async def room(self, lane: str = SHORT) -> None:
@@ -325,10 +326,7 @@ class Pipeline:
         elif not claim.drawn:
             self._foresee()
         if not task.cancelled() and (error := task.exception()) is not None:
-            if isinstance(error, QueueUnavailable):  # the leases run out, and somebody runs the jobs again
-                log.warning("a batch was lost to the queue's outage: %s", error.message)
-            else:
-                self._failure = self._failure or error
+            self._failure = self._failure or error
         self._tell_change()
 
     def _later(self, note: Callable[[], None]) -> None:
@@ -371,7 +369,7 @@ class Pipeline:
                     return
                 await self._run_batch(claim, claim.jobs, begun, is_whole=True)
                 if not await claim.is_held() and not claim.is_refused:  # the answer was lost
-                    await self._queue.release(self._worker_id, claim.jobs)
+                    await self._tell_end(partial(self._queue.release, self._worker_id, claim.jobs))
         except BaseException:  # finished jobs are no longer ours, so this hands back only the rest
             await claim.is_held()
             if not claim.is_refused:
@@ -718,7 +716,7 @@ class Pipeline:
         stands = drawn.stands
         if stands is None:
             completion = self._completion(claim, drawn, job, finished)
-            stands = await self._queue.complete(self._worker_id, job, **completion)
+            stands = await self._tell_end(partial(self._queue.complete, self._worker_id, job, **completion))
         self._later(partial(self._note_commit, drawn, job, task, finished, stands, self._server_time()))
 
     def _note_commit(
@@ -772,7 +770,20 @@ class Pipeline:
             log.error("job %s, attempt %d: %s: %s", job.id, job.attempt, code, logged)
         self._metrics.attempt_failed(code)
         keep = code != CONTENT_POLICY  # a replay would draw the same picture
-        await self._queue.fail(self._worker_id, job, JobError(code, message), retry=retry, keep=keep)
+        told = JobError(code, message)
+        await self._tell_end(partial(self._queue.fail, self._worker_id, job, told, retry=retry, keep=keep))
+
+    async def _tell_end(self, end: Callable[[], Awaitable[Result]]) -> Result:
+        """Tell the queue how jobs ended, until it answers: what it hears twice or too late changes nothing."""
+        while True:
+            try:
+                answer = await end()
+            except QueueUnavailable as error:
+                self._outage.failed(error)
+                await asyncio.sleep(BACKOFF_S)
+            else:
+                self._outage.worked()
+                return answer
 
     @contextlib.asynccontextmanager
     async def _heartbeats(self, claim: Claim) -> AsyncIterator[None]:

@@ -28,7 +28,7 @@ from flashbulb_service.jobs import Job
 from flashbulb_service.model_book import ModelBook, Words
 from flashbulb_service.model_pool import LoadedModel, Loan, ModelPool, Served
 from flashbulb_service.model_store import keep_following
-from flashbulb_service.outages import OutageLog
+from flashbulb_service.outages import BACKOFF_S, OutageLog
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.pipeline import Pipeline
 from flashbulb_service.presence import INTERVAL_S, TTL_S, LiveWorker, Presence
@@ -60,7 +60,6 @@ log = logging.getLogger(__name__)
 IDLE_S = 5.0  # longest single wait for work; a wake-up ends it at once
 CLEAN_INTERVAL_S = 600.0  # at most: what lives shorter is deleted sooner
 LEAST_CLEAN_INTERVAL_S = 10.0
-OUTAGE_BACKOFF_S = 0.5
 SCAN_INTERVAL_S = 2.0
 # A lone job is drawn before its claim is answered, which saves a call. Where another one has come meanwhile, the
 # claim is refused and the batch was drawn in vain: the older the news and the longer the batch, the dearer.
@@ -196,7 +195,7 @@ class Worker:
                     outage.worked()
                 except QueueUnavailable as error:
                     outage.failed(error)
-                    await until_stop(asyncio.sleep(OUTAGE_BACKOFF_S))
+                    await until_stop(asyncio.sleep(BACKOFF_S))
                 finally:
                     if lane == SHORT:
                         self._pipeline.is_claiming = False

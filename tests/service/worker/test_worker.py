@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flashbulb_service import worker
+from flashbulb_service import pipeline, worker
 from flashbulb_service.backends import ImageRequest
 from flashbulb_service.catalog import Model
 from flashbulb_service.errors import QueueUnavailable
@@ -632,6 +632,37 @@ async def test_what_a_thread_cannot_commit_the_event_loop_does(
     monkeypatch.setattr(running.worker._queue, "complete_here", fail)
     [view] = await queue.wait((await queue.enqueue([picture_job()])).ids, 10)
     assert (view.state, view.attempt) == (JobState.DONE, 1)
+
+
+@pytest.mark.parametrize("end", ["complete", "fail"])
+async def test_how_a_job_ended_is_told_when_an_outage_is_over(
+    queue: Queue,
+    start_worker: Start,
+    watched: Any,
+    picture_job: PictureJob,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+) -> None:
+    """A queue that was away for a third of a second threw away what was drawn, and an attempt was burnt."""
+    monkeypatch.setattr(pipeline, "BACKOFF_S", 0.0)
+    watched.before = fail_on("bad")
+    running, calls = start_worker(), list[str]()
+    own = getattr(running.worker._queue, end)
+
+    def away(*args: Any, **kwargs: Any) -> bool:
+        raise QueueUnavailable("planted")
+
+    async def away_at_first(*args: Any, **kwargs: Any) -> Any:
+        calls.append(end)
+        return away() if len(calls) < 10 else await own(*args, **kwargs)
+
+    monkeypatch.setattr(running.worker._queue, "complete_here", away)
+    monkeypatch.setattr(running.worker._queue, end, away_at_first)
+    job = picture_job("dog" if end == "complete" else "bad", max_attempts=1)
+    [view] = await queue.wait((await queue.enqueue([job])).ids, 20)
+    assert (view.state, view.attempt) == (JobState.DONE if end == "complete" else JobState.FAILED, 1)
+    assert view.error is None or view.error.code == "backend_error"  # and not worker_lost
+    assert len(watched.batches) == 1
 
 
 def _sleeps(running: Any) -> bool:
