@@ -792,13 +792,15 @@ class Pipeline:
         async def beat() -> None:
             outage = OutageLog(log, "heartbeat missed")
             while True:
+                pause_s = self._lease_s / 3
                 try:
                     lost = await self._queue.heartbeat(self._worker_id, claim.jobs, self._lease_s)
                     claim.lost.update(lost)
                     outage.worked()
                 except QueueUnavailable as error:
                     outage.failed(error)
-                await asyncio.sleep(self._lease_s / 3)
+                    pause_s = min(pause_s, BACKOFF_S)
+                await asyncio.sleep(pause_s)
 
         beating: list[asyncio.Task[None]] = []
         first = asyncio.get_running_loop().call_later(

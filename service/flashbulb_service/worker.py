@@ -142,7 +142,8 @@ class Worker:
             True when the last batch was finished, False when it was handed back.
         """
         announcing = [asyncio.create_task(self._keep_present()), asyncio.create_task(self._keep_models())]
-        upkeep = [asyncio.create_task(self._queue.keep_reaping()), asyncio.create_task(self._keep_clean())]
+        reaping = asyncio.create_task(self._queue.keep_reaping(self._lease_s))
+        upkeep = [reaping, asyncio.create_task(self._keep_clean())]
         serving = asyncio.create_task(self._serve(stop))
         stopping = asyncio.create_task(stop.wait())
         try:

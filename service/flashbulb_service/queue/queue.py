@@ -652,30 +652,38 @@ class Queue:
 
     # upkeep
 
-    async def reap(self, now: float | None = None) -> int:
+    async def reap(self, now: float | None = None, *, spare_leases: bool = False) -> int:
         """Do what is due: expired leases go back or die, delayed jobs return, passed deadlines end jobs.
 
-        Any number of processes may call it at any time.
+        Any number of processes may call it at any time. spare_leases: none goes back or dies by this call.
 
         Returns:
             how many jobs it moved.
         """
         total = 0
         while True:
-            moved = int(await self._run("reap", _time(now), REAP_LIMIT, *self._expiry()))
+            moved = int(await self._run("reap", _time(now), REAP_LIMIT, *self._expiry(), int(spare_leases)))
             total += moved
             if moved < REAP_LIMIT:
                 return total
 
-    async def keep_reaping(self, interval_s: float = 0.25) -> None:
-        """Reap for ever, until the task is cancelled; outages are logged and survived."""
+    async def keep_reaping(self, lease_s: float, interval_s: float = 0.25) -> None:
+        """Reap for ever, until the task is cancelled; outages are logged and survived.
+
+        lease_s: of the workers. An outage in which they may have missed a heartbeat says nothing of them: after it,
+            leases are spared for the time of a whole one, in which all who live renew theirs.
+        """
         outage = OutageLog(log, "reaping interrupted")
+        heard, spared_until = time.monotonic(), 0.0
         while True:
             try:
-                await self.reap()
+                await self.reap(spare_leases=time.monotonic() < spared_until)
                 outage.worked()
+                heard = time.monotonic()
             except QueueUnavailable as error:
                 outage.failed(error)
+                if time.monotonic() - heard > lease_s / 3:
+                    spared_until = time.monotonic() + lease_s
             await asyncio.sleep(interval_s)
 
     async def replay_dead(self, job_id: str, *, now: float | None = None) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from flashbulb_service.errors import QueueFull
+from flashbulb_service.errors import QueueFull, QueueUnavailable
 from flashbulb_service.jobs import JobError, JobState, NewJob
 from flashbulb_service.queue import Limits
 
@@ -341,7 +341,7 @@ async def test_retries_do_not_need_admission(make_queue):
 async def test_keep_reaping_goes_on_until_cancelled(queue, wait_until):
     await queue.enqueue([new()])
     [job] = await queue.claim("w", MODELS, 1, 0.001)
-    reaper = asyncio.create_task(queue.keep_reaping(interval_s=0.01))
+    reaper = asyncio.create_task(queue.keep_reaping(0.001, interval_s=0.01))
 
     async def is_queued() -> bool:
         return (await queue.get(job.id)).state is JobState.QUEUED
@@ -350,6 +350,46 @@ async def test_keep_reaping_goes_on_until_cancelled(queue, wait_until):
     reaper.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reaper
+
+
+async def test_after_an_outage_no_lease_is_reaped_before_those_who_live_have_renewed_theirs(
+    queue, wait_until, monkeypatch
+):
+    """An outage longer than the lease took every live worker's jobs: the reaper was faster than its heartbeat."""
+    await queue.enqueue([new()] * 3)
+    [held] = await queue.claim("alive", MODELS, 1, 0.001)
+    [lost] = await queue.claim("dead", MODELS, 1, 0.001)
+    [failed] = await queue.claim("alive", MODELS, 1, 0.001)
+    await queue.fail("alive", failed, BOOM, retry=True, delay_s=0.0)
+    lease_s, reap, is_away, reaped = 1.0, queue.reap, True, []
+
+    async def watched(**options):
+        if is_away:
+            raise QueueUnavailable("planted")
+        reaped.append(await reap(**options))
+
+    monkeypatch.setattr(queue, "reap", watched)
+    reaper = asyncio.create_task(queue.keep_reaping(lease_s, interval_s=0.005))
+    end = asyncio.get_running_loop().time() + lease_s / 2
+
+    async def lasted() -> bool:
+        return asyncio.get_running_loop().time() > end
+
+    async def has_reaped() -> bool:
+        return bool(reaped)
+
+    async def is_taken_from_the_dead() -> bool:
+        return (await queue.get(lost.id)).state is JobState.QUEUED
+
+    await wait_until(lasted)
+    is_away = False
+    await wait_until(has_reaped)
+    assert (await queue.get(failed.id)).state is JobState.QUEUED  # what is no lease does not wait
+    assert await queue.heartbeat("alive", [held], 10.0) == set()
+    await wait_until(is_taken_from_the_dead)
+    assert (await queue.get(held.id)).state is JobState.RUNNING
+    reaper.cancel()
+    await asyncio.gather(reaper, return_exceptions=True)
 
 
 async def test_cancelled_call_stays_cancelled(queue):

@@ -1,4 +1,5 @@
--- Do what is due. ARGV: now, limit, result_ttl, dead_ttl, max_dead. Returns how many jobs moved.
+-- Do what is due. ARGV: now, limit, result_ttl, dead_ttl, max_dead, '1' to leave leases that ran out.
+-- Returns how many jobs moved.
 
 local now = now_ms(ARGV[1])
 local limit = tonumber(ARGV[2])
@@ -22,7 +23,7 @@ for _, id in ipairs(due('deadlines')) do
   fail_overdue(id, now, result_ttl)
 end
 
-for _, id in ipairs(due('leases')) do
+for _, id in ipairs(ARGV[6] == '1' and {} or due('leases')) do
   call('ZREM', key('leases'), id)
   local job = call('HMGET', key('job', id), 'worker', 'max_attempts')
   local message = 'worker ' .. job[1] .. ' went silent and lost its lease'
