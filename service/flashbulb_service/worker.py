@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -61,6 +61,8 @@ IDLE_S = 5.0  # longest single wait for work; a wake-up ends it at once
 CLEAN_INTERVAL_S = 600.0  # at most: what lives shorter is deleted sooner
 LEAST_CLEAN_INTERVAL_S = 10.0
 SCAN_INTERVAL_S = 2.0
+# After a load that failed, and after many: it took time, and may have evicted others.
+LOAD_PAUSE_S, MAX_LOAD_PAUSE_S = 60.0, 3600.0
 # A lone job is drawn before its claim is answered, which saves a call. Where another one has come meanwhile, the
 # claim is refused and the batch was drawn in vain: the older the news and the longer the batch, the dearer.
 FRESH_MS = 10.0
@@ -79,6 +81,26 @@ def load_model(model: Model, settings: Settings, cache: EmbeddingCache) -> Loade
 def new_worker_id() -> str:
     """Return a name that no other worker has: host, process and a random part."""
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@dataclass
+class Shelved:
+    """A model that is verified but not served: it was unloaded, is to be loaded, or could not be."""
+
+    model: Model
+    pause_s: float = 0.0  # after the newest load, which failed
+    due_at: float = 0.0  # by the monotonic clock: when it is loaded again, unless an operator wants it before
+    mark: str | None = None  # of what an operator wanted at the newest failure
+
+    def is_due(self, mark: str | None) -> bool:
+        """Tell whether to load it now, given the mark of what an operator wants."""
+        return mark != self.mark or time.monotonic() >= self.due_at
+
+    def fail(self, mark: str | None) -> float:
+        """Note a load that failed; return in how many seconds it is due again."""
+        self.pause_s = min(max(LOAD_PAUSE_S, 2 * self.pause_s), MAX_LOAD_PAUSE_S)
+        self.due_at, self.mark = time.monotonic() + self.pause_s, mark
+        return self.pause_s
 
 
 class Worker:
@@ -110,7 +132,7 @@ class Worker:
         self._repository = repository
         self._pool = models
         self._book, self._words = ModelBook(queue), Words()
-        self._shelved = {model.id: model for model in unloaded}  # verified, but not served
+        self._shelved = {model.id: Shelved(model) for model in unloaded}
         self._done_wishes: dict[str, str] = {}
         self._lease_s = lease_s
         self._scheduler = Scheduler(models.swap_ms)
@@ -315,7 +337,7 @@ class Worker:
             for model_id in gone:
                 self._shelved.pop(model_id, None)
                 self._give_up(model_id, "is gone from the repository")
-            self._shelved |= {model.id: model for model in new}
+            self._shelved |= {model.id: Shelved(model) for model in new}
             await self._follow_words()
             if self._me != before:
                 with contextlib.suppress(QueueUnavailable):
@@ -329,10 +351,11 @@ class Worker:
         except QueueUnavailable:
             words = self._words  # the last known
         for model_id in words.unloaded & set(self._pool.served):
-            self._shelved[model_id] = self._pool.served[model_id].model
+            # What replaced it, and could not be loaded yet, lies there already.
+            self._shelved.setdefault(model_id, Shelved(self._pool.served[model_id].model))
             self._give_up(model_id, "was unloaded")
         for model_id in set(self._shelved) - words.unloaded:
-            await self._take_up(self._shelved.pop(model_id))
+            await self._take_up(self._shelved[model_id], words.wanted.get(model_id))
         for model_id, mark in words.wanted.items():
             served = self._pool.served.get(model_id)
             if served is not None and self._done_wishes.get(model_id) != mark:
@@ -346,14 +369,19 @@ class Worker:
             self._scheduler.forget(model_id)
             log.info("model %s %s and is served no longer", model_id, reason)
 
-    async def _take_up(self, model: Model) -> None:
+    async def _take_up(self, shelved: Shelved, mark: str | None) -> None:
+        if not shelved.is_due(mark):
+            return
         try:
-            served = await self._pool.add(model)
+            served = await self._pool.add(shelved.model)
         except ModelUnavailable as error:
-            log.error("%s; the others go on", error.message)
+            log.error(
+                "%s; the others go on, and it is loaded again in %d s", error.message, shelved.fail(mark)
+            )
         else:
+            del self._shelved[served.model.id]
             self._announce_model(served)
-            log.info("model %s is ready (batches of %d)", model.id, served.cap)
+            log.info("model %s is ready (batches of %d)", served.model.id, served.cap)
 
     @property
     def _me(self) -> LiveWorker:

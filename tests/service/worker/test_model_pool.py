@@ -1,7 +1,7 @@
 """Models in memory: a cap that holds, the least recently used out first, nothing taken away from a batch that draws."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,12 @@ class Device:
         self.loads: list[str] = []
         self.most = 0
         self.broken: set[str] = set()
+        self.failures: list[str] = []
         self.now = 0.0
 
     def load(self, model: Model) -> LoadedModel:
         if model.id in self.broken:
+            self.failures.append(model.id)
             raise RuntimeError("no such operator")
         self.loads.append(model.id)
         self.held.append(model.id)
@@ -270,7 +272,11 @@ def test_the_memory_of_this_process_is_what_linux_says() -> None:
     del block
 
 
-async def test_a_worker_follows_what_operators_say(
+Seen = Callable[[set[str], set[str]], Awaitable[bool]]
+
+
+@pytest_asyncio.fixture
+async def seen(
     queue: Queue,
     make_queue: Callable[..., Queue],
     redis_url: str,
@@ -278,17 +284,15 @@ async def test_a_worker_follows_what_operators_say(
     results: ResultStore,
     three: list[Model],
     device: Device,
-    tmp_path: Path,
-    wait_until: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> AsyncIterator[Seen]:
+    """A worker of three models with memory for two, and ant unloaded; tells whether it serves and holds some."""
     monkeypatch.setattr(worker_module, "SCAN_INTERVAL_S", 0.02)
-    pool, book = pool_of(device, 2), ModelBook(queue)
-    await book.unload("ant@1")
+    pool = pool_of(device, 2)
+    await ModelBook(queue).unload("ant@1")
     for model in three[1:]:
         await pool.add(model)
     presence = Presence.connect(redis_url, namespace=namespace)
-    repository = Repository(three[0].bundle.path.parent.parent, three)
     worker = Worker(
         make_queue(),
         results,
@@ -296,7 +300,7 @@ async def test_a_worker_follows_what_operators_say(
         pool,
         backend_name="onnx",
         lease_s=5.0,
-        repository=repository,
+        repository=Repository(three[0].bundle.path.parent.parent, three),
         unloaded=three[:1],
     )
     stop = asyncio.Event()
@@ -306,6 +310,16 @@ async def test_a_worker_follows_what_operators_say(
         workers = await presence.workers()
         return {name for one in workers for name in one.models} == models and set(device.held) == held
 
+    yield seen
+    stop.set()
+    await running
+    await presence.aclose()
+
+
+async def test_a_worker_follows_what_operators_say(
+    queue: Queue, seen: Seen, wait_until: Callable[..., Any]
+) -> None:
+    book = ModelBook(queue)
     await wait_until(lambda: seen({"bee@1", "cat@1"}, {"bee@1", "cat@1"}))
     await book.unload("bee@1")
     await wait_until(lambda: seen({"cat@1"}, {"cat@1"}))
@@ -315,6 +329,29 @@ async def test_a_worker_follows_what_operators_say(
     await wait_until(lambda: seen({"ant@1", "bee@1", "cat@1"}, {"ant@1", "bee@1"}))
     await book.load("cat@1")  # served already, but not in memory
     await wait_until(lambda: seen({"ant@1", "bee@1", "cat@1"}, {"bee@1", "cat@1"}))
-    stop.set()
-    await running
-    await presence.aclose()
+
+
+@pytest.mark.parametrize("cause", ["an operator's word", "time"])
+async def test_a_model_whose_load_failed_is_loaded_again_after_a_pause_or_at_an_operators_word(
+    queue: Queue,
+    device: Device,
+    seen: Seen,
+    wait_until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    cause: str,
+) -> None:
+    """Memory that was short for a moment took the model from a worker until its restart, whatever operators said."""
+    monkeypatch.setattr(worker_module, "LOAD_PAUSE_S", 0.0 if cause == "time" else 3600.0)
+    book = ModelBook(queue)
+    device.broken.add("ant@1")
+    await book.load("ant@1")
+
+    async def has_failed() -> bool:
+        return "ant@1" in device.failures
+
+    await wait_until(has_failed)
+    device.broken.clear()
+    if cause != "time":
+        assert device.failures == ["ant@1"]
+        await book.load("ant@1")
+    await wait_until(lambda: seen({"ant@1", "bee@1", "cat@1"}, {"ant@1", "cat@1"}))
