@@ -43,7 +43,7 @@ class Served:
     cap: int = 1
     times_ms: Mapping[int, float] = field(default_factory=dict)
     backend: str = ""  # what runs it
-    bytes: int = 0  # of memory: the most that was measured, at least its files
+    bytes: int = 0  # of memory: the most that was measured while nothing else grew, at least its files
     load_s: float = 0.0  # newest
     loaded: LoadedModel | None = None
     loading: "asyncio.Task[LoadedModel] | None" = None
@@ -98,7 +98,8 @@ class ModelPool:
         self._room: set[Served] = set()  # those that take room, removed ones among them
         self._gate = asyncio.Lock()  # a loader that waits for room is not overtaken,
         self._waits_for_long = False  # but by short work while only the end of long work can make its room
-        self._one_load = asyncio.Lock()  # so that memory that grows has one cause
+        self._one_load = asyncio.Lock()  # so that memory that grows has one cause,
+        self._num_lent = 0  # of models in memory, ever: unless a batch grows beside it
         self._idle = asyncio.Event()
 
     @classmethod
@@ -179,6 +180,7 @@ class ModelPool:
     def _lend(self, served: Served, is_long: bool) -> None:
         served.users += 1
         served.long_users += is_long
+        self._num_lent += served.loaded is not None
 
     def _begin_use(self, served: Served, is_long: bool) -> LoadedModel | None:
         if served.loaded is None or (self._gate.locked() and not self._may_overtake(served, is_long)):
@@ -208,20 +210,25 @@ class ModelPool:
         return loaded
 
     async def _load(self, served: Served) -> LoadedModel:
+        known = served.bytes
         try:
             async with self._one_load:
+                is_alone, lent_before = not self._is_drawing, self._num_lent
                 before, start = self._measure(), self._clock()
                 try:
                     loaded = await asyncio.to_thread(self._load_model, served.model)
                 except Exception as error:
                     raise ModelUnavailable(served.model.id, f"{type(error).__name__}: {error}") from error
                 served.load_s = self._clock() - start
-                served.bytes = max(served.bytes, self._measure() - before)
+                if is_alone and self._num_lent == lent_before:
+                    served.bytes = max(known, self._measure() - before)
             served.loaded, served.cap, served.times_ms = loaded, loaded.cap, loaded.times_ms
             served.backend = loaded.student.backend.name
             if self._capacity is not None and served.bytes > self._capacity:
                 self._evict(served)
-                raise self._too_large(served)
+                refused = self._too_large(served)
+                served.bytes = known  # else it would be refused from now on without another look
+                raise refused
             self._shrink()
         except BaseException:
             self._room.discard(served)
@@ -255,6 +262,10 @@ class ModelPool:
         """Evict idle models while more is in memory than may be: a first load took more than its files."""
         while self._capacity is not None and self.bytes > self._capacity and (idle := self._idle_ones()):
             self._evict(min(idle, key=lambda one: one.last_used))
+
+    @property
+    def _is_drawing(self) -> bool:
+        return any(one.users for one in self._room if one.loaded is not None)
 
     def _idle_ones(self) -> list[Served]:
         return [one for one in self._room if not one.users and one.loaded is not None]

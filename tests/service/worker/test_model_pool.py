@@ -1,6 +1,7 @@
 """Models in memory: a cap that holds, the least recently used out first, nothing taken away from a batch that draws."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Device:
         self.broken: set[str] = set()
         self.failures: list[str] = []
         self.now = 0.0
+        self.grown = 0  # by what is no model
+        self.at_load: Callable[[], None] = lambda: None
 
     def load(self, model: Model) -> LoadedModel:
         if model.id in self.broken:
@@ -63,6 +66,7 @@ class Device:
             raise RuntimeError("no such operator")
         self.loads.append(model.id)
         self.held.append(model.id)
+        self.at_load()
         self.most = max(self.most, len(self.held))
         self.now += 2.0
         device = self
@@ -98,7 +102,7 @@ def pool_of(device: Device, rooms: int | None) -> ModelPool:
     return ModelPool(
         device.load,
         capacity_bytes=None if rooms is None else rooms * GROWTH,
-        measure=lambda: len(device.held) * GROWTH,
+        measure=lambda: len(device.held) * GROWTH + device.grown,
         clock=device.clock,
     )
 
@@ -192,6 +196,45 @@ async def test_one_that_is_larger_than_the_cap_is_refused_in_one_line(
         with pytest.raises(ModelUnavailable, match="FLASHBULB_MODELS_MEMORY_BYTES=104857599: raise that"):
             await pool.add(three[0])
     assert device.held == [] and pool.served == {} and pool.bytes == 0
+
+
+@pytest.mark.parametrize("begins", ["before the load", "during the load"])
+async def test_the_memory_of_a_batch_is_not_booked_on_a_model_that_is_loaded_beside_it(
+    device: Device, three: list[Model], begins: str
+) -> None:
+    """A model was said to take more than the cap from then on, and was refused to every batch without another look."""
+    pool = pool_of(device, 2)
+    ant, _, cat = [await pool.add(model) for model in three]
+    is_loading, goes_on = threading.Event(), threading.Event()
+
+    def grow() -> None:
+        is_loading.set()
+        assert goes_on.wait(10)
+        device.grown += 2 * GROWTH
+
+    device.at_load = grow
+    batch = Loan(pool, cat)
+    if begins == "before the load":
+        assert batch.take_now() is not None
+    loading = asyncio.create_task(Loan(pool, ant).take())
+    await asyncio.to_thread(is_loading.wait, 10)
+    if begins == "during the load":
+        assert batch.take_now() is not None
+    goes_on.set()
+    assert (await loading).model.id == "ant@1"
+    assert ant.bytes == GROWTH
+
+
+async def test_a_model_that_took_more_than_the_cap_once_is_looked_at_again(
+    device: Device, three: list[Model]
+) -> None:
+    pool = pool_of(device, 1)
+    ant, _ = [await pool.add(model) for model in three[:2]]
+    device.at_load = lambda: setattr(device, "grown", GROWTH)
+    with pytest.raises(ModelUnavailable, match=f"it takes {2 * GROWTH} bytes"):
+        await Loan(pool, ant).take()
+    await Loan(pool, ant).take()
+    assert device.held == ["ant@1"] and ant.bytes == GROWTH
 
 
 async def test_a_load_that_fails_is_tried_again_by_the_next_batch(device: Device, three: list[Model]) -> None:
