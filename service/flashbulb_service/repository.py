@@ -4,13 +4,11 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from flashbulb_distill.bundle import BundleError, list_models
+from flashbulb_distill.bundle import BundleError, Fingerprint, fingerprint, list_models
 from flashbulb_service.catalog import Model, open_model
 from flashbulb_service.errors import BundleRejected
 
 log = logging.getLogger(__name__)
-
-Fingerprint = tuple[tuple[str, int, int], ...]
 
 
 class Repository:
@@ -19,7 +17,7 @@ class Repository:
     def __init__(self, folder: Path, known: Iterable[Model]) -> None:
         """Take the models that are served already."""
         self._folder = folder
-        self._seen = {model.id: _fingerprint(model.bundle.path) for model in known}
+        self._seen: dict[str, Fingerprint | None] = {model.id: model.bundle.verified for model in known}
 
     def scan(self) -> tuple[list[Model], set[str]]:
         """Look once; blocks while new bundles are verified.
@@ -37,8 +35,8 @@ class Repository:
         new = []
         for model_id, (name, version, path) in found.items():
             try:
-                fingerprint = _fingerprint(path)
-                if self._seen.get(model_id) == fingerprint:
+                seen = fingerprint(path)
+                if self._seen.get(model_id) == seen:
                     continue
                 new.append(open_model(path, name, version, verify=True))
             except (BundleRejected, BundleError) as error:
@@ -46,16 +44,5 @@ class Repository:
             except OSError as error:
                 log.warning("model %s cannot be read now, the others go on: %s", model_id, error)
                 continue
-            self._seen[model_id] = fingerprint
+            self._seen[model_id] = seen
         return new, gone
-
-
-def _fingerprint(folder: Path) -> Fingerprint:
-    entries = []
-    for file in sorted(folder.rglob("*")):
-        try:
-            stat = file.stat()
-        except FileNotFoundError:  # being removed
-            continue
-        entries.append((file.name, stat.st_size, stat.st_mtime_ns))
-    return tuple(entries)

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+from flashbulb_distill.bundle import check_unchanged
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.calibration import batch_sizes, load_student
 from flashbulb_service.catalog import Model, exporter_times
@@ -70,11 +71,21 @@ EARLY_MS = 50.0
 
 
 def load_model(model: Model, settings: Settings, cache: EmbeddingCache) -> LoadedModel:
-    """Load a verified bundle, and warm up every batch size that will be used."""
+    """Load a verified bundle, and warm up every batch size that will be used.
+
+    Raises:
+        BundleError: its folder was replaced since: what it draws would bear the name of another bundle.
+    """
+    check_unchanged(model.bundle)
     known = load_student(model.bundle, settings, cache)
-    canonical = known.student.canonical
-    shape, sizes = model.bundle.manifest.shapes[0], [canonical] if canonical else batch_sizes(known.cap)
-    known.student.warm_up(shape.width, shape.height, sizes, frames=shape.frames)
+    try:
+        check_unchanged(model.bundle)
+        canonical = known.student.canonical
+        shape, sizes = model.bundle.manifest.shapes[0], [canonical] if canonical else batch_sizes(known.cap)
+        known.student.warm_up(shape.width, shape.height, sizes, frames=shape.frames)
+    except BaseException:
+        known.student.backend.close()
+        raise
     return LoadedModel(model, known.student, known.cap, known.times_ms)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -16,6 +16,9 @@ MANIFEST = "manifest.json"
 ENGINES = "engines"  # each folder in it has a manifest of its own, see engines.py
 _MAX_MANIFEST_BYTES = 4 << 20
 
+# Name, bytes and time of change (ns) of all that lies in a folder.
+Fingerprint = tuple[tuple[str, int, int], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
@@ -24,6 +27,8 @@ class Bundle:
     path: Path
     manifest: Manifest
     sha256: str
+    # What lay there just before the hashes were checked; None: they were not.
+    verified: Fingerprint | None = field(default=None, compare=False, repr=False)
 
     def file(self, name: str) -> Path:
         """Return the path of a file that the manifest names."""
@@ -54,11 +59,40 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         raise BundleError(
             f"{manifest_path}: expected at most {_MAX_MANIFEST_BYTES} bytes; the file is damaged"
         )
+    verified = fingerprint(path) if verify else None
     data = manifest_path.read_bytes()
     manifest = _parse(manifest_path, data)
     if verify:
         _verify_files(path, manifest)
-    return Bundle(path=path, manifest=manifest, sha256=hashlib.sha256(data).hexdigest())
+    return Bundle(path, manifest, hashlib.sha256(data).hexdigest(), verified)
+
+
+def check_unchanged(bundle: Bundle) -> None:
+    """Check that a folder still holds a bundle; its files are read only if one was touched since they were verified.
+
+    Raises:
+        BundleError: it was replaced or damaged.
+    """
+    if fingerprint(bundle.path) == bundle.verified and hash_file(bundle.path / MANIFEST) == bundle.sha256:
+        return
+    found = open_bundle(bundle.path).sha256
+    if found != bundle.sha256:
+        raise BundleError(
+            f"{bundle.path}: expected the bundle {bundle.sha256[:12]} that was opened before, got {found[:12]}; "
+            "export a changed student under a new version"
+        )
+
+
+def fingerprint(folder: Path) -> Fingerprint:
+    """Return what changes when a file of a folder is replaced; no file is read."""
+    entries = []
+    for file in sorted(folder.rglob("*")):
+        try:
+            stat = file.stat()
+        except FileNotFoundError:  # being removed
+            continue
+        entries.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return tuple(entries)
 
 
 def _parse(path: Path, data: bytes) -> Manifest:

@@ -1,6 +1,8 @@
 """Bundles: every damage is refused in one line, and reading needs neither torch nor numpy."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from flashbulb_distill.bundle import (
     BundleError,
     Latent,
     Manifest,
+    check_unchanged,
     find_model,
     hash_file,
     list_models,
@@ -52,6 +55,36 @@ def test_whitespace_changed_in_the_manifest_is_refused_too(bundle):
     path.write_bytes(path.read_bytes().replace(b"  ", b" \t", 1))
     with pytest.raises(BundleError, match="changed or damaged"):
         open_bundle(bundle)
+
+
+def test_a_verified_bundle_is_read_again_only_if_a_file_was_touched(bundle, monkeypatch):
+    opened, read = open_bundle(bundle), []
+
+    def watched(path):
+        read.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr("flashbulb_distill.bundle.bundle.hash_file", watched)
+    check_unchanged(opened)
+    assert read == ["manifest.json"]
+    os.utime(bundle / "decoder.onnx", ns=(0, 0))
+    check_unchanged(opened)
+    assert {"denoiser.onnx", "decoder.onnx"} < set(read)
+    weights = bytearray((bundle / "decoder.onnx").read_bytes())
+    weights[-1] ^= 1
+    (bundle / "decoder.onnx").write_bytes(weights)
+    with pytest.raises(BundleError, match=r"decoder\.onnx: expected sha256"):
+        check_unchanged(opened)
+
+
+def test_a_bundle_that_was_replaced_is_not_the_one_that_was_opened(bundle):
+    opened, models = open_bundle(bundle), bundle.parents[1]
+    shutil.rmtree(bundle)
+    with pytest.raises(BundleError, match=r"found no manifest\.json"):
+        check_unchanged(opened)
+    make_tiny_bundle(models, licence="MIT")
+    with pytest.raises(BundleError, match="export a changed student under a new version"):
+        check_unchanged(opened)
 
 
 @pytest.mark.parametrize("version", [3, "1", None, True])

@@ -1,6 +1,7 @@
 """Models in memory: a cap that holds, the least recently used out first, nothing taken away from a batch that draws."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -306,6 +307,38 @@ async def test_a_worker_draws_with_more_models_than_fit_its_memory(
     drawn = [ImageOutcome.from_bytes(view.result or b"").bundle_sha256 for view in views]
     assert drawn == [model.bundle.sha256 for model in three] * 4
     assert sum(size > 0 for size in small_worker.memory().values()) == 1
+
+
+@pytest.mark.parametrize("when", ["before the load", "during the load"])
+async def test_a_replaced_bundle_is_not_loaded_under_the_name_of_the_one_that_was_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A model that came back into memory drew with the new files, and its receipts named the old bundle."""
+    path = make_tiny_bundle(tmp_path / "models")
+    tiny = open_model(path, "tiny", 1, verify=True)
+    settings, load_student = Settings(data=tmp_path, threads=1), worker_module.load_student
+    pool = ModelPool(lambda model: load_model(model, settings, EmbeddingCache()))
+    served = await pool.add(tiny)
+    await pool.aclose()
+
+    def replace() -> None:
+        shutil.rmtree(path)
+        make_tiny_bundle(tmp_path / "models", licence="MIT")
+
+    def load_and_replace(*args: Any) -> Any:
+        loaded = load_student(*args)
+        replace()
+        return loaded
+
+    if when == "before the load":
+        replace()
+    else:
+        monkeypatch.setattr(worker_module, "load_student", load_and_replace)
+    with pytest.raises(ModelUnavailable, match=f"expected the bundle {tiny.bundle.sha256[:12]}"):
+        await Loan(pool, served).take()
+    monkeypatch.undo()
+    await pool.add(open_model(path, "tiny", 1, verify=True))
+    await pool.aclose()
 
 
 def test_the_memory_of_this_process_is_what_linux_says() -> None:

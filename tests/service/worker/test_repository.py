@@ -37,6 +37,15 @@ def test_a_new_version_is_found_once_and_a_removed_one_is_gone(
     assert ids(repository) == ([], {"tiny@1"})
 
 
+def test_a_bundle_that_was_replaced_after_it_was_verified_is_found(tmp_path: Path) -> None:
+    """A worker takes seconds to load its models before it begins to look."""
+    path = make_tiny_bundle(tmp_path / "models")
+    known = open_model(path, "tiny", 1, verify=True)
+    shutil.rmtree(path)
+    make_tiny_bundle(tmp_path / "models", licence="MIT")
+    assert ids(Repository(tmp_path / "models", [known])) == (["tiny@1"], set())
+
+
 def test_a_damaged_bundle_is_refused_in_one_line_until_it_changes(
     repository: Repository, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
