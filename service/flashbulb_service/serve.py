@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
@@ -38,6 +38,7 @@ from flashbulb_service.webhooks import keep_delivering
 log = logging.getLogger(__name__)
 
 READY_CHECK_S = 0.03
+RESTART_S = 1.0
 CATALOG_INTERVAL_S = 2.0
 STORE = ("models_url", "models_wanted", "models_poll_s", "models_max_bytes")  # settings
 # Longer than clients (5 s) and load balancers (60 s) keep an idle connection: the side that closes it must be theirs,
@@ -181,25 +182,38 @@ async def run_all(
 @asynccontextmanager
 async def upkeep(context: Context, *, manifests_only: bool = True) -> AsyncIterator[None]:
     """Follow models and their store, and deliver webhooks if there is a secret to sign them with."""
-    tasks = [
-        asyncio.create_task(_follow_models(context)),
-        asyncio.create_task(keep_following(context.settings, manifests_only=manifests_only)),
+    works: list[Callable[[], Awaitable[None]]] = [
+        partial(_follow_models, context),
+        partial(keep_following, context.settings, manifests_only=manifests_only),
     ]
     if context.settings.webhook_secret is not None:
-        delivering = keep_delivering(
-            context.queue,
-            partial(webhook_message, context),
-            context.settings.webhook_secret,
-            allow_private=context.settings.webhook_allow_private,
-            on_attempt=context.metrics.webhook_delivery,
+        works.append(
+            partial(
+                keep_delivering,
+                context.queue,
+                partial(webhook_message, context),
+                context.settings.webhook_secret,
+                allow_private=context.settings.webhook_allow_private,
+                on_attempt=context.metrics.webhook_delivery,
+            )
         )
-        tasks.append(asyncio.create_task(delivering))
+    tasks = [asyncio.create_task(_keep_at(work)) for work in works]
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+
+
+async def _keep_at(work: Callable[[], Awaitable[None]]) -> None:
+    """Do a work that shall last as long as the process; what ends it early is logged, and it begins again."""
+    while True:
+        try:
+            return await work()
+        except Exception:  # nobody looks at the task before the process ends
+            log.exception("unforeseen error in the upkeep, which begins again")
+        await asyncio.sleep(RESTART_S)
 
 
 def child_env(settings: Settings) -> dict[str, str]:

@@ -258,10 +258,14 @@ async def keep_delivering(
     calls: set[asyncio.Task[None]] = set()
 
     async def attempt(hook: DueHook) -> None:
-        with contextlib.suppress(QueueUnavailable):  # the loop tells; the hook is due again after its lease
+        try:
             result = await _attempt(queue, message_of, key, hook, places, allow_private)
             if result is not None:
                 on_attempt(result)
+        except QueueUnavailable:
+            pass  # the loop tells; the hook is due again after its lease
+        except Exception:  # what is wrong with one hook keeps no other from being told
+            log.exception("unforeseen error in the webhook of request %s", hook.request_id)
 
     async with asyncio.TaskGroup() as group:
         while True:

@@ -30,8 +30,20 @@ CALL_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 MAX_BLOCKING = 32  # calls that wait for the server to tell something; a process has a handful
 
-# Redis itself is well but refuses to write: full, a replica, or its disk is failing.
-_REFUSALS = ("MISCONF", "NOREPLICAS", "OOM", "READONLY", "LOADING", "MASTERDOWN")
+# Redis itself is well but does not serve now: full, a replica, just become one (UNBLOCKED), or its disk is failing.
+_REFUSALS = (
+    "BUSY",
+    "CLUSTERDOWN",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOAUTH",
+    "NOREPLICAS",
+    "OOM",
+    "READONLY",
+    "TRYAGAIN",
+    "UNBLOCKED",
+)
 
 
 def open_client(url: str, max_connections: int) -> "Redis":
@@ -78,7 +90,7 @@ def in_our_words(error: Exception, timeout_s: float | None = CALL_TIMEOUT_S) -> 
         within = "in time" if timeout_s is None else f"within {timeout_s:g} s"
         return QueueUnavailable(f"the queue's Redis or Valkey server did not answer {within}")
     if isinstance(error, ResponseError) and str(error).startswith(_REFUSALS):
-        return QueueUnavailable(f"the queue's Redis or Valkey server refuses writes: {error}")
+        return QueueUnavailable(f"the queue's Redis or Valkey server refuses to serve: {error}")
     return error
 
 

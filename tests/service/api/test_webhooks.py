@@ -179,6 +179,45 @@ async def test_a_receiver_that_never_answers_delays_nobody_elses_deliveries(
     await asyncio.wait([delivering])
 
 
+async def test_what_is_wrong_with_one_webhook_is_logged_and_keeps_no_other_from_being_sent(
+    make_app: MakeApp, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unforeseen error of one call ended all webhooks until a restart, without a word."""
+    app = make_app(webhook_secret=SECRET, webhook_allow_private=True)
+    broken = await cancelled_job(app, receiver.url)
+
+    async def message_of(context: Any, hook: DueHook) -> Message | None:
+        if broken.endswith(hook.request_id):
+            raise ZeroDivisionError
+        return await webhook_message(context, hook)
+
+    monkeypatch.setattr("flashbulb_service.serve.webhook_message", message_of)
+    async with upkeep(app.state.context):
+        await cancelled_job(app, receiver.url)
+        await receiver.wait(1)
+    assert broken.removeprefix("job_") in caplog.text and "ZeroDivisionError" in caplog.text
+
+
+async def test_upkeep_that_ends_by_a_bug_is_logged_and_begins_again(
+    make_app: MakeApp, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flashbulb_service.serve.RESTART_S", 0.01)
+    app = make_app(webhook_secret=SECRET, webhook_allow_private=True)
+    queue, errors = app.state.context.queue, [ZeroDivisionError()]
+    due_hooks = queue.due_hooks
+
+    async def broken_once(*args: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return await due_hooks(*args)
+
+    monkeypatch.setattr(queue, "due_hooks", broken_once)
+    async with upkeep(app.state.context):
+        await cancelled_job(app, receiver.url)
+        await receiver.wait(1)
+    assert "ZeroDivisionError" in caplog.text
+
+
 async def test_certificates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """To read them for each delivery stopped the event loop for 29 to 64 ms."""
     made: list[ssl.SSLContext] = []

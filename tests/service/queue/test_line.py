@@ -10,7 +10,7 @@ from redis.exceptions import ResponseError
 
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.queue import Queue
-from flashbulb_service.queue.connection import open_client
+from flashbulb_service.queue.connection import in_our_words, open_client
 from flashbulb_service.queue.line import Line
 
 CALLS = 200
@@ -159,6 +159,28 @@ def test_it_works_on_the_loop_that_serves(redis_url):
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         assert runner.run(ask()) == [b"%d" % number for number in range(CALLS)]
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda queue: queue.wait_for_work(["emoji@1"], 10), lambda queue: queue.wait_for_hooks(10)]
+)
+async def test_a_failover_that_ends_a_wait_is_an_outage(queue: Queue, client: Redis, wait_until, wait):
+    """A primary that became a replica answered -UNBLOCKED, which ended workers and webhooks like a bug."""
+    waiting = asyncio.create_task(wait(queue))
+
+    async def blocked() -> list[str]:
+        return [one["id"] for one in await client.client_list() if "b" in one["flags"]]
+
+    await wait_until(blocked)
+    (number,) = await blocked()
+    await client.client_unblock(int(number), error=True)
+    with pytest.raises(QueueUnavailable, match="UNBLOCKED"):
+        await waiting
+
+
+@pytest.mark.parametrize("code", ["BUSY", "CLUSTERDOWN", "NOAUTH", "TRYAGAIN", "UNBLOCKED"])
+def test_a_server_that_does_not_serve_now_is_unavailable(code):
+    assert isinstance(in_our_words(ResponseError(f"{code} come later")), QueueUnavailable)
 
 
 async def test_scripts_that_a_server_has_forgotten_are_sent_again(queue: Queue, client: Redis):
