@@ -317,6 +317,16 @@ async def test_a_wake_is_not_trusted_when_other_work_has_come(queue):
         await drain(queue, ["emoji@1", "other@1"], 4)
 
 
+async def test_a_wake_is_trusted_beside_the_backlog_of_a_paused_model(queue):
+    """Each picture that came alone was begun, refused for work that nobody may take, and drawn again."""
+    await queue.enqueue([new(model="other@1")])
+    await queue.set_gate("other@1", "paused")
+    await queue.enqueue([new()])
+    lone = (await queue.wait_for_work(["emoji@1"], 5)).lone
+    taken = await take_lone(queue, lone)
+    assert (taken.jobs, taken.more) == ([lone.job], False)
+
+
 async def test_a_wake_is_not_trusted_when_it_is_old_or_its_model_is_paused_or_its_job_is_gone(queue):
     [job_id] = (await queue.enqueue([new()], now=100.0)).ids
     lone = (await queue.wait_for_work(["emoji@1"], 5)).lone

@@ -79,6 +79,11 @@ local function gate_of(model)
   return call('HGET', key('gates'), model)
 end
 
+-- Is there work for this model that a worker may take?
+local function has_work(model)
+  return call('EXISTS', key('ready', model)) == 1 and gate_of(model) ~= 'paused'
+end
+
 -- Device time that a tenant was charged for, over its weight. One that comes (back) to a model's backlog starts
 -- level with the least of those that wait there: neither with a claim on what it missed, nor behind the others.
 local function used_by(model, tenant)

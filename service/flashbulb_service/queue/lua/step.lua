@@ -14,7 +14,7 @@ for i = 5, first_model - 1, 2 do
   end
 end
 for i = first_model, #ARGV do
-  if gate_of(ARGV[i]) ~= 'paused' and call('EXISTS', key('ready', ARGV[i])) == 1 then
+  if has_work(ARGV[i]) then
     waits = 1
   end
 end

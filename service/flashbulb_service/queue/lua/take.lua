@@ -15,7 +15,7 @@ local MAX_SEEN_AGO_MS = 100
 
 local function more_waits()
   for i = 12, first - 1 do
-    if call('EXISTS', key('ready', ARGV[i])) == 1 then
+    if has_work(ARGV[i]) then
       return 1
     end
   end
@@ -26,7 +26,7 @@ end
 if seen then
   local others = gate_of(model) == 'paused' or not is_alone(model, bucket)
   for i = 12, first - 1 do
-    others = others or (ARGV[i] ~= model and call('EXISTS', key('ready', ARGV[i])) == 1)
+    others = others or (ARGV[i] ~= model and has_work(ARGV[i]))
   end
   if others or now - seen > MAX_SEEN_AGO_MS then
     return { 1 }
