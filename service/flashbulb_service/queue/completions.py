@@ -1,7 +1,8 @@
 """Hears that jobs have ended: one subscription per process, for any number of waiters.
 
 An event tells all of a job, but it may be lost: the job's hash is the truth. After every (re)connection, and after
-a long silence, all waited-for jobs are read again, so a lost event costs time but never a result.
+a long silence, all waited-for jobs are read again, so a lost event costs time but never a result. A connection that
+does not answer then is made anew.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from flashbulb_service.queue.views import read_news
 log = logging.getLogger(__name__)
 
 QUIET_S = 15.0  # a connection may be dead without either side noticing
+ANSWER_S = 5.0  # then it is closed
 MAX_BACKOFF_S = 2.0
 
 ReadEnded = Callable[[Sequence[str]], Awaitable[set[str]]]
@@ -43,7 +45,7 @@ class Completions:
     """
 
     def __init__(self, client: "Redis", channel: str, read_ended: ReadEnded) -> None:
-        self._line = Line(client, hear=self._hear, lost=self._unsubscribed)
+        self._line = Line(client, timeout_s=ANSWER_S, hear=self._hear, lost=self._unsubscribed)
         self._channel = channel
         self._read_ended = read_ended
         self._waiters: dict[str, set[asyncio.Future[JobView | None]]] = {}
@@ -147,12 +149,15 @@ class Completions:
         while True:
             try:
                 self._again.clear()
-                if not self._stands:
+                stood = self._stands
+                if not stood:
                     await self._line.call("SUBSCRIBE", self._channel)
                     self._subscriptions += 1
                     self._stands = True
                 if self._waiters:  # an event may have been lost before this, or by a dead connection
                     await self._look(self._waiters)
+                if stood:  # it only listens: what is not asked for an answer seems well when it is dead
+                    await self._line.call("PING")
                 backoff_s = 0.05
                 outage.worked()
                 with contextlib.suppress(TimeoutError):

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -15,6 +16,43 @@ MODELS = ["emoji@1"]
 
 def new(payload: bytes = b"p", **kwargs) -> NewJob:
     return NewJob(**{"model": "emoji@1", "bucket": "64x64", "payload": payload, **kwargs})
+
+
+class Way:
+    """A way to the server on which connections die without a word to either side."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._dead: set[asyncio.StreamWriter] = set()
+        self._said: dict[asyncio.StreamWriter, bytes] = {}  # by the server's side of a connection
+
+    def kill(self, command: bytes) -> None:
+        """Pass on nothing more of the connections on which a command went to the server."""
+        self._dead |= {connection for connection, said in self._said.items() if command in said}
+
+    async def pass_on(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: asyncio.StreamWriter
+    ) -> None:
+        while data := await reader.read(1 << 16):
+            self._said[connection] = self._said.get(connection, b"") + data * (writer is connection)
+            if connection not in self._dead:
+                writer.write(data)
+        writer.close()
+
+
+@pytest.fixture
+async def way(redis_url):
+    parts, ends = urlsplit(redis_url), []
+
+    async def connect(reader, writer) -> None:
+        there, back = await asyncio.open_unix_connection(parts.path)
+        ends.append(asyncio.gather(made.pass_on(reader, back, back), made.pass_on(there, writer, back)))
+
+    async with await asyncio.start_server(connect, "127.0.0.1", 0) as proxy:
+        port, password = proxy.sockets[0].getsockname()[1], parts.query.removeprefix("password=")
+        made = Way(f"redis://:{password}@127.0.0.1:{port}/0")
+        yield made
+        await asyncio.gather(*ends)
 
 
 @pytest.fixture
@@ -148,6 +186,23 @@ async def test_event_lost_with_the_connection_is_made_up_by_reading(make_queue, 
     await client.publish(channel, "x")
     await worker.complete("w", job, b"ok")
     assert (await waiting)[0].result == b"ok"
+
+
+async def test_a_subscription_that_has_died_without_a_word_is_made_again(
+    way, namespace, monkeypatch, wait_until
+):
+    """It seemed to stand until the API was restarted, and every answer waited for the next look at the jobs."""
+    monkeypatch.setattr(completions, "QUIET_S", 0.05)
+    monkeypatch.setattr(completions, "ANSWER_S", 0.2)
+    async with Queue.connect(way.url, namespace=namespace) as queue:
+        await subscribed_queue(queue, wait_until)
+        way.kill(b"SUBSCRIBE")
+        before = queue._completions._subscriptions
+        [job_id] = (await queue.enqueue([new()])).ids
+        waiting = asyncio.create_task(queue.wait([job_id], 10))
+        await wait_until(lambda: truth(queue._completions._subscriptions > before))
+        await queue.cancel(job_id)
+        assert (await waiting)[0].state is JobState.CANCELLED
 
 
 async def test_each_way_to_end_publishes_exactly_one_event(queue, client):
