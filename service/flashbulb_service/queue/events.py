@@ -12,6 +12,8 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from flashbulb_service.errors import QueueUnavailable
+from flashbulb_service.queue.connection import CONNECT_TIMEOUT_S, unavailable
 from flashbulb_service.queue.keys import Keys
 
 log = logging.getLogger(__name__)
@@ -123,13 +125,15 @@ class Events:
                     if key not in places or place(watcher.after) < place(places[key]):
                         places[key] = watcher.after
                 streams: Any = {self._control: seen, **places}
-                answer: Any = await self._client.xread(streams, block=BLOCK_MS, count=200)
+                # The margin ends a wait on a connection that died without a word.
+                async with unavailable(BLOCK_MS / 1000 + CONNECT_TIMEOUT_S):
+                    answer: Any = await self._client.xread(streams, block=BLOCK_MS, count=200)
                 for name, entries in answer or ():
                     if name.decode() == self._control:
                         seen = entries[-1][0].decode()
                     else:
                         self._hand_out(name.decode(), entries)
-            except (RedisError, OSError) as error:
+            except (RedisError, QueueUnavailable, OSError) as error:
                 log.warning("events interrupted, trying again: %s", error)
                 await asyncio.sleep(BACKOFF_S)
 

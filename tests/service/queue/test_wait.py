@@ -8,7 +8,8 @@ import pytest
 
 from flashbulb_service.errors import JobNotFound
 from flashbulb_service.jobs import JobError, JobState, NewJob
-from flashbulb_service.queue import Queue, completions
+from flashbulb_service.queue import Kept, Queue, completions
+from flashbulb_service.queue import events as reader_of_events
 from flashbulb_service.queue.views import read_news
 
 MODELS = ["emoji@1"]
@@ -203,6 +204,20 @@ async def test_a_subscription_that_has_died_without_a_word_is_made_again(
         await wait_until(lambda: truth(queue._completions._subscriptions > before))
         await queue.cancel(job_id)
         assert (await waiting)[0].state is JobState.CANCELLED
+
+
+async def test_events_are_read_on_where_their_connection_has_died_without_a_word(way, namespace, monkeypatch):
+    """Its reader waited on it for ever, and no watcher of the process was told anything more."""
+    monkeypatch.setattr(reader_of_events, "BLOCK_MS", 50)
+    monkeypatch.setattr(reader_of_events, "CONNECT_TIMEOUT_S", 0.2)
+    async with Queue.connect(way.url, namespace=namespace) as queue:
+        [lead] = (await queue.enqueue([new()], keep=Kept(b"record", "me", events=True))).ids
+        watching = queue.watch(lead, after="0", quiet_s=10)
+        assert (await anext(watching)).kind == "queued"
+        way.kill(b"XREAD")
+        await queue.cancel(lead)
+        assert (await anext(watching)).kind == "cancelled"
+        await watching.aclose()
 
 
 async def test_each_way_to_end_publishes_exactly_one_event(queue, client):
