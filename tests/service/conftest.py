@@ -117,7 +117,9 @@ async def assert_invariants(queue: Queue) -> None:
     assert set(await scores(f"{tag}:delayed")) == ids_in("delayed")
     with_deadline = {j for j in queued | ids_in("delayed") if "deadline" in jobs[j]}
     assert set(await scores(f"{tag}:deadlines")) == with_deadline
-    expected |= {f"{tag}:leases", f"{tag}:delayed", f"{tag}:deadlines"}
+    with_long = {jobs[j]["worker"] for j in ids_in("running") if jobs[j]["bucket"].endswith(":long")}
+    assert set(await scores(f"{tag}:long")) == with_long
+    expected |= {f"{tag}:leases", f"{tag}:delayed", f"{tag}:deadlines", f"{tag}:long"}
 
     for model in backlog:
         of_model = {job_id for job_id in queued if jobs[job_id]["model"] == model}

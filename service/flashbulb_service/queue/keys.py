@@ -20,7 +20,7 @@ deadlines             ZSET   queued or delayed id -> deadline         empty with
 inuse                 HASH   tenant -> live jobs; "" -> all of them   fields deleted at 0
 dead                  ZSET   failed id -> time of death               TTL; bounded in number
 busy                  ZSET   worker -> predicted end of its batch of short work  TTL
-long                  ZSET   worker -> the same of long work, which runs beside it  TTL
+long                  ZSET   worker -> the same of long work, which runs beside it  empty when none runs
 alive                 ZSET   worker -> end of what it last announced  TTL
 speed:<model>:<bucket> HASH  worker -> alive until, floor, base, row, cap  TTL
 idem:<tenant>:<hash>  STR    request hash and ids                     TTL

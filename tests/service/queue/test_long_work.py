@@ -75,6 +75,17 @@ async def test_who_has_ended_its_long_work_is_not_counted_as_busy_with_it(queue,
     assert (await queue.window("other", ["clip@1"], 8, now=101.0)).num_long == 0
 
 
+@pytest.mark.parametrize("predicted_ms", [0, 300])
+async def test_long_work_counts_as_long_as_it_runs_whatever_was_predicted(queue, predicted_ms):
+    """A video of unknown time, or slower than predicted, was not counted: all workers could make one."""
+    job = await take(queue, "w", VIDEO, "clip@1", now=100.0, predicted_ms=predicted_ms)
+    await take(queue, "another", VIDEO, "clip@1", now=101.0, predicted_ms=predicted_ms)
+    assert (await queue.window("other", ["clip@1"], 8, now=102.0)).num_long == 2
+    assert (await queue.window("w", ["clip@1"], 8, now=102.0)).num_long == 1
+    await queue.complete("w", job, b"done", now=103.0)
+    assert (await queue.window("other", ["clip@1"], 8, now=103.0)).num_long == 1
+
+
 async def test_a_worker_is_busy_with_long_work_until_the_last_of_its_rows_has_ended(queue):
     """One video of a batch was cancelled, and its worker counted as free while it made the other one."""
     ids = (await queue.enqueue([new(VIDEO), new(VIDEO)], now=100.0)).ids

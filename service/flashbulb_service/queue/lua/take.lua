@@ -65,10 +65,13 @@ end
 
 if #batch > 0 then
   -- Between the steps of long work a worker goes on with short work: one does not keep it from the other.
-  local ends = key(is_long(bucket) and 'long' or 'busy')
-  call('ZADD', ends, now + predicted, worker)
-  call('ZREMRANGEBYSCORE', ends, '-inf', '(' .. string.format('%.0f', now))
-  call('PEXPIRE', ends, KEPT_MS)
+  if is_long(bucket) then
+    call('ZADD', key('long'), now + predicted, worker) -- until `stop_long`: it may take longer than was predicted
+  else
+    call('ZADD', key('busy'), now + predicted, worker)
+    call('ZREMRANGEBYSCORE', key('busy'), '-inf', '(' .. string.format('%.0f', now))
+    call('PEXPIRE', key('busy'), KEPT_MS)
+  end
   -- The clock is where newcomers start; accounts behind every model's clock say nothing any more.
   call('HSET', key('clock'), model, math.max(clock, tonumber(call('HGET', key('clock'), model) or 0)))
   local least = clock

@@ -16,8 +16,5 @@ for i = 4, #ARGV do
     end
   end
 end
-local long = 0
-for _, other in ipairs(call('ZRANGEBYSCORE', key('long'), now, '+inf')) do
-  long = long + (other ~= worker and 1 or 0)
-end
+local long = call('ZCARD', key('long')) - (call('ZSCORE', key('long'), worker) and 1 or 0)
 return { now, call('ZCOUNT', key('alive'), now, '+inf'), long, buckets }
