@@ -483,6 +483,7 @@ class Queue:
             round(plan.predicted_ms),
             repr(plan.clock_ms),
             "" if lone is None else round(lone.window.now_ms),
+            secrets.token_hex(4),
             len(models),
             len(plan.take),
             *models,

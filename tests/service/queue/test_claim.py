@@ -7,7 +7,7 @@ import pytest
 from flashbulb_service.errors import JobNotFound
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.queue import Limits
-from flashbulb_service.scheduler import BucketFacts, plan_batch
+from flashbulb_service.scheduler import BucketFacts, Plan, plan_batch
 from flashbulb_service.timing import Tau
 
 
@@ -315,6 +315,29 @@ async def test_a_wake_is_not_trusted_when_other_work_has_come(queue):
         taken = await take_lone(queue, lone)
         assert (taken.jobs, taken.more) == ([], True)
         await drain(queue, ["emoji@1", "other@1"], 4)
+
+
+@pytest.mark.parametrize("is_lone", [True, False])
+async def test_a_claim_whose_reply_is_lost_with_the_connection_finds_its_jobs_when_it_is_sent_again(
+    queue, client, monkeypatch, is_lone
+):
+    """They were running, and nobody's: each waited for its lease to end and lost an attempt."""
+    [job_id] = (await queue.enqueue([new(tenant="a")])).ids
+    lone = (await queue.wait_for_work(["emoji@1"], 5)).lone if is_lone else None
+    await queue.enqueue([new(model="behind@1")])  # the accounts last as long as anybody waits
+    plan = Plan("emoji@1", "64x64", (job_id,), predicted_ms=5.0, charges_ms=(7.0,))
+    send = queue._line.call
+
+    async def send_twice(*command):
+        await send(*command)
+        return await send(*command)
+
+    monkeypatch.setattr(queue._line, "call", send_twice)
+    [job] = (await queue.take("w", plan, 60, models=["emoji@1"], lone=lone)).jobs
+    assert (job.id, job.attempt, job.payload) == (job_id, 1, b"p")
+    assert await client.zscore(f"{queue.keys.tag}:used", "a") == 7.0  # charged once
+    assert (await queue.take("w", plan, 60, models=["emoji@1"])).jobs == []  # another call
+    assert (await queue.take("other", plan, 60, models=["emoji@1"])).jobs == []
 
 
 async def test_a_wake_is_trusted_beside_the_backlog_of_a_paused_model(queue):

@@ -1,6 +1,6 @@
 -- Lease planned jobs that are still queued, and fail those planned to be dropped.
 -- ARGV: now, worker, lease, result_ttl, model, bucket, predicted ms, clock, when a lone job was seen or '',
---       number of models, number to take, then the worker's models, then per job to take: id, charge;
+--       what tells this call from others of the worker, number of models, number to take, then the worker's models, then per job to take: id, charge;
 --       then ids to drop.
 -- Returns {whether more waits for these models, {id, model, bucket, tenant, payload, attempt, burnt, enqueued,
 --          whether somebody waits for its end}, ...}; nothing, if the job that was alone is so no longer.
@@ -8,13 +8,13 @@
 local now = now_ms(ARGV[1])
 local worker, lease, result_ttl = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local model, bucket, predicted, clock = ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
-local seen, num_models, num = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
-local first = 12 + num_models
+local seen, call_id, num_models, num = tonumber(ARGV[9]), ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
+local first = 13 + num_models
 local MAX_REFRESHED, KEPT_MS = 16, 3600000
 local MAX_SEEN_AGO_MS = 100
 
 local function more_waits()
-  for i = 12, first - 1 do
+  for i = 13, first - 1 do
     if has_work(ARGV[i]) then
       return 1
     end
@@ -22,13 +22,19 @@ local function more_waits()
   return 0
 end
 
+-- The client library sends a script again after a broken connection: what the lost reply told, this one tells.
+local function attempt_of_call(id)
+  local job = call('HMGET', key('job', id), 'state', 'worker', 'call', 'attempt')
+  return job[1] == 'running' and job[2] == worker and job[3] == call_id and tonumber(job[4])
+end
+
 -- A plan for one job holds while nothing has come beside it; else the whole window is to be read.
 if seen then
   local others = gate_of(model) == 'paused' or not is_alone(model, bucket)
-  for i = 12, first - 1 do
+  for i = 13, first - 1 do
     others = others or (ARGV[i] ~= model and has_work(ARGV[i]))
   end
-  if others or now - seen > MAX_SEEN_AGO_MS then
+  if (others or now - seen > MAX_SEEN_AGO_MS) and not attempt_of_call(ARGV[first]) then
     return { 1 }
   end
 end
@@ -47,18 +53,22 @@ end
 
 local batch = {}
 for i = first, first - 1 + 2 * num, 2 do
-  local id, charge = ARGV[i], tonumber(ARGV[i + 1])
+  local id, charge, attempt = ARGV[i], tonumber(ARGV[i + 1])
   if is_here(id) then
     local tenant = call('HGET', key('job', id), 'tenant')
     local total = used_by(model, tenant) + charge
     leave(id, model, bucket, tenant)
     call('ZADD', key('used'), total, tenant)
     call('ZADD', key('tenants', model, bucket), 'XX', total, tenant)
-    local attempt = call('HINCRBY', key('job', id), 'attempt', 1)
-    call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now, 'charged', charge)
-    call('ZADD', key('leases'), now + lease, id)
+    attempt = call('HINCRBY', key('job', id), 'attempt', 1)
+    call('HSET', key('job', id), 'state', 'running', 'worker', worker, 'started', now, 'charged', charge, 'call', call_id)
     call('ZREM', key('deadlines'), id)
     note(id, 'running', now, 'attempt', attempt)
+  else
+    attempt = attempt_of_call(id)
+  end
+  if attempt then
+    call('ZADD', key('leases'), now + lease, id)
     batch[#batch + 1] = claimed(id, model, bucket, attempt)
   end
 end
