@@ -143,6 +143,7 @@ class EmbeddedServer:
         self._socket_dir: Path | None = None
         self._stopping = threading.Event()
         self._deaths = 0
+        self._failure = ""  # of the system, to start it
 
     @property
     def pid(self) -> int | None:
@@ -272,14 +273,17 @@ class EmbeddedServer:
                 self.url = f"unix://{quote(str(path))}?password={password}"
                 self.tcp_url = f"redis://:{password}@127.0.0.1:{port}/0"
             started = time.monotonic()
-            code = self._run_once(binary, config)
+            try:
+                ended, self._failure = f"ended with code {self._run_once(binary, config)}", ""
+            except OSError as error:  # for want of memory or of open files, say, which passes
+                ended, self._failure = "cannot be started", str(error)
             if self._stopping.is_set():
                 return
             self._deaths += 1
             if time.monotonic() - started > 10 * MAX_BACKOFF_S:
                 backoff_s = 0.05
             if ready.is_set():
-                log.error("the embedded server ended with code %s: %s", code, self._last_words())
+                log.error("the embedded server %s: %s", ended, self._last_words())
             self._stopping.wait(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
@@ -341,6 +345,8 @@ class EmbeddedServer:
         return self._socket_dir / "server.sock"
 
     def _last_words(self) -> str:
+        if self._failure:
+            return self._failure
         try:
             lines = (self.data_dir / "server.log").read_text(errors="replace").splitlines()
         except OSError:

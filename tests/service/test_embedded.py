@@ -1,6 +1,7 @@
 """The embedded server: one per folder, gone with its parent, and nothing acknowledged is lost."""
 
 import asyncio
+import errno
 import fcntl
 import os
 import signal
@@ -280,6 +281,26 @@ async def test_killed_server_returns_and_nothing_acknowledged_is_lost(server, wa
         # whoever waited before the crash hears of what happens after it
         assert await queue.complete("w", first, b"ok")
         assert [view.result for view in await waiting] == [b"ok"]
+
+
+async def test_a_server_that_cannot_be_started_again_at_once_is_started_later(
+    server, monkeypatch, wait_until, caplog
+):
+    """For want of memory at that moment, the queue was gone until `serve` was started again."""
+    errors, popen = [OSError(errno.ENOMEM, "Cannot allocate memory")], subprocess.Popen
+
+    def start(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return popen(*args, **kwargs)
+
+    async def answers() -> bool:
+        return not errors and embedded._answers(server.url)
+
+    monkeypatch.setattr(embedded.subprocess, "Popen", start)
+    os.kill(server.pid, signal.SIGKILL)
+    await wait_until(answers)
+    assert "cannot be started: [Errno 12] Cannot allocate memory" in caplog.text
 
 
 @linux_only
