@@ -692,8 +692,17 @@ class Queue:
 
         Returns:
             False when the job is not among the dead letters.
+
+        Raises:
+            InvalidRequest: its request was deleted, or other jobs of it have expired: nobody could read the result.
         """
-        return bool(await self._run("replay", _time(now), job_id, _ms(self.limits.default_slo_s)))
+        replayed = await self._run("replay", _time(now), job_id, _ms(self.limits.default_slo_s))
+        if replayed < 0:
+            raise InvalidRequest(
+                f"expected a job whose request can still be read, but that of {job_id!r} was deleted or has expired: "
+                "have it sent again"
+            )
+        return bool(replayed)
 
     async def dead_letters(self, *, limit: int = 50, offset: int = 0) -> list[JobView]:
         """Return jobs that failed and can be replayed, the newest first."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flashbulb_service.errors import JobNotFound
+from flashbulb_service.errors import InvalidRequest, JobNotFound
 from flashbulb_service.jobs import JobError, JobState, NewJob
 from flashbulb_service.queue import Event, Kept, Limits, Queue
 
@@ -79,6 +79,33 @@ async def test_events_are_kept_no_longer_than_their_request(make_queue: Callable
 async def test_unwatched_jobs_write_no_stream(queue: Queue, make_queue: Callable[..., Queue]) -> None:
     (job_id,) = (await queue.enqueue([new()])).ids
     assert await queue._client.exists(queue.keys.events(job_id)) == 0
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+async def test_a_dead_letter_whose_request_nobody_can_read_any_more_is_not_replayed(
+    queue: Queue, dead: int
+) -> None:
+    """Dead letters live longer than results: a replay was drawn for a client that got 404."""
+    ids = (await queue.enqueue([new(), new()], keep=EVENTS)).ids
+    for job in await queue.claim("w", ["emoji@1"], 2, 10.0):
+        if job.id == ids[dead]:
+            await queue.fail("w", job, JobError("broken", "no"), retry=False)
+        else:
+            await queue.complete("w", job, b"r")
+    await queue._client.pexpire(queue.keys.job(ids[1 - dead]), 0)
+    with pytest.raises(InvalidRequest, match="deleted or has expired"):
+        await queue.replay_dead(ids[dead])
+    assert [letter.id for letter in await queue.dead_letters()] == [ids[dead]]
+
+
+async def test_a_dead_letter_of_a_deleted_request_is_not_replayed(queue: Queue) -> None:
+    (lead,) = (await queue.enqueue([new()], keep=EVENTS)).ids
+    (job,) = await queue.claim("w", ["emoji@1"], 1, 10.0)
+    await queue.fail("w", job, JobError("broken", "no"), retry=False)
+    view = await queue.request(lead)
+    assert view is not None and await queue.forget(view, EVENTS.lists)
+    with pytest.raises(InvalidRequest, match="deleted or has expired"):
+        await queue.replay_dead(lead)
 
 
 async def test_recorded_key_is_attached_to_only_by_a_retry(queue: Queue) -> None:

@@ -235,6 +235,14 @@ async def test_only_dead_letters_can_be_replayed(queue):
     assert not await queue.replay_dead("nothing")
 
 
+async def test_a_replayed_job_has_made_no_step_yet(queue):
+    job = await start_one(queue, max_attempts=1)
+    await queue.step_done("w", [job], "3 of 4", [])
+    await queue.fail("w", job, BOOM, retry=False)
+    await queue.replay_dead(job.id)
+    assert await queue.last_step(job.id) is None
+
+
 async def test_a_failure_that_is_not_kept_is_no_dead_letter(make_queue, client):
     queue = make_queue(Limits(dead_ttl_s=600.0, result_ttl_s=60.0))
     job = await start_one(queue)

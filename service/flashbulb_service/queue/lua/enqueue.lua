@@ -224,7 +224,7 @@ for _, job in ipairs(jobs) do
   call('HSET', key('job', job.id), 'state', 'queued', 'model', job.model, 'bucket', job.bucket,
     'tenant', tenant, 'payload', job.payload, 'enqueued', now, 'due', job.due, 'cost', job.cost,
     'weight', job.weight, 'attempt', 0, 'burnt', 0, 'max_attempts', job.max_attempts, 'reply', instance,
-    'wire', job.wire)
+    'wire', job.wire, 'lead', record ~= '' and ids[1] or '')
   if job.deadline then
     call('HSET', key('job', job.id), 'deadline', job.deadline)
   end

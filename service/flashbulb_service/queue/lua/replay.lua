@@ -1,4 +1,5 @@
--- Queue a dead letter again with a fresh attempt budget. ARGV: now, id, target. Returns 1, or 0 when it is not one.
+-- Queue a dead letter again with a fresh attempt budget. ARGV: now, id, target.
+-- Returns 1, 0 when it is not one, or -1 when jobs of its request are gone.
 
 local now = now_ms(ARGV[1])
 local id = ARGV[2]
@@ -6,12 +7,23 @@ local job = key('job', id)
 if not call('ZSCORE', key('dead'), id) or call('HEXISTS', job, 'payload') == 0 then
   return 0
 end
-local fields = call('HMGET', job, 'model', 'bucket', 'tenant', 'hooked')
+local fields = call('HMGET', job, 'model', 'bucket', 'tenant', 'hooked', 'lead')
+if (fields[5] or '') ~= '' then -- dead letters outlive the other jobs, without which nobody can read the request
+  local rows = call('HGET', key('job', fields[5]), 'rows')
+  if not rows then
+    return -1
+  end
+  for row in string.gmatch(rows, '%S+') do
+    if call('EXISTS', key('job', row)) == 0 then
+      return -1
+    end
+  end
+end
 call('ZREM', key('dead'), id)
 call('PERSIST', job)
 local due = now + tonumber(ARGV[3])
 call('HSET', job, 'state', 'queued', 'burnt', 0, 'enqueued', now, 'due', due)
-call('HDEL', job, 'worker', 'started', 'finished', 'code', 'message', 'deadline')
+call('HDEL', job, 'worker', 'started', 'finished', 'code', 'message', 'deadline', 'progress')
 call('HINCRBY', key('inuse'), '', 1)
 call('HINCRBY', key('inuse'), fields[3], 1)
 enter(id, fields[1], fields[2], fields[3], due, now, false)
