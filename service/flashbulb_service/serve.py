@@ -181,8 +181,9 @@ async def run_all(
 
 @asynccontextmanager
 async def upkeep(context: Context, *, manifests_only: bool = True) -> AsyncIterator[None]:
-    """Follow models and their store, and deliver webhooks if there is a secret to sign them with."""
+    """Follow models and their store, reap, and deliver webhooks if there is a secret to sign them with."""
     works: list[Callable[[], Awaitable[None]]] = [
+        partial(context.queue.keep_reaping, context.settings.lease_s),  # workers do, but there may be none
         partial(_follow_models, context),
         partial(keep_following, context.settings, manifests_only=manifests_only),
     ]

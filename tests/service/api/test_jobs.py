@@ -11,7 +11,9 @@ from fastapi import FastAPI, Request
 from flashbulb_service.api import partials
 from flashbulb_service.api.jobs import webhook_message
 from flashbulb_service.errors import NewerMessage
+from flashbulb_service.jobs import NewJob
 from flashbulb_service.queue import DueHook
+from flashbulb_service.serve import upkeep
 from flashbulb_service.wire import WIRE
 
 MakeApp = Callable[..., FastAPI]
@@ -115,6 +117,17 @@ async def test_a_queued_job_tells_its_position_and_is_cancelled_once(make_app: M
         assert (await client.get(f"/v1/jobs/{jobs[1]['id']}")).json()["queue_position"] == 0
         events = await client.get(f"/v1/jobs/{jobs[0]['id']}/events")
         assert events_of(iter(events.text.splitlines()))[-1]["event"] == "job.cancelled"
+
+
+async def test_deadlines_pass_while_there_is_no_worker(make_app: MakeApp) -> None:
+    """Only workers ended what was overdue: without one it held its place in the queue for ever."""
+    app = make_app(lease_s=0.01)
+    queue = app.state.context.queue
+    [job_id] = (await queue.enqueue([NewJob("tiny@1", "64x64", b"p", deadline_s=0.001)])).ids
+    async with upkeep(app.state.context):
+        [view] = await queue.wait([job_id], 10)
+    assert view.error is not None and view.error.code == "deadline_exceeded"
+    assert (await queue.stats()).queued == {}
 
 
 async def test_jobs_are_listed_page_by_page(make_app: MakeApp) -> None:
