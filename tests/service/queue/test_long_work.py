@@ -123,3 +123,18 @@ async def test_a_forgotten_request_is_cancelled_and_no_longer_read_or_listed(que
         assert [one.id for one in await queue.requests(name)] == [other]
     assert (await queue.get(running)).state is JobState.CANCELLED
     assert (await queue.get(other)).state is JobState.QUEUED
+
+
+@pytest.mark.parametrize("mode", ["replay", "attach"])
+async def test_the_key_of_a_forgotten_request_makes_a_new_one(queue, mode):
+    """Its jobs' hashes were still there, so that the key led to a request that was 404 for as long as the key lived."""
+    fields = {"idempotency_key": "k", "request_digest": "d", "mode": mode, "window_s": 60.0, "keep": KEPT}
+    first = await queue.enqueue([new(VIDEO)], **fields)
+    [job] = await queue.claim("w", ["clip@1"], 1, 60.0)
+    await queue.complete("w", job, b"video")
+    assert not (await queue.enqueue([new(VIDEO)], **fields)).created
+    await queue.forget(await queue.request(first.ids[0]), KEPT.lists)
+    second = await queue.enqueue([new(VIDEO)], **fields)
+    assert second.created
+    assert await queue.request(second.ids[0]) is not None
+    assert (await queue.enqueue([new(VIDEO)], **fields)).ids == second.ids

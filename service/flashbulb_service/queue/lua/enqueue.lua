@@ -58,7 +58,9 @@ if idempotency and mode ~= 'record' then
     if hash ~= request_hash then
       return { 'conflict' }
     end
-    local old, all_there = {}, true
+    -- A request that was kept and has been deleted is gone, though its jobs can still be read.
+    local lead = string.match(rest, '%S+')
+    local old, all_there = {}, record == '' or call('HEXISTS', key('job', lead), 'record') == 1
     for id in string.gmatch(rest, '%S+') do
       old[#old + 1] = id
       all_there = all_there and call('EXISTS', key('job', id)) == 1 and attachable(id)
