@@ -141,7 +141,10 @@ async def test_retry_past_the_deadline_does_not_run(queue):
     job = await start_one(queue, deadline_s=5.0)
     await queue.fail("w", job, BOOM, retry=True, delay_s=60.0, now=104.0)
     assert await queue.reap(now=105.0) == 1
-    assert (await queue.get(job.id)).error.code == "deadline_exceeded"
+    assert (await queue.get(job.id)).error == JobError(
+        "deadline_exceeded",
+        "the deadline passed before another attempt; the last one: boom: the backend broke",
+    )
 
 
 async def test_running_job_is_not_ended_by_its_deadline(queue):

@@ -280,8 +280,13 @@ local function fail_for_good(id, now, code, message, ttl_ms)
 end
 
 local function fail_overdue(id, now, ttl_ms)
+  local last = call('HMGET', key('job', id), 'code', 'message')
+  local message = 'no worker was free before the deadline'
+  if last[1] then
+    message = 'the deadline passed before another attempt; the last one: ' .. last[1] .. ': ' .. (last[2] or '')
+  end
   call('HDEL', key('job', id), 'payload')
-  fail_for_good(id, now, 'deadline_exceeded', 'no worker was free before the deadline', ttl_ms)
+  fail_for_good(id, now, 'deadline_exceeded', message, ttl_ms)
 end
 
 -- Fail a job and keep its payload for a replay, as one of the newest max_dead dead letters.
