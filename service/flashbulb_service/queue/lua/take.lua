@@ -1,7 +1,7 @@
 -- Lease planned jobs that are still queued, and fail those planned to be dropped.
 -- ARGV: now, worker, lease, result_ttl, model, bucket, predicted ms, clock, when a lone job was seen or '',
---       what tells this call from others of the worker, number of models, number to take, then the worker's models, then per job to take: id, charge;
---       then ids to drop.
+--       what tells this call from others of the worker, number of models, number to take, then the worker's models,
+--       then per job to take: id, charge; then ids to drop.
 -- Returns {whether more waits for these models, {id, model, bucket, tenant, payload, attempt, burnt, enqueued,
 --          whether somebody waits for its end}, ...}; nothing, if the job that was alone is so no longer.
 
