@@ -148,7 +148,8 @@ class Manifest(Strict):
     metrics: dict[str, float] = Field(default={}, description="of the evaluation, as shares of the teacher's")
     parity: dict[str, float | bool] = Field(default={}, description="what the parity gate measured at export")
     calibration: dict[str, dict[int, float]] = Field(
-        default={}, description="backend -> batch size -> milliseconds, on its exporter's machine"
+        default={},
+        description="backend -> batch size -> milliseconds of all steps, on its exporter's machine",
     )
     batch_invariant: dict[str, bool] = Field(
         default={}, description="backend -> equal bytes in any batch, on its exporter's machine"

@@ -100,7 +100,7 @@ def export_bundle(
             licence=licence,
             attribution=attribution,
             metrics=dict(metrics),
-            calibration={BACKEND: batch_times_ms(parts, sizes)},
+            calibration={BACKEND: batch_times_ms(parts, sizes, num_steps=len(time_steps))},
             batch_invariant={BACKEND: is_batch_invariant(parts, (*sizes, max_batch))},
         )
         return seal(work, manifest, parity, tolerance, in_torch)

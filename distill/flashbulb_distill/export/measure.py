@@ -29,15 +29,18 @@ def is_batch_invariant(parts: Parts, sizes: tuple[int, ...]) -> bool:
     return True
 
 
-def batch_times_ms(parts: Parts, sizes: tuple[int, ...], *, rounds: int = 7) -> dict[int, float]:
-    """Return the median time of one pass through all components, in milliseconds, by batch size."""
+def batch_times_ms(
+    parts: Parts, sizes: tuple[int, ...], *, num_steps: int, rounds: int = 7
+) -> dict[int, float]:
+    """Return a batch's median time, its denoiser run `num_steps` times, in milliseconds, by batch size."""
     sessions = {name: (open_session(path), feeds) for name, (path, feeds) in parts.items()}
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(rounds + 1):
         for size in sizes:
             started = time.perf_counter()
-            for session, feeds in sessions.values():
-                _run(session, feeds, slice(0, size))
+            for name, (session, feeds) in sessions.items():
+                for _ in range(num_steps if name == "denoiser" else 1):
+                    _run(session, feeds, slice(0, size))
             seconds[size].append(time.perf_counter() - started)
     return {size: round(statistics.median(values[1:]) * 1000, 3) for size, values in seconds.items()}
 
