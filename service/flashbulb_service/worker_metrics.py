@@ -104,6 +104,8 @@ class WorkerMetrics(Measures):
     def model_loaded(self, model: str, seconds: float) -> None:
         """Keep how long a model took from its files to its first picture."""
         self._load_seconds.labels(model).set(seconds)
+        for counter in (self._redeliveries, self._missed):
+            counter.labels(model)  # at 0: Prometheus sees no rise of a series that begins with it
 
     def deadline_missed(self, model: str, count: int = 1) -> None:
         """Count jobs that were dropped because their time was over."""

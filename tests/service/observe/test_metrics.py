@@ -73,6 +73,17 @@ def test_numbers_of_two_workers_stay_apart_and_a_damaged_one_hides_none() -> Non
     assert "_created" not in text
 
 
+def test_what_alerts_watch_of_a_loaded_model_begins_at_zero() -> None:
+    """A dead worker's jobs began the series of the one that ran them, and increase() saw no rise."""
+    metrics = WorkerMetrics()
+    metrics.model_loaded("tiny@1", 0.5)
+    assert sample(metrics, "redeliveries_total", model="tiny@1") == 0
+    assert sample(metrics, "deadline_missed_total", model="tiny@1") == 0
+    metrics.claimed([job(burnt=1), job(burnt=1), job()])
+    metrics.model_loaded("tiny@1", 0.5)  # again, after it left the memory: nothing is forgotten
+    assert sample(metrics, "redeliveries_total", model="tiny@1") == 2
+
+
 async def test_published_numbers_end_with_the_sign_of_life(redis_url: str, namespace: str) -> None:
     presence = Presence.connect(redis_url, namespace=namespace)
     worker, large = LiveWorker("w1", ("tiny@1",), "onnx"), LiveWorker("w2", ("tiny@1",), "onnx")
