@@ -73,7 +73,8 @@ class Metrics(Measures):
         self._ready.set(ready)
 
     def queue_lost(self) -> None:
-        """Say that the queue does not answer; its other gauges keep their last values."""
+        """Say that the queue does not answer: no workers, no known depth; other gauges keep their values."""
+        self._queued.clear()  # a depth beside 0 workers would page for workers that nobody needs to start
         self._workers.set(0)
         self._ready.set(0)
 

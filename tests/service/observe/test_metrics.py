@@ -11,6 +11,7 @@ from flashbulb_service.jobs import Job
 from flashbulb_service.measures import merge_expositions, write_families
 from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import MAX_METRICS_BYTES, LiveWorker, Presence
+from flashbulb_service.queue import QueueStats
 from flashbulb_service.worker_metrics import MAX_TENANTS, WorkerMetrics, serve_metrics
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "observability.md"
@@ -82,6 +83,20 @@ def test_what_alerts_watch_of_a_loaded_model_begins_at_zero() -> None:
     metrics.claimed([job(burnt=1), job(burnt=1), job()])
     metrics.model_loaded("tiny@1", 0.5)  # again, after it left the memory: nothing is forgotten
     assert sample(metrics, "redeliveries_total", model="tiny@1") == 2
+
+
+def test_a_queue_that_does_not_answer_is_no_lack_of_workers() -> None:
+    """0 workers beside the last known depth paged for workers when Valkey was away."""
+    metrics = Metrics()
+    stats = QueueStats({"tiny@1": 5}, running=0, delayed=0, dead=0, oldest_short_s=1.0, oldest_long_s=0.0)
+    metrics.queue(stats, {"tiny@1": 0.5}, 1, ready=True)
+    assert 'flashbulb_queue_depth{model="tiny@1"} 5.0' in metrics.exposition().decode()
+    metrics.queue_lost()
+    text = metrics.exposition().decode()
+    assert "flashbulb_queue_depth{" not in text
+    assert 'flashbulb_queue_work_seconds{model="tiny@1"} 0.5' in text, (
+        "or an autoscaler would stop the workers"
+    )
 
 
 async def test_published_numbers_end_with_the_sign_of_life(redis_url: str, namespace: str) -> None:
