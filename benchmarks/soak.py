@@ -6,8 +6,8 @@ Clients draw pictures, leave in the middle, send what cannot be served, and canc
 /v1/jobs. Results live for 30 s here and few prompts are remembered, so that what is kept on purpose reaches its level
 in the warm-up, the first quarter of the time. Anonymous memory (what no file holds) of API, worker and Valkey is read
 every 5 s; the growth of a part is the median of its last fifth after warm-up over the median of the first fifth. The
-verdict is good when every part grew by less than 2 %, every answer was one that was asked for, the queue is empty at
-the end, and no key without TTL is left.
+verdict is good when every part grew by less than 2 %, none was started again, every answer was one that was asked
+for, the queue is empty at the end, and no key without TTL is left.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -61,12 +61,16 @@ async def soak(server: rig.Server, seconds: float, clients: int, seed: int) -> d
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(server.url, timeout=timeout) as http:
         has_jobs = await offers_jobs(http)
-        watching = asyncio.create_task(watch(server, memory, begin))
+        parts = server.pids()
+        watching = asyncio.create_task(watch(parts, memory, begin))
         try:
             async with asyncio.TaskGroup() as group:
                 for number in range(clients):
                     rng = random.Random(f"{seed} {number}")
                     group.create_task(be_a_client(http, rng, begin + seconds, outcomes, has_jobs=has_jobs))
+            lived = not watching.done() and server.pids() == parts
+            if watching.done():
+                rig.say(f"memory could no longer be read: {watching.exception()!r}")
         finally:
             watching.cancel()
     left = await asyncio.to_thread(leftovers, server.queue_url(), 60.0)
@@ -74,6 +78,7 @@ async def soak(server: rig.Server, seconds: float, clients: int, seed: int) -> d
     bad = {name: count for name, count in outcomes.items() if name.startswith("unexpected")}
     verdict = {
         "memory_flat": bool(growth) and all(value < MAX_GROWTH for value in growth.values()),
+        "parts_lived": lived,
         "queue_empty": left["live_jobs"] == 0,
         "no_keys_left": not left["keys_without_ttl"],
         "answers_expected": not bad and outcomes["drawn"] > 0,
@@ -184,9 +189,8 @@ async def offers_jobs(http: aiohttp.ClientSession) -> bool:
     return "/v1/jobs" in document["paths"]
 
 
-async def watch(server: rig.Server, memory: list[dict[str, float]], begin: float) -> None:
-    """Write down the memory of the server's parts from time to time."""
-    parts = server.pids()
+async def watch(parts: Mapping[str, int], memory: list[dict[str, float]], begin: float) -> None:
+    """Write down the memory of the server's parts from time to time; raise when one has ended."""
     while True:
         used = {part: round(rig.anonymous_mb(pid), 3) for part, pid in parts.items()}
         memory.append({"at_s": round(time.monotonic() - begin, 1), **used})

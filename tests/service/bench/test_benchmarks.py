@@ -1,9 +1,11 @@
 """What the benchmarks of the service rest on: the bare student's pixels, and how growth is judged."""
 
+import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from flashbulb_service.bench.workload import Picture
 from support.serving import run_flashbulb
 from support.tiny_bundle import make_tiny_bundle
 
+NO_PROCESS = 2**22 + 1  # above the largest process id
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
@@ -46,6 +49,41 @@ def test_growth_compares_the_ends_after_the_warm_up(load_script) -> None:
     growth = load_script("soak").growth_by_part(rows, 100.0)
     assert growth == {"api": pytest.approx((100 + 9.2) / (100 + 3.2) - 1, abs=1e-3)}
     assert load_script("soak").growth_by_part(rows[:10], 100.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "good"),
+    [
+        (os.getpid(), os.getpid(), True),
+        (os.getpid(), os.getppid(), False),
+        (NO_PROCESS, NO_PROCESS, False),
+    ],
+    ids=["lives", "started again", "its memory could not be read"],
+)
+def test_a_soak_in_which_a_part_crashed_is_not_good(load_script, monkeypatch, first, last, good) -> None:
+    """The samples before the crash were judged alone, and the part that was started again never looked at."""
+    soak = load_script("soak")
+
+    async def draw_one(_http, _rng, _until, outcomes, **_) -> None:
+        outcomes["drawn"] += 1
+        await asyncio.sleep(0)  # the watch has its turn
+
+    async def has_jobs(_http) -> bool:
+        return True
+
+    for name, replacement in {
+        "be_a_client": draw_one,
+        "offers_jobs": has_jobs,
+        "growth_by_part": lambda *_: {"worker": 0.0},
+        "leftovers": lambda *_: {"live_jobs": 0, "keys_without_ttl": []},
+    }.items():
+        monkeypatch.setattr(soak, name, replacement)
+    found = iter([first, last])
+    server = SimpleNamespace(
+        url="http://127.0.0.1:1", queue_url=lambda: "", pids=lambda: {"worker": next(found)}
+    )
+    verdict = asyncio.run(soak.soak(server, 1.0, 1, 0))["verdict"]
+    assert (verdict["good"], verdict["parts_lived"]) == (good, good)
 
 
 def test_no_two_pictures_share_a_prompt(load_script) -> None:
