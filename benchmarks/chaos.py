@@ -39,6 +39,8 @@ NAME = "chaos"
 KINDS = ("worker", "api", "valkey")
 CLIENTS = 16
 RETRY_S = 0.1
+POLL_S = 0.02
+BACK_S = 60.0  # until its supervisor has started Valkey again
 STALLED_S = 90.0  # without progress for so long, something is lost
 DEVICE = {"floor_ms": 20, "base_ms": 20, "row_ms": 20}
 ENDS = {"done", "failed", "cancelled"}
@@ -63,20 +65,27 @@ class Fleet:
         while len(self.workers) < 2:
             self.workers.append(self._run("worker"))
 
-    def kill(self, kind: str, draws: random.Random) -> None:
-        """Kill one process of a kind, and start it again."""
+    def kill(self, kind: str, draws: random.Random) -> bool:
+        """Kill one process of a kind, and start it again; tell whether one was running."""
         if kind == "valkey":
-            victim = self.server.pid
-            if victim is not None:  # else it is still down from the last time
-                os.kill(victim, signal.SIGKILL)
-            return
+            until = time.monotonic() + BACK_S
+            while (victim := self.server.pid) is None:  # still down from the last time
+                if time.monotonic() > until:
+                    return False
+                time.sleep(POLL_S)
+            os.kill(victim, signal.SIGKILL)
+            while self.server.pid == victim:  # or the next kill might hit this one again
+                time.sleep(POLL_S)
+            return True
         if kind == "api":
             process = self.apis.pop(draws.choice(self.ports))
         else:
             process = self.workers.pop(draws.randrange(len(self.workers)))
+        was_running = process.poll() is None
         process.kill()
         process.wait()
         self.start()
+        return was_running
 
     def stop(self) -> None:
         """End everything but Valkey."""
@@ -193,8 +202,7 @@ async def drive(one: Fleet, num_jobs: int, kills: Sequence[tuple[int, str]], see
         draws = random.Random(seed)
         for stored, kind in kills:
             await reached(one, lambda stored=stored: one.stored() >= stored)
-            await asyncio.to_thread(one.kill, kind, draws)
-            killed[kind] += 1
+            killed[kind] += await asyncio.to_thread(one.kill, kind, draws)
         ids: list[str] = await queueing
         await reached(one, lambda: one.stored() >= num_jobs)
         ended = await clients.each(num_jobs, lambda number: clients.end_of(ids[number]))
@@ -218,7 +226,7 @@ async def reached(one: Fleet, condition: Callable[[], bool]) -> None:
         if time.monotonic() - since > STALLED_S:
             rig.say(f"no progress for {STALLED_S:.0f} s at {most} pictures")
             return
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(POLL_S)
 
 
 def count_jobs(url: str) -> int:

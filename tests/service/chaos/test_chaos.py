@@ -3,11 +3,13 @@
 The long form: python -m benchmarks chaos
 """
 
+import asyncio
 import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +44,25 @@ def test_kills_at_random_lose_nothing_and_change_no_byte(tmp_path: Path) -> None
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     told = json.loads(run.stdout)
     assert told["chaos"]["kills"] == {"worker": 2, "api": 2, "valkey": 2}
+
+
+@pytest.mark.parametrize("kind", ["valkey", "worker"])
+def test_a_kill_that_hits_nothing_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """Valkey was still down from the last kill, nothing was hit, and the plan was said to be carried out."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    chaos = __import__("chaos")
+    monkeypatch.setattr(chaos, "BACK_S", 0.0)
+    monkeypatch.setattr(chaos, "count_jobs", lambda _: 0)
+    monkeypatch.setattr(chaos.Fleet, "start", lambda _: None)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    server = SimpleNamespace(pid=None, url="")
+    fleet = chaos.Fleet(tmp_path, server, {}, ports=(1, 2), workers=[ended])
+    rough = asyncio.run(chaos.drive(fleet, 0, [(0, kind)], seed=0))
+    assert rough["kills"] == {kind: 0}
+    assert not chaos.judge(rough, rough, LEFT, 0, 1)[0]["killed_as_planned"]
 
 
 @pytest.mark.parametrize(
