@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import rig
-from student import Ask, BareStudent
+from student import Ask, BareStudent, open_as_worker
 from wire import Wire
 
 from flashbulb_service.bench.client import Sample
@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--pause-ms", type=float, default=50.0)
     args = parser.parse_args(argv)
-    student = BareStudent(args.bundle, threads=args.threads, cut=True)
-    student.warm_up(1)
+    student = open_as_worker(args.bundle, threads=args.threads, batch=1)
     with rig.serving(args.bundle, threads=args.threads) as server:
         result = measure(server, student, args.requests, args.pause_ms / 1000)
     rig.finish(NAME, {**result, "threads": args.threads, "pause_ms": args.pause_ms}, write=args.write)

@@ -4,10 +4,11 @@
     python -m benchmarks peers --venvs FOLDER [--repeats 3] [--seconds 15] [--only flashbulb,fastapi] [--write]
 
 Every peer runs student.py on the same bundle with the same number of onnxruntime threads and one model process, in
-batches of at most 8 (but for the FastAPI loop, which has none); LitServe and Ray Serve wait 0 or 10 ms for a batch
-to fill. The same requests are sent at the same times to each. Rates are multiples of what the bare student draws
-per second at its best batch size. The right pixels are computed beforehand, without any server. In each repeat every
-server is started anew, in another order, and has the machine for itself.
+batches of at most 8 (but for the FastAPI loop, which has none), without needless padding and on huge pages, as
+Flashbulb's worker has it; LitServe and Ray Serve wait 0 or 10 ms for a batch to fill. The same requests are sent at
+the same times to each. Rates are multiples of what the bare student draws per second at its best batch size. The right
+pixels are computed beforehand, without any server. In each repeat every server is started anew, in another order, and
+has the machine for itself.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from typing import Any
 import aiohttp
 import rig
 from saturate import best_sizes
-from student import Ask, BareStudent
+from student import Ask, BareStudent, open_as_worker
 
 from flashbulb_service.bench.plot import draw_plot
 from flashbulb_service.bench.report import summarise, table
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if unknown or missing:
         parser.error(f"unknown: {unknown}, not in {args.venvs}: {missing}; see make_venvs.sh")
-    student = BareStudent(args.bundle, threads=args.threads)
+    student = open_as_worker(args.bundle, threads=args.threads, batch=BATCH)
     bare_rate = args.bare_rate or max(best_sizes(student).values())
     prompts = tuple(picture.prompt for picture in rig.different_pictures(args.pool))
     plan = Plan(

@@ -1,8 +1,8 @@
 """The three graphs of a bundle in onnxruntime sessions, and nothing of the service: what everything is compared with.
 
 The peers serve this very code; `saturate` and `overhead` time it. It needs numpy, onnxruntime, tokenizers, pydantic.
-Prompts are padded to the student's length, as a plain loop does it; `overhead`, which asks what the server adds to the
-same work, leaves out padding as a worker does.
+Prompts are padded to the student's length, as a plain loop does it; `peers` and `overhead`, which ask what the server
+adds to the same work, leave out padding as a worker does.
 """
 
 from collections.abc import Sequence
@@ -113,3 +113,10 @@ class BareStudent:
     def draw(self, asks: Sequence[Ask]) -> np.ndarray:
         """Make pictures: -> uint8 [b, h, w, 3]."""
         return to_uint8(self.run(self.prepare(asks)))
+
+
+def open_as_worker(folder: Path, *, threads: int, batch: int) -> BareStudent:
+    """Open the student as a worker has it: without needless padding, on huge pages after a batch."""
+    student = BareStudent(folder, threads=threads, cut=True)
+    student.warm_up(batch)
+    return student

@@ -6,11 +6,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from shape import ROUTE, draw_answers, options
-from student import BareStudent
+from student import open_as_worker
 
 if __name__ == "__main__":
     args = options()
-    student = BareStudent(args.bundle, threads=args.threads)
+    student = open_as_worker(args.bundle, threads=args.threads, batch=1)
     one_at_a_time = threading.Lock()
     app = FastAPI()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import litserve
 from shape import ROUTE, draw_answers, options
-from student import BareStudent
+from student import open_as_worker
 
 
 class Pictures(litserve.LitAPI):
@@ -13,11 +13,11 @@ class Pictures(litserve.LitAPI):
 
     def __init__(self, bundle: Path, threads: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self._threads, self._batch = bundle, threads, settings["max_batch_size"]
 
     def setup(self, device: str) -> None:
         """Open the student in the worker."""
-        self.student = BareStudent(self._bundle, threads=self._threads)
+        self.student = open_as_worker(self._bundle, threads=self._threads, batch=self._batch)
 
     def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
         """Take a body as it is."""

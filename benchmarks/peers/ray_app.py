@@ -10,7 +10,7 @@ import ray
 from ray import serve
 from shape import draw_answers, options
 from starlette.requests import Request
-from student import BareStudent
+from student import open_as_worker
 
 
 def build(bundle: Path, threads: int, batch: int, wait_ms: float) -> serve.Application:
@@ -20,7 +20,7 @@ def build(bundle: Path, threads: int, batch: int, wait_ms: float) -> serve.Appli
     @serve.deployment(num_replicas=1, max_ongoing_requests=2000, ray_actor_options={"num_cpus": 1})
     class Pictures:
         def __init__(self) -> None:
-            self.student = BareStudent(bundle, threads=threads)
+            self.student = open_as_worker(bundle, threads=threads, batch=batch)
 
         @serve.batch(max_batch_size=batch, batch_wait_timeout_s=wait_ms / 1000)
         async def draw(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:

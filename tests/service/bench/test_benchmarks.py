@@ -44,6 +44,23 @@ def test_the_bare_student_draws_the_services_pixels(load_script, tmp_path: Path)
     assert not np.array_equal(ours, other)
 
 
+def test_what_a_server_is_compared_with_has_the_student_as_a_worker_has_it(load_script, monkeypatch) -> None:
+    """The peers padded their prompts and lay on small pages: the model's savings were the server's."""
+    student = load_script("student")
+    moved = []
+    monkeypatch.setattr(student, "use_huge_pages", lambda: moved.append(True))
+    bare = student.open_as_worker(BENCHMARKS.parent / "models" / "emoji" / "1", threads=1, batch=2)
+    assert moved
+    assert bare.prepare([student.Ask("dog", 1)]).ids.shape[1] < bare.bundle.manifest.text[0].max_length
+    for script in (
+        "overhead.py",
+        "peers.py",
+        *(f"peers/{name}_app.py" for name in ("fastapi", "litserve", "ray")),
+    ):
+        text = (BENCHMARKS / script).read_text(encoding="utf-8")
+        assert "open_as_worker(" in text and "BareStudent(" not in text, script
+
+
 def test_growth_compares_the_ends_after_the_warm_up(load_script) -> None:
     rows = [{"at_s": float(at), "api": 50.0 + at if at < 25 else 100.0 + at / 10} for at in range(100)]
     growth = load_script("soak").growth_by_part(rows, 100.0)
