@@ -1,18 +1,23 @@
 """Peak memory of exporting a large network, beside the bytes of its weights.
 
-    python benchmarks/export_memory.py [--layers 5] [--dtype float16] [--out FILE.json]
+    python -m benchmarks memory [--layers 5] [--dtype float16] [--out FILE.json] [--write]
 
 A random SD3 transformer of SD3-Medium's width (1536, 24 heads) and few layers is saved as diffusers would; then a fresh
 process opens the folder, traces the graph, places the weights and checks the result. Reported is that process's peak
 resident memory (VmHWM), with and without what its libraries take before any weight is there.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import rig
+
+NAME = "export_memory"
 
 EXPORT = """
 import json, sys, time
@@ -63,7 +68,7 @@ def save_network(folder: Path, layers: int, dtype: str) -> int:
     return sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
 
 
-def measure(layers: int, dtype: str) -> dict[str, object]:
+def measure(layers: int, dtype: str) -> dict[str, Any]:
     """Export a network in a fresh process and return what it took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -82,20 +87,15 @@ def measure(layers: int, dtype: str) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write a file where asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = rig.plain_arguments(__doc__)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float32")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     result = measure(options.layers, options.dtype)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    rig.finish(NAME, result, write=options.write, out=options.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ written of the others; `docs/plans.md` is made from the file. The demo's recipes
 their size a GPU's time is that of launching kernels, which operations do not tell.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -36,13 +35,10 @@ Predict = Callable[[Recipe, str, int, int], Prediction]  # recipe, stage, budget
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = rig.plain_arguments(__doc__)
     loaded = large()
     names = list(loaded)
     parser.add_argument("--recipe", nargs="+", choices=names, help="only these again")
-    parser.add_argument("--write", action="store_true", help=f"also write benchmarks/results/{NAME}.json")
     args = parser.parse_args(argv)
     made = {}
     for name in args.recipe or names:

@@ -146,12 +146,18 @@ def different_pictures(count: int, *, first: int = 0) -> list[Picture]:
     ]
 
 
-def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options that all of these benchmarks have."""
+def plain_arguments(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the option that every benchmark has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/<name>.json")
+    return parser
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of the benchmarks that serve a bundle."""
+    parser = plain_arguments(doc)
     parser.add_argument("--bundle", type=Path, default=ROOT / "models" / "emoji" / "1")
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime, on both sides")
-    parser.add_argument("--write", action="store_true", help="also write benchmarks/results/<name>.json")
     return parser
 
 
@@ -170,9 +176,9 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def finish(name: str, result: dict[str, Any], *, write: bool) -> None:
-    """Print a result with the machine and commit that gave it, and write it when asked to."""
+def finish(name: str, result: dict[str, Any], *, write: bool, out: Path | None = None) -> None:
+    """Print a result with the machine and commit that gave it; keep it, or write it to `out`, if asked to."""
     text = json.dumps({**result, "machine": machine(), "commit": COMMIT}, indent=2)
     print(text)
-    if write:
-        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    for file in [*([RESULTS / f"{name}.json"] if write else []), *([out] if out else [])]:
+        file.write_text(text + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """From prompts to 8-bit pixels by runtime, on the same weights: the bundle, bare onnxruntime, eager, inductor.
 
-    python benchmarks/runtimes.py [--bundle models/emoji/1] [--rounds 15] [--batches 1 4] [--out FILE.json]
+    python -m benchmarks runtimes [--bundle models/emoji/1] [--rounds 15] [--batches 1 4] [--write]
 
 One batch, CPU time of this process on one thread, medians, all sides by turns, in an order drawn anew (seeded) each
 time: what runs before leaves its traces in the processor's caches. Prompts are new in every round, so that no cache of
@@ -10,14 +10,11 @@ network and decoder, make 8 bits of the pixels. `graphs` is bare onnxruntime wit
 are: what three calls of `session.run` cost alone. All pictures of onnxruntime must be equal, byte for byte.
 """
 
-import argparse
-import json
 import os
-import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import onnxruntime
+import rig
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -40,6 +38,7 @@ from flashbulb_service.backends import ImageRequest, Student
 from flashbulb_service.backends.embeddings import EmbeddingCache
 from flashbulb_service.backends.onnx import OnnxBackend, plain_tokenizers
 
+NAME = "runtimes"
 WARM_UP = 2  # turns that compile and fill memory
 Side = Callable[[list[str]], NDArray[Any] | list[NDArray[Any]] | None]
 Inputs = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]  # ids, mask, noise, timesteps
@@ -85,16 +84,14 @@ def to_8_bits(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     return np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1).copy()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure all sides by turns, print ratios, and write a file where asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = rig.plain_arguments(__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("models/emoji/1"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     bundle = open_bundle(options.bundle)
     teacher = load_emoji_teacher(options.bundle)  # a bundle has the layout of a teacher's folder
@@ -133,8 +130,7 @@ def main() -> None:
         "inductor": torch_side(compiled, inputs),
         "graphs": graphs,
     }
-    result: dict[str, object] = {
-        "machine": f"{platform.processor() or platform.machine()}, one thread, CPU time",
+    result: dict[str, Any] = {
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
         "rounds": options.rounds,
@@ -160,9 +156,7 @@ def main() -> None:
             "bundle_over_fastest_other": round(medians["bundle"] / fastest, 3),
             "bundle_over_graphs_alone": round(medians["bundle"] / medians["graphs"], 3),
         }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    rig.finish(NAME, result, write=options.write, out=options.out)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,30 @@
 """One iteration of ADM beside its own forward and backward passes: no hidden copies, encodings or second passes.
 
-    python benchmarks/step_budget.py [--recipe distill/recipes/emoji.yaml] [--rounds 9] [--out FILE.json]
+    python -m benchmarks step_budget [--recipe distill/recipes/emoji.yaml] [--rounds 9] [--write]
 
 The passes are written out here once more, in plain code on inputs of the same shapes, and timed one by one; the whole
 iteration is the library's. CPU time of one thread, medians over rounds in which all sides take their turns.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import rig
 import torch
 from torch import Tensor
 
-from flashbulb_distill.provenance import code_version
 from flashbulb_distill.teachers.denoiser import Condition, join
 from flashbulb_distill.teachers.open import open_teacher
 from flashbulb_distill.train.adm import Adm
 from flashbulb_distill.train.build import Inputs, build
 from flashbulb_distill.train.recipe import load_recipe
 
+NAME = "step_budget"
 WARM_UP = 2
 PROMPTS = 32
 BUDGET = 1.15
@@ -69,15 +67,13 @@ def passes(method: Adm) -> dict[str, Callable[[], object]]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Time the iteration and its passes by turns, print the ratio, and write a file where asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = rig.plain_arguments(__doc__)
     parser.add_argument("--recipe", type=Path, default=Path("distill/recipes/emoji.yaml"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     recipe = load_recipe(options.recipe, ["precision=float32", "time_steps=[1.0]", "adm.warmup_steps=0"])
@@ -98,8 +94,6 @@ def main() -> None:
     medians = {name: round(statistics.median(values), 1) for name, values in times.items()}
     own = sum(value for name, value in medians.items() if name != "iteration")
     result = {
-        "machine": f"{platform.processor() or platform.machine()}, one thread, CPU time",
-        "commit": code_version(),
         "torch": torch.__version__,
         "recipe": str(options.recipe),
         "batch_size": method.recipe.batch_size,
@@ -109,9 +103,7 @@ def main() -> None:
         "iteration_over_passes": round(medians["iteration"] / own, 3),
         "budget": BUDGET,
     }
-    print(json.dumps(result, indent=2))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    rig.finish(NAME, result, write=options.write, out=options.out)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,24 @@
 """Model time of one picture or clip: the few-step student beside its teacher's guided sampling, in one run.
 
-    python benchmarks/student_vs_teacher.py [--bundle models/emoji/1] [--teacher examples/emoji/teacher] [--rounds 15]
-    python benchmarks/student_vs_teacher.py --bundle models/emoji-motion/1 --teacher examples/emoji_motion/teacher
+    python -m benchmarks student [--bundle BUNDLE] [--teacher FOLDER] [--rounds 15] [--write]
+    python -m benchmarks student --bundle models/emoji-motion/1 --teacher examples/emoji_motion/teacher
 
 CPU time of this process on one thread, medians, the two sides by turns. Each side is whole: text encoder, network,
 decoder. The teacher is measured twice: as it is sampled in torch, and with its network on the same runtime as the
 student's, which is the fairer comparison and the smaller ratio. Guidance costs two rows a step, in one batch.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import onnxruntime
+import rig
 import torch
 
 from flashbulb_distill.bundle import open_bundle
@@ -32,18 +30,17 @@ from flashbulb_distill.teachers.open import open_teacher
 from flashbulb_distill.teachers.text import load_tokenizer, tokenise
 
 PROMPTS = {"emoji": "red apple", "emoji-motion": "rocket flying up"}
+NAMES = {"emoji": "student_vs_teacher", "emoji-motion": "motion_student_vs_teacher"}
 STEPS, GUIDANCE = 50, 2.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = rig.plain_arguments(__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("models/emoji/1"))
     parser.add_argument("--teacher", type=Path, default=Path("examples/emoji/teacher"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None, help="also write the result as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     bundle = open_bundle(args.bundle)
     manifest, family = bundle.manifest, bundle.manifest.family
@@ -106,9 +103,6 @@ def main() -> None:
             run()
             seconds[name].append(time.process_time() - started)
     medians = {name: statistics.median(values[1:]) * 1000 for name, values in seconds.items()}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     result = {
         "cpu_ms": {name: round(value, 2) for name, value in medians.items()},
         "ratio_same_runtime": round(medians["teacher, same runtime"] / medians["student"], 1),
@@ -118,13 +112,9 @@ def main() -> None:
         "guidance": GUIDANCE,
         "rounds": args.rounds,
         "threads": 1,
-        "machine": platform.machine(),
         "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
-        "commit": commit.stdout.strip(),
     }
-    print(json.dumps(result, indent=2))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    rig.finish(NAMES[family], result, write=args.write, out=args.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What the benchmarks of the service rest on: the bare student's pixels, and how growth is judged."""
 
 import asyncio
+import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +135,24 @@ def test_the_command_lists_what_there_is(arguments: list[str], code: int) -> Non
             "peers",
         )
     )
+
+
+def test_the_page_lists_every_benchmark_and_each_takes_write(monkeypatch) -> None:
+    """Four measured for minutes, and then refused `--write`."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent))
+    known = importlib.import_module("benchmarks.__main__").BENCHMARKS
+    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)) == sorted(known)
+    for script, _ in known.values():  # read, not imported: torch and diffusers take half a minute
+        text = (BENCHMARKS / script).read_text(encoding="utf-8")
+        assert re.search(r"parser = rig\.(plain_)?arguments\(__doc__\)", text), script
+        assert re.search(r"rig\.finish\([^\n]*write=", text), script
+
+
+def test_a_result_is_kept_where_it_was_asked_to_be(load_script, monkeypatch, tmp_path: Path) -> None:
+    rig = load_script("rig")
+    monkeypatch.setattr(rig, "RESULTS", tmp_path)
+    rig.finish("a", {"x": 1}, write=True, out=tmp_path / "b.json")
+    rig.finish("c", {"x": 1}, write=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "b.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads((tmp_path / "b.json").read_text())
