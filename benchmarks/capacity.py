@@ -96,7 +96,7 @@ def judge(points: Sequence[dict[str, Any]], tolerance: float) -> dict[str, bool]
         "planned_is_enough": all(
             one["measured"]["share_on_time"] >= SHARE_ON_TIME - SCATTER for one in enough
         ),
-        "fewer_is_not": all(one["measured"]["share_on_time"] < SHARE_ON_TIME for one in few),
+        "fewer_is_not": bool(few) and all(one["measured"]["share_on_time"] < SHARE_ON_TIME for one in few),
         "p99_follows": all(
             abs(one["measured"]["p99_ms"] / one["same_arrivals"]["p99_ms"] - 1) <= tolerance for one in points
         ),

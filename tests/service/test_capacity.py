@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flashbulb_service.capacity import parse_ms, parse_rate, plan_workers, work_seconds
+from flashbulb_service import capacity
+from flashbulb_service.capacity import Plan, parse_ms, parse_rate, plan_workers, work_seconds
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.timing import Tau
 
@@ -19,6 +20,20 @@ def test_each_worker_added_is_needed() -> None:
     assert [plan.is_enough for plan in plans] == [False] * (len(plans) - 1) + [True]
     assert plans[0].workers == 3  # fewer cannot keep up, whatever the objective
     assert plans[-1].workers == 4
+
+
+@pytest.mark.parametrize("needed", [3, 4, 40, 41, 100, 511, 512])
+def test_one_worker_fewer_than_planned_is_not_enough(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large fleets grew by an eighth at a time, and the first that was enough was the answer: 41 for 40."""
+    monkeypatch.setattr(capacity, "simulate", lambda *_, num_workers, **__: num_workers)
+    monkeypatch.setattr(
+        capacity,
+        "_summarise",
+        lambda _, __, workers, ___: Plan(workers, 0.5, 8.0, 50.0, 80.0, 1.0 if workers >= needed else 0.9),
+    )
+    plans = plan_workers(TAU, 8, rate_per_s=3 * CAPACITY, p99_ms=80.0)
+    assert [plan.workers for plan in plans if plan.is_enough] == [needed]
+    assert needed == 3 or plans[-2].workers == needed - 1  # fewer than 3 cannot keep up
 
 
 def test_busy_share_is_the_load_at_its_batch_size() -> None:
@@ -106,6 +121,11 @@ GOOD = {
     "same_arrivals": {"share_on_time": 0.995, "p99_ms": 100.0},
     "measured": {"share_on_time": 0.992, "p99_ms": 105.0, "invalid": []},
 }
+FEWER = {
+    "planned": {"is_enough": False},
+    "same_arrivals": {"share_on_time": 0.95, "p99_ms": 150.0},
+    "measured": {"share_on_time": 0.94, "p99_ms": 155.0, "invalid": []},
+}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +142,14 @@ def test_a_planner_that_lies_spoils_the_benchmarks_verdict(
     planted: dict[str, object], part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    capacity = import_module("capacity")
-    assert all(capacity.judge([GOOD], 0.15).values())
-    verdict = capacity.judge([{**GOOD, **planted}], 0.15)
+    benchmark = import_module("capacity")
+    assert all(benchmark.judge([FEWER, GOOD], 0.15).values())
+    verdict = benchmark.judge([FEWER, {**GOOD, **planted}], 0.15)
     assert [name for name, good in verdict.items() if not good] == [part]
+
+
+def test_a_smaller_number_that_nobody_tried_is_not_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict over no measurement at all was good."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    verdict = import_module("capacity").judge([GOOD], 0.15)
+    assert [name for name, good in verdict.items() if not good] == ["fewer_is_not"]
