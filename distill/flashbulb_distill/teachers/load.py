@@ -51,6 +51,7 @@ class Source:
     dtype: torch.dtype = torch.float32
     bf16: bool = False
     variant: str | None = None
+    is_fetched: bool = False  # then other variants may lie beside what was asked for
     loras: tuple[Path, ...] = ()
     weights: bool = True  # False: networks on the meta device, from their configurations alone
 
@@ -86,11 +87,20 @@ class Source:
         """
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         names = {path.relative_to(self.folder).as_posix(): path for path in files}
-        names = {name: path for name, path in names.items() if _is_read(name, self.variant)}
+        names = {
+            name: path for name, path in names.items() if _is_read(name, self.variant_of(name.split("/")[0]))
+        }
         names |= {f"lora/{number}": path for number, path in enumerate(self.loras)}
         return {
             name: hash_file(path) for name, path in names.items() if not parts or name.split("/")[0] in parts
         }
+
+    def variant_of(self, part: str) -> str | None:
+        """Return the variant that a part is read in: None for a part of one's own folder that has no files of it."""
+        if self.variant is None or self.is_fetched:
+            return self.variant
+        files = (path.name for path in (self.folder / part).glob("*.safetensors"))
+        return self.variant if any(_is_read(f"{part}/{name}", self.variant) for name in files) else None
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -112,13 +122,15 @@ def open_source(
     Args:
         dtype: of the network's and the text encoders' weights.
         bf16: compute in bfloat16 with float32 weights (autocast).
-        variant: which files, like "fp16".   revision: of the hub id.
+        variant: which files, like "fp16"; parts of a folder that have none are read as they are.
+        revision: of the hub id.
     Raises:
         FileNotFoundError: neither a teacher folder, nor a hub id that can be fetched.
         ValueError: a pipeline of another family.
     """
     folder = Path(place)
-    if not folder.exists():
+    is_fetched = not folder.exists()
+    if is_fetched:
         folder = _fetch(str(place), revision, variant)
     index = folder / "model_index.json"
     if not index.is_file():
@@ -130,7 +142,7 @@ def open_source(
     if kind not in _FAMILIES:
         known = ", ".join(_FAMILIES)
         raise ValueError(f"{folder}: expected a pipeline of {known}, got {kind!r}")
-    return Source(folder, _FAMILIES[kind], dtype, bf16, variant)
+    return Source(folder, _FAMILIES[kind], dtype, bf16, variant, is_fetched)
 
 
 _FAMILIES: dict[str, Family] = {
@@ -210,7 +222,7 @@ def _part(source: Source, kind: Any, name: str, dtype: torch.dtype | None = None
         subfolder=name,
         local_files_only=True,
         use_safetensors=True,
-        variant=source.variant,
+        variant=source.variant_of(name),
         **options,
     )
 

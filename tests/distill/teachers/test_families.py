@@ -259,10 +259,44 @@ def test_what_else_lies_beside_the_weights_is_no_part_of_the_teacher(source, tmp
     for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "sd_xl_base_1.0.safetensors"):
         (folder / name).write_bytes(b"of another variant")
     assert open_source(folder).sha256() == before
-    other = open_source(folder, variant="fp16").sha256()
+    other = open_source(folder, variant="fp16").sha256("unet")
     assert {name for name in other if name.endswith(".safetensors")} == {
         "unet/diffusion_pytorch_model.fp16.safetensors"
     }
+
+
+@pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+def test_a_folder_of_ones_own_is_read_as_it_is_where_it_has_no_files_of_the_variant(
+    source, denoiser, monkeypatch, tmp_path
+):
+    """SDXL's recipe asks for fp16, and what save_pretrained wrote was refused: no file named ....fp16.safetensors."""
+    own = open_source(source.folder, variant="fp16")
+    assert own.sha256() == source.sha256()
+    for ours, theirs in ((own.denoiser(), denoiser), (own.codec(), source.codec())):
+        assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    assert torch.equal(own.prompts().encode(["a dog"]).tokens, source.prompts().encode(["a dog"]).tokens)
+
+    # As fetched, with another VAE put into its place.
+    mixed = shutil.copytree(source.folder, tmp_path / "mixed")
+    for path in (mixed / "unet").glob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    read = {
+        name for name in open_source(mixed, variant="fp16").sha256("unet", "vae") if "safetensors" in name
+    }
+    assert read == {
+        f"{part}/diffusion_pytorch_model{end}.safetensors" for part, end in (("unet", ".fp16"), ("vae", ""))
+    }
+    assert open_source(mixed, variant="fp16").codec().vae.dtype == torch.float32
+    open_source(mixed, variant="fp16").denoiser()
+
+    # Of a hub id other files may lie there by chance: they are not what was asked for.
+    monkeypatch.setattr(
+        "flashbulb_distill.teachers.load.snapshot_download", lambda *a, **k: str(source.folder)
+    )
+    fetched = open_source("somebody/teacher", variant="fp16")
+    assert not any(name.endswith(".safetensors") for name in fetched.sha256())
+    with pytest.raises(OSError, match="fp16"):
+        fetched.codec()
 
 
 @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
