@@ -100,6 +100,8 @@ def run_pipeline(
 
 
 Built = tuple[Any, nn.Module, dict[str, Any]]
+# What we integrate, whatever the folder says: published SDXL ends at its first noise level (set_alpha_to_one false).
+_TO_CLEAN = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
 
 
 def _size(noise: Tensor, vae: Any) -> dict[str, int]:
@@ -113,7 +115,7 @@ def _sdxl(
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
     network = cast(SdxlDenoiser, denoiser).unet
-    ddim = DDIMScheduler.from_config(dict(scheduler), timestep_spacing="trailing", clip_sample=False)
+    ddim = DDIMScheduler.from_config({**scheduler, **_TO_CLEAN})
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=None,
@@ -154,13 +156,12 @@ def _cogvideox(
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
     network = cast(CogVideoXDenoiser, denoiser).transformer
-    config = dict(scheduler) | {"timestep_spacing": "trailing", "clip_sample": False}
     pipeline = CogVideoXPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
         transformer=network,
-        scheduler=CogVideoXDDIMScheduler.from_config(config),
+        scheduler=CogVideoXDDIMScheduler.from_config({**scheduler, **_TO_CLEAN}),
     )
     frames = (noise.shape[2] - 1) * int(cast(Any, vae).config.temporal_compression_ratio) + 1
     return pipeline, network, _size(noise, vae) | {"num_frames": frames}
