@@ -41,7 +41,7 @@ class Subject:
         cond: a few of the training prompts, one row each, distinct.   uncond: one row.
         scheduler: its configuration as diffusers writes it; None for a family without a pipeline.
         guidance: of the real score.   num_steps: with which the teacher is asked for samples.
-        delta_t: the length of ADM's step.
+        delta_t: the length of ADM's step.   time_steps: at which the student is asked.
     """
 
     denoiser: Denoiser
@@ -56,6 +56,7 @@ class Subject:
     num_steps: int
     bf16: bool = False
     delta_t: float = 1 / 64
+    time_steps: tuple[float, ...] = (1.0,)
 
     @property
     def device(self) -> torch.device:
@@ -111,4 +112,5 @@ def subject_of(recipe: Recipe, teacher: Teacher, prompts: Sequence[str]) -> Subj
         num_steps=min(steps, STEPS),
         bf16=recipe.precision == "bfloat16",
         delta_t=recipe.adm.delta_t if recipe.adm is not None else 1 / 64,
+        time_steps=recipe.time_steps,
     )

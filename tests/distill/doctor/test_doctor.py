@@ -130,6 +130,27 @@ def test_a_wrong_prediction_type_is_caught_by_convention(tiny, family, predictio
         checks.convention(dataclasses.replace(subject, denoiser=wrong))
 
 
+@pytest.mark.parametrize("memory", ["enough", "none"])
+def test_a_teacher_in_bfloat16_is_compared_in_float32_where_there_is_memory(tiny, memory, monkeypatch):
+    """What bfloat16 rounds hid a time shift that moves the end by 2 %: 15 % were allowed."""
+    subject = tiny("sd3")
+    rough = copy.deepcopy(subject.denoiser).to(torch.bfloat16)
+    before = copy.deepcopy(rough.state_dict())
+    wrong = [("shift", 1.0), ("prediction", "eps")]
+    if memory == "none":
+
+        def no_room(denoiser):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(checks.copy, "deepcopy", no_room)
+        wrong = wrong[1:]
+    assert "from diffusers' pipeline" in checks.convention(dataclasses.replace(subject, denoiser=rough))
+    for name, value in wrong:
+        with pytest.raises(checks.Fault, match="away from diffusers' pipeline"):
+            checks.convention(dataclasses.replace(subject, denoiser=changed(rough, **{name: value})))
+    assert all(torch.equal(value, before[name]) for name, value in rough.state_dict().items())
+
+
 def test_guidance_that_is_not_the_schedulers_is_caught_by_convention(tiny, monkeypatch):
     def exchanged(denoiser, xt, t, cond, uncond, scale):
         return denoiser.x0(xt, t, uncond.expand(len(xt)))
@@ -244,6 +265,28 @@ def test_a_coarse_dtype_is_caught_by_finite(emoji, monkeypatch):
     monkeypatch.setattr(type(rough), "forward", forward)
     with pytest.raises(checks.Fault, match="from float32"):
         checks.finite(dataclasses.replace(emoji, denoiser=rough))
+
+
+@pytest.mark.parametrize(("error", "caught"), [(0.01, False), (0.1, True)])
+def test_an_estimate_that_says_nothing_at_a_students_time_is_caught_by_finite(tiny, error, caught):
+    """SDXL's noise that is 10 % off at t = 1 is an estimate off by more than the data's spread: it was ok."""
+    subject = dataclasses.replace(tiny("sdxl"), bf16=True)
+
+    def network(noise):
+        made = copy.deepcopy(subject.denoiser)
+        eps = subject.normal("planted", 1)
+        eps = eps / eps.square().mean().sqrt()
+        made.unet.register_forward_hook(lambda module, args, output: (args[0] + noise * eps,))
+        return made
+
+    examined = dataclasses.replace(subject, denoiser=network(error), new_denoiser=lambda bf16: network(0.0))
+    if caught:
+        with pytest.raises(checks.Fault, match=r"by 1\.46 of the data's spread .* other time_steps"):
+            checks.finite(examined)
+        early = dataclasses.replace(examined, time_steps=(0.5,))
+        assert "of the data's spread" in checks.finite(early), "0.5: sigma / alpha is 1.8"
+    else:
+        assert "by 0.15 of the data's spread" in checks.finite(examined)
 
 
 class Scaled:
