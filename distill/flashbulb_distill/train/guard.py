@@ -96,7 +96,8 @@ def figures_of(state: GuardState, probe: Mapping[str, float]) -> dict[str, float
 
     `norm_growth`: of each gradient norm, relative to the median of the last looks; `fake_lag` the same of the fake
     score's own loss: it grows when the student moves faster than the fake score can follow. `diversity_kept` and
-    `contrast_kept`: of the most that good looks saw, since a student may start below its teacher and must not fall.
+    `contrast_kept`: of the most that good looks saw, since a student may start below its teacher and must not fall; of
+    the teacher's own where they saw more, since a noisy start is nothing to keep.
     """
     figures = {name: total / count for name, (total, count) in state.seen.items()}
     figures |= probe
@@ -112,7 +113,7 @@ def figures_of(state: GuardState, probe: Mapping[str, float]) -> dict[str, float
         good = (look.figures for look in state.looks if not look.faults)
         best = max((earlier[name] for earlier in good if name in earlier), default=0.0)
         if name in figures and best > 0:
-            figures[f"{name}_kept"] = figures[name] / best
+            figures[f"{name}_kept"] = figures[name] / min(best, 1.0)
     return figures
 
 

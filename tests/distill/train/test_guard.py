@@ -84,6 +84,19 @@ def test_figures_are_means_since_the_last_look_and_growth_over_earlier_ones():
     assert (grown["norm_growth/student_norm"], grown["fake_lag"]) == (15.0, 4.0)
 
 
+def test_a_student_that_comes_down_from_noise_to_its_teacher_loses_nothing():
+    """The start is never judged: 1.6 of the teacher's contrast was to be kept, and the teacher's own was a fault."""
+    guard = Guard(RECIPE, load_bands(None, "adp"), lambda step, student: {"contrast": 1.6, "diversity": 1.6})
+    state = guard.begin(torch.nn.Identity())
+    figures = figures_of(state, {"contrast": 1.0, "diversity": 1.0})
+    assert (figures["contrast_kept"], figures["diversity_kept"]) == (1.0, 1.0)
+    for step in range(1, 9):
+        action, state = decide(state, step, figures_of(state, {"contrast": 1.0}), guard.bands, RECIPE)
+        assert action == "go on"
+    fallen = figures_of(state, {"contrast": 0.6})
+    assert fallen["contrast_kept"] == 0.6, "what it loses of its teacher's still shows"
+
+
 def test_a_figure_that_is_no_number_is_out_of_every_band():
     assert faults_of({"x": math.nan}, BANDS) == ("x nan, expected 0.5 to 2: x is off",)
     assert faults_of({"y": math.nan}, BANDS) == (), "it has no band"
