@@ -114,14 +114,14 @@ class SharedBackbone:
         self.layers: dict[str, LoraLinear] = {}
         self.switch = Switch()
         for name, layer in list(backbone.named_modules()):
-            if not re.search(targets, name):
+            parent, _, last = name.rpartition(".")
+            if not re.search(targets, name) or isinstance(backbone.get_submodule(parent), LoraLinear):
                 continue
             if isinstance(layer, LoraLinear):  # the stage before shared this backbone too
                 self.switch = layer.switch
                 self.layers[name] = layer
             elif isinstance(layer, nn.Linear):
                 self.layers[name] = LoraLinear(layer, self.switch)
-                parent, _, last = name.rpartition(".")
                 setattr(backbone.get_submodule(parent), last, self.layers[name])
         if not self.layers:
             raise ValueError(f"lora.targets: expected the name of a linear layer, none matches {targets!r}")

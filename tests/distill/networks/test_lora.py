@@ -91,6 +91,16 @@ def test_an_adapter_from_a_file_is_merged_into_a_network_on_a_gpu():
         assert layer.weight.device.type == "cuda"
 
 
+def test_a_target_that_names_no_last_part_finds_the_same_layers_in_every_stage(source):
+    """The second stage wrapped the wrapped layers: merging its student found no weight in `to_q.base`'s parent."""
+    _, folder = source
+    denoiser = folder.denoiser()
+    first, second = (SharedBackbone(denoiser, targets="attn") for _ in range(2))
+    assert second.layers == first.layers
+    student = second.adapter("student", rank=2, alpha=2)
+    merge(folder.denoiser(), {name: p.detach() for name, p in student.named_parameters()}, rank=2, alpha=2)
+
+
 def test_recomputed_blocks_give_the_same_gradients_whichever_adapter_is_on_by_then(source):
     family, folder = source
     inputs = case(family, folder)
