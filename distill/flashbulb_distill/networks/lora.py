@@ -137,6 +137,17 @@ class SharedBackbone:
 
 
 @torch.no_grad()
+def share_down(of: Adapted, to: Adapted) -> None:
+    """Give an adapter that begins as nothing the A of another one.
+
+    Where A is one, a mixture of factors is the mixture of weights: (1 - s) B A + s B' A = ((1 - s) B + s B') A.
+    """
+    for name, theirs in of.factors.items():
+        if name.endswith("/lora_A/weight"):
+            to.factors[name].copy_(theirs)
+
+
+@torch.no_grad()
 def merge(denoiser: Denoiser, values: Mapping[str, Tensor], *, rank: int, alpha: float) -> None:
     """Add an adapter's parameters, by their names in `Adapted`, to a network's own weights."""
     for key, down in values.items():

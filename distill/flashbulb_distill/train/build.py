@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..core.draws import Draws
 from ..networks.discriminators import LatentDiscriminator, PixelDiscriminator
-from ..networks.lora import Adapted, SharedBackbone, checkpoint_blocks, merge
+from ..networks.lora import Adapted, SharedBackbone, checkpoint_blocks, merge, share_down
 from ..networks.vision import load_pixel_backbone
 from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
@@ -64,9 +64,16 @@ class Inputs:
             load_parameters(student, self.start)
         return self._shared_out(student)
 
-    def fake(self) -> Denoiser:
-        """Return a network to train that starts as the teacher."""
-        return self._shared_out(self._network("fake", self.recipe.roles.fake))
+    def fake(self, student: Denoiser | None = None) -> Denoiser:
+        """Return a network to train that starts as the teacher.
+
+        Args:
+            student: that it may be pulled along by; if both are adapters, they begin with one A.
+        """
+        fake = self._network("fake", self.recipe.roles.fake)
+        if isinstance(fake, Adapted) and isinstance(student, Adapted):
+            share_down(student, fake)
+        return self._shared_out(fake)
 
     def _shared_out(self, network: Denoiser) -> Denoiser:
         """Return the network, its blocks shared out over the ranks where the recipe says so; adapters stay whole."""
@@ -190,7 +197,8 @@ def build_adm(inputs: Inputs) -> Adm:
     recipe, stage, teacher = inputs.recipe, inputs.recipe.adm, inputs.teacher
     assert stage is not None
     torch.manual_seed(recipe.seed + 1)
-    student, fake = inputs.student(), inputs.fake()
+    student = inputs.student()
+    fake = inputs.fake(student)
     latent = _latent_discriminator(teacher, stage)
     if inputs.heads is not None:
         load_parameters(latent, inputs.heads)
@@ -216,7 +224,8 @@ def build_dmd(inputs: Inputs) -> Dmd:
     recipe, stage, teacher = inputs.recipe, inputs.recipe.dmd, inputs.teacher
     assert stage is not None
     torch.manual_seed(recipe.seed + 1)
-    student, fake = inputs.student(), inputs.fake()
+    student = inputs.student()
+    fake = inputs.fake(student)
     latent = _latent_discriminator(teacher, stage) if stage.gan_weight > 0 else None
     trained: dict[str, nn.Module] = {"student": student, "fake": fake}
     trained |= {"latent": latent} if latent is not None else {}
@@ -265,6 +274,8 @@ def build_lcm(inputs: Inputs) -> Lcm:
     assert stage is not None
     torch.manual_seed(recipe.seed)
     student, target = inputs.student(), inputs.student("target")
+    if isinstance(student, Adapted) and isinstance(target, Adapted):
+        share_down(student, target)
     optimizer = inputs.optimizer(student.parameters(), stage.rate, stage.betas)
     return Lcm(
         recipe=stage,

@@ -63,7 +63,8 @@ def update_fake(
 def pull(fake: Denoiser, student: Denoiser, share: float) -> None:
     """Move the fake score's weights towards the student's: fake <- (1 - share) fake + share student.
 
-    Both are networks of one architecture, so the student's weights are a first guess at its own score.
+    Both are networks of one architecture, so the student's weights are a first guess at its own score. Of adapters the
+    factors are moved: they begin with one A, and the pull itself keeps both near, so that the weights move by as much.
 
     Source: implicit distribution alignment (Ge et al. 2025, SenseFlow, arXiv 2506.00523); share .03 there.
     """

@@ -11,10 +11,12 @@ from torch._subclasses import FakeTensorMode
 from flashbulb_distill.bundle import Shape
 from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.networks.lora import SharedBackbone, checkpoint_blocks, diffusers_names, merge
+from flashbulb_distill.pairs.store import Pairs
 from flashbulb_distill.teachers.denoiser import Condition
 from flashbulb_distill.teachers.load import open_source
 from flashbulb_distill.teachers.open import open_teacher
 from flashbulb_distill.train.build import Inputs, build, student_of
+from flashbulb_distill.train.fake import pull
 from flashbulb_distill.train.recipe import Recipe
 from support.tiny_pipelines import make_tiny_pipeline
 
@@ -171,6 +173,48 @@ def test_adm_trains_adapters_on_one_frozen_backbone(tmp_path, checkpointing):
     xt, t = torch.randn(2, 16, 8, 8), torch.tensor([1.0, 0.5])
     with torch.no_grad():
         torch.testing.assert_close(student(xt, t, cond), method.student(xt, t, cond), atol=1e-5, rtol=1e-4)
+
+
+def weights_of(adapted):
+    values = dict(adapted.named_parameters())
+    down = [name for name in values if "lora_A" in name]
+    return torch.cat([(values[name.replace("lora_A", "lora_B")] @ values[name]).flatten() for name in down])
+
+
+@pytest.mark.parametrize("stage", ["adm", "dmd", "lcm"])
+def test_an_adapter_that_follows_another_moves_by_its_share_of_the_weights(stage, tmp_path):
+    """Each had drawn an A of its own: a share of .03 of the factors was .0004 of the student's weights."""
+    folder = make_tiny_pipeline(tmp_path / "teacher", "sd35-large")
+    rates = {"student": 1e-3, "heads": 1e-3, "fake": 1e-3}
+    common = {"steps": 2, "batch_size": 2, "guidance": 2.0}
+    sections = {
+        "adm": {"rates": rates, "taps": (-1, 0), "ida": 0.03},
+        "dmd": {"rates": rates, "ida": 0.03},
+        "lcm": {"rate": 1e-3, "target_ema": 0.97},
+    }
+    shared = recipe(
+        folder,
+        roles={"student": "lora", "fake": "lora"},
+        lora={"rank": 2, "alpha": 2},
+        pairs={"count": 2, "num_steps": 2, "guidance": 2.0},
+        **({"adm": None} | {stage: common | sections[stage]}),
+    )
+    teacher = open_teacher("sd3", str(folder), shape=Shape(width=64, height=64))
+    cond = teacher.encode(["red", "dog"])
+    latents = torch.randn(2, 16, 8, 8)
+    pairs = Pairs(latents, latents, torch.arange(2), ("red", "dog"))
+    method = build(stage, Inputs(shared, teacher, cond, teacher.encode_uncond(), pairs))
+    follower = method.target if stage == "lcm" else method.fake
+    assert weights_of(follower).abs().max() == 0, "it begins as the teacher"
+    with torch.no_grad():
+        for seed, network in enumerate((follower, method.student)):
+            generator = torch.Generator().manual_seed(seed)
+            for name, parameter in network.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1, generator=generator)
+        wanted = 0.97 * weights_of(follower) + 0.03 * weights_of(method.student)
+        pull(follower, method.student, 0.03)
+        torch.testing.assert_close(weights_of(follower), wanted, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd35-large"])
