@@ -1,7 +1,7 @@
 """Teachers of SDXL, SD3, SD3.5 and CogVideoX from a diffusers folder or a hub id; which one, model_index.json says."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -232,7 +232,7 @@ def _merge_lora(family: Family, network: Any, path: Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds nothing for this network.
+        ValueError: it holds nothing for this network, or something for a text encoder too.
     """
     if not path.is_file():
         raise FileNotFoundError(f"loras: expected a safetensors file of LoRA weights, found no {path}")
@@ -241,15 +241,26 @@ def _merge_lora(family: Family, network: Any, path: Path) -> None:
         state, alphas = StableDiffusionXLPipeline.lora_state_dict(
             path.parent, unet_config=network.config, **options
         )
+        _refuse_text(state, path)
         StableDiffusionXLPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=network)
     else:
         pipeline = StableDiffusion3Pipeline if family == "sd3" else CogVideoXPipeline
         state = pipeline.lora_state_dict(path.parent, **options)
+        _refuse_text(state, path)
         pipeline.load_lora_into_transformer(state, transformer=network)
     if not getattr(network, "peft_config", None):
         raise ValueError(f"loras: expected weights for {type(network).__name__}, {path} has none")
     network.fuse_lora()
     network.unload_lora()
+
+
+def _refuse_text(state: Iterable[str], path: Path) -> None:
+    """Refuse LoRA weights of a text encoder: without them the network is given prompts that it was not tuned on."""
+    if (key := next((name for name in state if name.startswith("text_encoder")), None)) is not None:
+        raise ValueError(
+            f"loras: expected weights of the denoising network alone, {path} has {key} too; merge it with diffusers "
+            "(load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) and name that folder as teacher"
+        )
 
 
 def _tokenizers(source: Source) -> list[PreTrainedTokenizerBase]:

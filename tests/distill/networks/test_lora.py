@@ -1,5 +1,7 @@
 """One backbone, several networks: switched off it is the teacher bit for bit, and each adapter moves alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
@@ -253,6 +255,29 @@ def test_a_teachers_own_loras_are_merged_as_diffusers_does(family, tmp_path):
     missing = open_teacher(open_source(folder).family, str(folder), shape=shape, loras=["none"])
     with pytest.raises(FileNotFoundError, match="loras: expected a safetensors file"):
         missing.new_denoiser(bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "network", "text"),
+    [("sdxl", "unet", "text_encoder_2"), ("sd3", "transformer", "text_encoder")],
+)
+def test_a_lora_that_tunes_a_text_encoder_too_is_refused_with_the_keys_name(family, network, text, tmp_path):
+    """The text encoders' part was left out without a word: the teacher was not base + LoRA."""
+    source = open_source(make_tiny_pipeline(tmp_path / "teacher", family))
+    parts = {
+        network: (source.denoiser().network, "to_q"),
+        text: (source.prompts().clip_g if text.endswith("2") else source.prompts().clip_l, "q_proj"),
+    }
+    state = {}
+    for prefix, (part, last) in parts.items():
+        name, layer = next((name, layer) for name, layer in part.named_modules() if name.endswith(last))
+        state[f"{prefix}.{name}.lora_A.weight"] = torch.ones(2, layer.in_features)
+        state[f"{prefix}.{name}.lora_B.weight"] = torch.ones(layer.out_features, 2)
+    save_file(state, tmp_path / "both.safetensors")
+    with pytest.raises(ValueError, match=rf"has {text}\..*lora_[AB].* name that folder as teacher"):
+        replace(source, loras=(tmp_path / "both.safetensors",)).denoiser()
+    save_file({k: v for k, v in state.items() if network in k}, tmp_path / "network.safetensors")
+    replace(source, loras=(tmp_path / "network.safetensors",)).denoiser()
 
 
 def layers_of(layers, key):
