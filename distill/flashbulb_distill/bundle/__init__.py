@@ -14,7 +14,7 @@ from .bundle import (
 )
 from .errors import BundleError
 from .graphs import DISABLED_OPTIMIZERS
-from .manifest import Betas, Components, File, Guidance, Latent, Manifest, Shape, Text
+from .manifest import Betas, Components, File, Guidance, Latent, Manifest, Shape, Text, check_times
 
 __all__ = [
     "DISABLED_OPTIMIZERS",
@@ -29,6 +29,7 @@ __all__ = [
     "Manifest",
     "Shape",
     "Text",
+    "check_times",
     "check_unchanged",
     "describe_files",
     "find_model",

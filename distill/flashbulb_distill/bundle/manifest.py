@@ -70,6 +70,18 @@ class Latent(Strict):
             raise ValueError(f"expected {'1 + ' if alone else ''}{each} k frames, got {frames}")
         return (frames - alone) // each + alone
 
+    def check(self, shape: Shape, *, is_video: bool) -> None:
+        """Refuse a shape that no latents are decoded to.
+
+        Raises:
+            ValueError: width or height is no whole number of latents, or there are frames of a picture.
+        """
+        if shape.width % self.downscale or shape.height % self.downscale:
+            raise ValueError(f"expected multiples of {self.downscale}, got {shape.width}x{shape.height}")
+        if not is_video and shape.frames != 1:
+            raise ValueError(f"expected one frame of a picture, got {shape.frames}")
+        self.frames(shape.frames)
+
 
 class Text(Strict):
     """How a prompt becomes the token ids of one text encoder: cut and padded to max_length."""
@@ -157,16 +169,19 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
-        _check_times("time_steps", self.time_steps)
+        check_times("time_steps", self.time_steps)
         for count, times in self.step_schedules.items():
-            _check_times("step_schedules", times)
+            check_times("step_schedules", times)
             if count != len(times) or count == len(self.time_steps):
                 raise ValueError(
                     f"step_schedules: expected a number of steps other than that of time_steps, with as many times, "
                     f"got {count}: {times}"
                 )
         for shape in self.shapes:
-            self._check_shape(shape)
+            try:
+                self.latent.check(shape, is_video=self.is_video)
+            except ValueError as error:
+                raise ValueError(f"shapes: {error}") from None
         if len(self.text) > 1 and any(text.padding == "zeros" for text in self.text):
             raise ValueError("text: expected padding 'zeros' of one text encoder alone, got several encoders")
         if (self.fps is not None) != self.is_video:
@@ -179,19 +194,6 @@ class Manifest(Strict):
             if name.startswith("/") or ".." in name.split("/") or "\\" in name or name == "manifest.json":
                 raise ValueError(f"files: expected a path inside the bundle, got {name!r}")
         return self
-
-    def _check_shape(self, shape: Shape) -> None:
-        latent = self.latent
-        if shape.width % latent.downscale or shape.height % latent.downscale:
-            raise ValueError(
-                f"shapes: expected multiples of {latent.downscale}, got {shape.width}x{shape.height}"
-            )
-        if not self.is_video and shape.frames != 1:
-            raise ValueError(f"shapes: expected one frame of a picture, got {shape.frames}")
-        try:
-            latent.frames(shape.frames)
-        except ValueError as error:
-            raise ValueError(f"shapes: {error}") from None
 
     @property
     def is_video(self) -> bool:
@@ -227,6 +229,11 @@ class Manifest(Strict):
         return self.step_schedules[num_steps]
 
 
-def _check_times(name: str, times: tuple[float, ...]) -> None:
+def check_times(name: str, times: tuple[float, ...]) -> None:
+    """Refuse times that no student is sampled at; `name` is what the message calls them.
+
+    Raises:
+        ValueError: there are none, they do not descend, or one is not in (0, 1].
+    """
     if not times or any(not 0 < t <= 1 for t in times) or any(a <= b for a, b in pairwise(times)):
         raise ValueError(f"{name}: expected descending times in (0, 1], got {times}")

@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
+from ..bundle import Latent
+
 
 class VaeCodec(nn.Module):
     """latents = (what the VAE's encoder says - shift) * scaling. Pictures [b, 3, h, w], videos [b, 3, f, h, w].
@@ -40,6 +42,17 @@ class VaeCodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pixels of latents, about [-1, 1] and not clamped; gradients pass through."""
         return cast(Tensor, self.vae.decode(latents / self.scaling + self.shift).sample)
+
+    @property
+    def latent(self) -> Latent:
+        """How the latents relate to pixels."""
+        return Latent(
+            channels=self.channels,
+            downscale=self.downscale,
+            frame_downscale=self.frame_downscale,
+            scaling=self.scaling,
+            shift=self.shift,
+        )
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
         """Return (c, h, w) of a picture or (c, f, h, w) of a video of that size in pixels."""

@@ -44,8 +44,17 @@ class PretrainedTeacher:
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
-        """The latents' shape without the batch."""
-        return self.codec.latent_shape(self.shape.width, self.shape.height, self.shape.frames)
+        """The latents' shape without the batch.
+
+        Raises:
+            ValueError: the VAE has no latents of that width, height or number of frames.
+        """
+        codec, shape = self.codec, self.shape
+        try:
+            codec.latent.check(shape, is_video=codec.is_video)
+        except ValueError as error:
+            raise ValueError(f"shape: {error}") from None
+        return codec.latent_shape(shape.width, shape.height, shape.frames)
 
     def new_denoiser(self, *, bf16: bool) -> Denoiser:
         """Return a trainable copy of the network, in float32."""

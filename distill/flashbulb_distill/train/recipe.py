@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..bundle import Shape
+from ..bundle import Shape, check_times
 from ..errors import UsageError
 
 STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm")  # in their order
@@ -316,6 +316,7 @@ class Recipe(Strict):
     def _fits(self) -> "Recipe":
         if not self.stages:
             raise ValueError(f"expected at least one training stage among {', '.join(STAGES)}, found none")
+        check_times("time_steps", self.time_steps)
         needs = ["regression", "adp", "ladd", "lcm"] + ["dmd"] * (
             self.dmd is not None and self.dmd.gan_weight > 0
         )

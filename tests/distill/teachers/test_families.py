@@ -8,10 +8,12 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from huggingface_hub.utils import filter_repo_objects
 
+from flashbulb_distill.bundle import Shape
 from flashbulb_distill.pairs.generate import sample_teacher
 from flashbulb_distill.teachers.codec import VaeCodec
 from flashbulb_distill.teachers.cogvideox import CogVideoXDenoiser
 from flashbulb_distill.teachers.load import open_source
+from flashbulb_distill.teachers.pretrained import PretrainedTeacher
 from support.tiny_pipelines import FAMILIES, make_tiny_pipeline, tiny_pipeline
 
 PROMPTS = ["a red dog", "", "red " * 300]  # the last is longer than every encoder reads
@@ -313,6 +315,25 @@ def test_a_vae_with_statistics_for_each_channel(source):
     codec.vae.register_to_config(latents_mean=[0.0] * 4)
     with pytest.raises(ValueError, match="expected a VAE with one scaling and shift"):
         VaeCodec(codec.vae)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "message"),
+    [
+        ("sdxl", {"width": 60, "height": 32}, "shape: expected multiples of 8, got 60x32"),
+        ("sdxl", {"width": 64, "height": 32, "frames": 9}, "shape: expected one frame of a picture, got 9"),
+        (
+            "cogvideox-2b",
+            {"width": 64, "height": 32, "frames": 10},
+            r"shape: expected 1 \+ 4 k frames, got 10",
+        ),
+    ],
+    indirect=["family"],
+)
+def test_a_size_that_no_bundle_can_have_is_refused_before_anything_is_drawn(source, size, message):
+    teacher = PretrainedTeacher(source, Shape(**size), torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        _ = teacher.latent_shape
 
 
 @pytest.mark.parametrize("family", ["cogvideox-5b"], indirect=True)

@@ -78,6 +78,9 @@ def test_every_shipped_recipe_loads_and_says_where_each_value_of_its_stages_come
         (["pairs=null"], "learns from ODE pairs: expected a section pairs"),
         (["family=sd3"], "expected a shape"),
         (["export.fps=8"], "export.fps: expected of a video and only there"),
+        (["time_steps=[999,749,499,249]"], r"time_steps: expected descending times in \(0, 1\], got \(999"),
+        (["time_steps=[0.5,1.0]"], "time_steps: expected descending times"),
+        (["time_steps=[]"], "time_steps: expected descending times"),
     ],
 )
 def test_sections_that_do_not_fit_together_are_refused(overrides, message):
