@@ -58,7 +58,7 @@ from .teachers.denoiser import Condition, Denoiser
 from .teachers.open import open_teacher
 from .teachers.pretrained import PretrainedTeacher
 from .teachers.teacher import Teacher
-from .train.build import Inputs, build, student_of
+from .train.build import Inputs, build, check_stages, student_of
 from .train.checkpoint import read_module
 from .train.guard import Guard, load_bands
 from .train.probe import Probe, evenly
@@ -572,17 +572,22 @@ class Run:
         return StageFolder(self.out / name, identity, self.recipe)
 
     def _begins(self, folder: StageFolder) -> bool:
-        """Claim a stage's folder; False where the stage is done. All processes get the same answer."""
+        """Claim a stage's folder; False where the stage is done. All processes get the same answer.
 
-        def claim() -> bool:
-            if folder.is_done():
-                return False
+        Raises:
+            RecipeError: a stage of the recipe, not only this one, could not be trained.
+        """
+        if self.ranks.first(folder.is_done):
+            return False
+        check_stages(self.recipe, self.trained_teacher, self.ranks)
+
+        def claim() -> None:
             if not folder.has_begun():
                 self._write_record()
             folder.claim()
-            return True
 
-        return self.ranks.first(claim)
+        self.ranks.first(claim)
+        return True
 
 
 def start_run(

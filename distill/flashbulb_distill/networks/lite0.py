@@ -130,7 +130,7 @@ class Lite0(nn.Module):
     def _run_blocks(
         self, pixels: Tensor, taps: Sequence[int], stop: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        _check_taps(taps, len(self.blocks))
+        check_taps(taps, len(self.blocks))
         x = F.relu6(self.bn0(self.conv_stem(normalise(pixels))))
         maps = []
         for i in range(stop):
@@ -140,10 +140,13 @@ class Lite0(nn.Module):
         return x, tuple(maps)
 
 
-def _check_taps(taps: Sequence[int], num_blocks: int) -> None:
+def check_taps(taps: Sequence[int], num_blocks: int) -> None:
+    """Raise ValueError when the taps are not ascending block indices."""
     ascending = all(a < b for a, b in pairwise(taps))
     if not ascending or not all(0 <= tap < num_blocks for tap in taps):
-        raise ValueError(f"taps must be ascending block indices in 0..{num_blocks - 1}, got {tuple(taps)}")
+        raise ValueError(
+            f"pixel_taps: expected ascending block indices from 0 to {num_blocks - 1}, got {tuple(taps)}"
+        )
 
 
 def normalise(pixels: Tensor) -> Tensor:

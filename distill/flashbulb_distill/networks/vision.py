@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Model, SamVisionModel
 
 from ..teachers.denoiser import watched
-from .lite0 import load_lite0
+from .lite0 import check_taps, load_lite0
 
 BackboneName = Literal["lite0", "sam", "dinov2"]
 
@@ -92,7 +92,9 @@ def load_pixel_backbone(
         FileNotFoundError: the source holds no such model.
     """
     if name == "lite0":
-        return load_lite0()
+        network = load_lite0()
+        check_taps(taps, len(network.blocks))
+        return network
     if source is None:
         example = {"sam": "facebook/sam-vit-base", "dinov2": "facebook/dinov2-base"}[name]
         raise ValueError(f"pixel_source: expected a folder or hub id for {name}, like {example}, got none")

@@ -180,10 +180,8 @@ def plan(
 
 def _one_of(recipe: Recipe, stage: str, gpus: int) -> Recipe:
     """Return the recipe with one GPU's rows of the batch, and of those that the pixel discriminator sees."""
-    section, changes = recipe.stages[stage], dict[str, int]()
-    looks = getattr(section, "pixel_backbone", "none") != "none"
-    for name in ("batch_size", "pixel_batch") if looks else ("batch_size",):
-        rows = getattr(section, name)
+    changes = dict[str, int]()
+    for name, rows in recipe.stages[stage].batches.items():
         if rows % gpus:
             raise UsageError(f"--gpus: expected a number that shares {stage}.{name}, {rows}, got {gpus}")
         changes[name] = rows // gpus

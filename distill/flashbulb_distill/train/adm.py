@@ -98,9 +98,8 @@ class Adm:
         """Noise the samples and take two short steps down the flow: by the teacher and by the fake score."""
         recipe, draws, rows, cond, x_0 = self.recipe, self.draws, samples.rows, samples.cond, samples.x_0
         send = sender(x_0.device)
-        low, high = recipe.time_range
+        low, high = recipe.times
         uniform = draws.uniform("adm/time", step, rows)
-        low = max(low, recipe.delta_t)
         if recipe.time_distribution == "uniform":
             times = adm_times(uniform, low=low, high=high)
         else:

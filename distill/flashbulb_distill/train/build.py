@@ -22,7 +22,7 @@ from .adp import Adp
 from .dmd import Dmd
 from .ladd import Ladd
 from .lcm import Lcm
-from .recipe import AdpRecipe, AdversarialRecipe, Rates, Recipe
+from .recipe import AdpRecipe, AdversarialRecipe, Rates, Recipe, RecipeError
 from .regression import Regression
 from .step import device_of
 from .trainer import Method
@@ -139,6 +139,31 @@ class Inputs:
             role: self.optimizer(module.parameters(), own.get(role, rates.heads), rates.betas)
             for role, module in modules.items()
         }
+
+
+def check_stages(recipe: Recipe, teacher: Teacher, ranks: Ranks) -> None:
+    """Refuse what no stage could be trained with here: hours of work come before the later ones.
+
+    Raises:
+        RecipeError: a network has no such block, there is no such backbone, or ranks cannot share a batch.
+    """
+    for name, stage in recipe.stages.items():
+        try:
+            for key, rows in stage.batches.items():
+                _check_shared(key, rows, ranks)
+            if isinstance(stage, AdversarialRecipe) and stage.taps:
+                _latent_discriminator(teacher, stage)
+            if isinstance(stage, AdpRecipe):
+                _pixel_discriminator(teacher, stage)
+        except (ValueError, FileNotFoundError) as error:
+            raise RecipeError(f"{name}.{error}") from error
+
+
+def _check_shared(key: str, rows: int, ranks: Ranks) -> None:
+    try:
+        ranks.rows(rows)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def build(stage: str, inputs: Inputs) -> Method:
@@ -333,8 +358,9 @@ def _latent_discriminator(teacher: Teacher, stage: AdversarialRecipe) -> LatentD
 
 
 def _pixel_discriminator(teacher: Teacher, stage: AdpRecipe) -> PixelDiscriminator | None:
-    if stage.lambda_pixel == 0 or stage.pixel_backbone == "none":
+    if not stage.sees_pixels:
         return None
+    assert stage.pixel_backbone != "none"
     size, taps = stage.pixel_size, stage.pixel_taps
     backbone = load_pixel_backbone(stage.pixel_backbone, stage.pixel_source, size=size, taps=taps)
     device = device_of(teacher.denoiser)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..bundle import Shape, check_times
+from ..core.times import adm_times
 from ..errors import UsageError
 
 STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm")  # in their order
@@ -67,6 +69,11 @@ class StageRecipe(Strict):
     batch_size: int = Field(ge=2)
     ema: float = Field(default=0.995, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0)
+
+    @property
+    def batches(self) -> dict[str, int]:
+        """Rows of what is shared equally among processes, by key."""
+        return {"batch_size": self.batch_size}
 
     @property
     def average_from(self) -> int:
@@ -138,6 +145,22 @@ class AdpRecipe(AdversarialRecipe):
         default=32, ge=2, description="how many of the batch the pixel discriminator sees"
     )
 
+    @property
+    def sees_pixels(self) -> bool:
+        """Tell whether there is a pixel discriminator."""
+        return self.lambda_pixel > 0 and self.pixel_backbone != "none"
+
+    @property
+    def batches(self) -> dict[str, int]:
+        """Rows of what is shared equally among processes, by key."""
+        return super().batches | ({"pixel_batch": self.pixel_batch} if self.sees_pixels else {})
+
+    @model_validator(mode="after")
+    def _has_pixel_taps(self) -> "AdpRecipe":
+        if self.sees_pixels and not self.pixel_taps:
+            raise ValueError("pixel_taps: expected blocks for the heads of the pixel discriminator, got none")
+        return self
+
 
 class AdmRecipe(AdversarialRecipe):
     """Adversarial distribution matching (arXiv 2507.18569)."""
@@ -156,6 +179,20 @@ class AdmRecipe(AdversarialRecipe):
     ida: float = Field(default=0.0, ge=0, lt=1, description=IDA)
     carry_heads: bool = Field(default=False, description="start from ADP's latent heads instead of new ones")
 
+    @property
+    def times(self) -> tuple[float, float]:
+        """The lowest and the highest time to which samples are noised: a step down from there must not pass 0."""
+        return max(self.time_range[0], self.delta_t), self.time_range[1]
+
+    @model_validator(mode="after")
+    def _has_times(self) -> "AdmRecipe":
+        _check_range(self.time_range)
+        if self.delta_t >= self.time_range[1]:
+            raise ValueError(
+                f"delta_t: expected below the end of time_range, {self.time_range[1]:g}, got {self.delta_t:g}"
+            )
+        return self
+
 
 class DmdRecipe(AdversarialRecipe):
     """Distribution matching by the KL divergence (DMD, arXiv 2311.18828), with DMD2's GAN term on request."""
@@ -172,9 +209,18 @@ class DmdRecipe(AdversarialRecipe):
 
     @model_validator(mode="after")
     def _has_taps(self) -> "DmdRecipe":
+        _check_range(self.time_range)
         if self.gan_weight > 0 and not self.taps:
             raise ValueError("taps: expected blocks for the heads of the GAN term, got none")
         return self
+
+
+def _check_range(time_range: tuple[float, float]) -> None:
+    low, high = time_range
+    try:
+        adm_times(np.zeros(0), low=low, high=high)
+    except ValueError as error:
+        raise ValueError(f"time_range: {error}") from None
 
 
 class LaddRecipe(AdversarialRecipe):
@@ -331,12 +377,7 @@ class Recipe(Strict):
             raise ValueError(
                 "adm.carry_heads: expected a section adp with adm's taps, whose heads to carry over"
             )
-        if (
-            self.is_video
-            and self.adp is not None
-            and self.adp.lambda_pixel
-            and self.adp.pixel_backbone != "none"
-        ):
+        if self.is_video and self.adp is not None and self.adp.sees_pixels:
             raise ValueError(
                 f"adp.lambda_pixel: expected 0 for videos, which no image network reads, got {self.adp.lambda_pixel:g}"
             )
@@ -433,9 +474,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # parts that do not fit together; the message says which
-            raise RecipeError(f"{path}: {first['msg'].removeprefix('Value error, ')}") from error
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "value_error":  # parts that do not fit together; the message says which
+            raise RecipeError(f"{path}: {where}{'.' * bool(where)}{first['ctx']['error']}") from error
         raise RecipeError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from error
 
 

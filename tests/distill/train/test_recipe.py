@@ -81,6 +81,9 @@ def test_every_shipped_recipe_loads_and_says_where_each_value_of_its_stages_come
         (["time_steps=[999,749,499,249]"], r"time_steps: expected descending times in \(0, 1\], got \(999"),
         (["time_steps=[0.5,1.0]"], "time_steps: expected descending times"),
         (["time_steps=[]"], "time_steps: expected descending times"),
+        (["adp.pixel_taps=[]"], r"yaml: adp\.pixel_taps: expected blocks for the heads .*, got none$"),
+        (["adm.time_range=[0.98,0.02]"], r"adm\.time_range: expected 0 < low < high <= 1, got 0\.98 and"),
+        (["adm.delta_t=0.99"], r"adm\.delta_t: expected below the end of time_range, 0\.98, got 0\.99$"),
     ],
 )
 def test_sections_that_do_not_fit_together_are_refused(overrides, message):

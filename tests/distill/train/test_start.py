@@ -8,7 +8,10 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
+from flashbulb_distill.ranks import Ranks
 from flashbulb_distill.run import start_run
+from flashbulb_distill.teachers.emoji import load_emoji_teacher
+from flashbulb_distill.train.build import check_stages
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from support.tiny_pipelines import make_tiny_pipeline
 from support.tiny_teacher import make_tiny_motion_teacher, make_tiny_teacher
@@ -46,6 +49,40 @@ def test_the_first_stage_goes_on_from_the_weights_of_the_folder(overrides, tmp_p
     # The pairs are the teacher's in both.
     pairs = [(run.out / "pairs" / "index.jsonl").read_text() for run in (from_teacher, from_student)]
     assert pairs[0] == pairs[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("adp.taps=[7]", r"^adp\.taps: expected -1 \(the input\) to 1, the last block, got 7"),
+        ("adm.taps=[7]", r"^adm\.taps: expected -1 \(the input\) to 1, the last block, got 7"),
+        (
+            "adp.pixel_taps=[99]",
+            r"^adp\.pixel_taps: expected ascending block indices from 0 to 15, got \(99,\)",
+        ),
+        ("adp.pixel_backbone=sam", r"^adp\.pixel_source: expected a folder or hub id for sam"),
+    ],
+)
+def test_what_a_later_stage_could_not_train_with_is_refused_before_the_pairs(
+    overrides, tmp_path, change, message
+):
+    """A mistake in the section of ADM came out after all pairs and all of ADP were made."""
+    fitting = [one for one in overrides if one not in ("adp=null", "adm=null")]
+    fitting += ["adp.taps=[0]", "adm.taps=[0]"]
+    with pytest.raises(RecipeError, match=message):
+        start_run(load_recipe(RECIPE, [*fitting, change]), tmp_path / "run", resume=False).adm()
+    assert not list((tmp_path / "run").rglob("*.json*")), "so that the mended recipe may take the folder"
+
+
+def test_batches_that_the_processes_cannot_share_are_refused(overrides, tmp_path):
+    teacher = load_emoji_teacher(tmp_path / "teacher")
+    three = [one for one in overrides if one != "adp=null"]
+    three += ["regression.batch_size=6", "adp.batch_size=6", "adp.taps=[0]", "adp.pixel_batch=4"]
+    check_stages(load_recipe(RECIPE, [*three, "adp.pixel_backbone=none"]), teacher, Ranks(0, 3))
+    with pytest.raises(RecipeError, match=r"^adp\.pixel_batch: expected a batch size that 3 processes"):
+        check_stages(load_recipe(RECIPE, three), teacher, Ranks(0, 3))
+    with pytest.raises(RecipeError, match=r"^regression\.batch_size: expected .* share equally, got 2"):
+        check_stages(load_recipe(RECIPE, [*three, "regression.batch_size=2"]), teacher, Ranks(0, 3))
 
 
 def test_networks_of_another_kind_or_size_are_another_run(overrides, tmp_path):
