@@ -16,7 +16,7 @@ from typing import Any
 
 import rig
 
-from flashbulb_distill.plan.choose import GIB, Plan, plan
+from flashbulb_distill.plan.choose import GIB, Plan, plan_stages
 from flashbulb_distill.plan.predict import Prediction, predict
 from flashbulb_distill.plan.text import hours
 from flashbulb_distill.train.recipe import Recipe, load_recipe
@@ -72,18 +72,16 @@ def plan_recipe(recipe: Recipe, predict: Predict) -> dict[str, Any]:
 
         return once
 
-    largest_first = sorted(GPUS, key=lambda gpu: -GPUS[gpu])
+    told: dict[str, dict[str, dict[str, Any]]] = {stage: {} for stage in recipe.stages}
+    for gpu in sorted(GPUS, key=lambda gpu: -GPUS[gpu]):
+        for n in COUNTS:
+            for made in plan_stages(recipe, list(recipe.stages), GPUS[gpu], on(n), gpus=n):
+                told[made.stage].setdefault(gpu, {})[str(n)] = _row(made, gpu)
     return {
         "sha256": recipe.sha256(),
         "commit": rig.COMMIT,
         "teacher": recipe.teacher,
-        "stages": {
-            stage: {
-                gpu: {str(n): _row(plan(recipe, stage, GPUS[gpu], on(n), gpus=n), gpu) for n in COUNTS}
-                for gpu in largest_first
-            }
-            for stage in recipe.stages
-        },
+        "stages": told,
     }
 
 

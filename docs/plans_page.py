@@ -20,8 +20,9 @@ What was compared: [steps of small networks on a CPU](distilling.md#plan-what-a-
 measured peak and within 12 % for CogVideoX; two processes on a CPU that share out the emoji teacher's networks, whose
 working memory is predicted up to 11 % too high. No `fsdp` plan below was compared with a measured run.
 
-A plan takes the first strategy that fits, if need be with fewer rows at once, which changes nothing of what is
-learnt. Every GPU has the same share of the batch. `flashbulb distill plan RECIPE --gpu SIZE --gpus N` prints every
+A plan takes the first strategy that fits, the recipe's own roles first, and all stages of a run have the same. If need
+be it computes fewer rows at once, which changes nothing of what is learnt. A role that becomes an adapter asks for an
+adapter's rate: the printed options have it. Every GPU has the same share of the batch. `flashbulb distill plan RECIPE --gpu SIZE --gpus N` prints every
 strategy and the `--set` options to copy."""
 
 

@@ -122,11 +122,11 @@ def plan(
     gpu: Annotated[str, typer.Option("--gpu", metavar="SIZE", help="its memory, like 24GiB or 80GB")],
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many of them train together")] = 1,
     set_: Overrides = None,
-    stage: Annotated[str | None, typer.Option("--stage", help="one training stage; all by default")] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="one training stage alone; all by default, with one pair of roles")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Predict memory and time of each training stage without loading a weight, and say which strategy fits a GPU."""
-    from .plan.choose import plan as choose
+    from .plan.choose import plan_stages
     from .plan.predict import Prediction, predict
     from .plan.text import read_bytes, table
     from .train.recipe import Recipe, RecipeError, load_recipe
@@ -146,7 +146,7 @@ def plan(
         )
         return predict(changed, name, budget, gpus=gpus)
 
-    plans = [choose(loaded, name, size, predicted, gpus=gpus) for name in stages]
+    plans = plan_stages(loaded, stages, size, predicted, gpus=gpus)
     if as_json:
         print(json.dumps([made.model_dump(mode="json") for made in plans], indent=1))
     else:

@@ -62,12 +62,11 @@ from .train.build import Inputs, build, check_stages, student_of
 from .train.checkpoint import read_module
 from .train.guard import Guard, load_bands
 from .train.probe import Probe, evenly
-from .train.recipe import PairsRecipe, Recipe, RecipeError, digest
+from .train.recipe import WITH_FAKE, PairsRecipe, Recipe, RecipeError, digest
 from .train.trainer import train
 
 STUDENT = "student.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
-WITH_FAKE = ("adm", "dmd")  # stages that train a fake score
 BEFORE_A_RUN = {"doctor.json", "embeddings"}  # what the doctor leaves in a new run's folder
 CPU = torch.device("cpu")
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import UsageError
 from ..train.recipe import Recipe
 from .predict import Prediction
-from .strategies import NO_COST, Strategy, strategies_for
+from .strategies import NO_COST, Roles, Strategy, strategies_for
 
 GIB = 2**30
 CONTEXT_BYTES = 6 * GIB // 10  # what CUDA and its libraries take; an assumption
@@ -55,6 +56,8 @@ class Plan(BaseModel):
     rows: tuple[Row, ...]
     chosen: int | None
     reason: str
+    overrides: tuple[str, ...] = ()  # what to pass to `--set`
+    rates: tuple[str, ...] = ()  # those of them that are rates of what becomes an adapter
 
     @property
     def share(self) -> int:
@@ -65,12 +68,6 @@ class Plan(BaseModel):
     def choice(self) -> Row | None:
         """The strategy to take."""
         return None if self.chosen is None else self.rows[self.chosen]
-
-    @property
-    def micro_batch(self) -> int | None:
-        """The recipe's memory.micro_batch; None where a GPU's rows are computed all at once."""
-        row = self.choice
-        return None if row is None or row.rows == self.share else row.rows
 
 
 Predict = Callable[[Recipe, str, int], Prediction]
@@ -128,6 +125,32 @@ def _bytes(prediction: Prediction) -> int:
     return prediction.working_bytes
 
 
+def plan_stages(
+    recipe: Recipe, stages: Sequence[str], gpu_bytes: int, predict: Predict, *, gpus: int = 1
+) -> list[Plan]:
+    """Plan stages of one run: each as `plan` does, but all with the roles of the one that needs the most adapters.
+
+    Raises:
+        ValueError: the GPUs cannot share a batch equally.
+    """
+    known = cache(predict)
+    alone = [plan(recipe, stage, gpu_bytes, known, gpus=gpus) for stage in stages]
+    chosen = {made.choice.strategy.roles for made in alone if made.choice is not None}
+    if len(chosen) < 2:
+        return alone
+    last = max(chosen, key=_order(strategies_for(gpus, _roles(recipe))).index)
+    return [plan(recipe, stage, gpu_bytes, known, gpus=gpus, roles=last) for stage in stages]
+
+
+def _roles(recipe: Recipe) -> Roles:
+    return recipe.roles.student, recipe.roles.fake
+
+
+def _order(strategies: Sequence[Strategy]) -> list[Roles]:
+    """Return the roles of strategies as they are turned to."""
+    return list(dict.fromkeys(strategy.roles for strategy in strategies))
+
+
 def plan(
     recipe: Recipe,
     stage: str,
@@ -136,14 +159,16 @@ def plan(
     strategies: Sequence[Strategy] | None = None,
     *,
     gpus: int = 1,
+    roles: Roles | None = None,
 ) -> Plan:
-    """Predict what suits the stage in order until one fits, and choose.
+    """Predict what suits the recipe in order until one fits, and choose.
 
     What learns the same as the first that fits is compared, however few rows fit at once: taken is what computes a
     GPU's rows all at once, else what computes the most.
 
     Args:
         predict: (recipe, stage, budget of bytes) -> its prediction.
+        roles: what is chosen has these; None: those of the first that fits.
     Raises:
         ValueError: the GPUs cannot share the batch equally.
     """
@@ -152,9 +177,12 @@ def plan(
     share, rows = wanted // gpus, list[Row]()
     known: dict[tuple[object, ...], Line] = {}
     parameters: dict[str, int] = {}
-    tried = strategies_for(gpus) if strategies is None else strategies
-    for strategy in (one for one in tried if one.suits(recipe, stage)):
-        if (best := _best(rows, share)) is not None and (
+    tried = strategies_for(gpus, _roles(recipe)) if strategies is None else strategies
+    if roles is not None:
+        order = _order(tried)
+        tried = [one for one in tried if order.index(one.roles) <= order.index(roles)]
+    for strategy in (one for one in tried if one.suits(recipe)):
+        if (best := _best(rows, share, roles)) is not None and (
             rows[best].rows == share or strategy.learns != rows[best].strategy.learns
         ):
             break
@@ -163,7 +191,9 @@ def plan(
             known[key] = _line(strategy, recipe, stage, share, budget, predict)
         parameters = parameters or known[key].small.parameters
         rows.append(_row(strategy, known[key], share, budget))
-    chosen = _best(rows, share)
+    chosen = _best(rows, share, roles)
+    choice = None if chosen is None else rows[chosen]
+    at_once = choice.rows if choice and choice.rows != share else None
     return Plan(
         stage=stage,
         gpus=gpus,
@@ -175,6 +205,8 @@ def plan(
         rows=tuple(rows),
         chosen=chosen,
         reason=_reason(rows, chosen, share, budget),
+        overrides=choice.strategy.overrides(recipe, at_once) if choice else (),
+        rates=choice.strategy.rates(recipe) if choice else (),
     )
 
 
@@ -188,12 +220,12 @@ def _one_of(recipe: Recipe, stage: str, gpus: int) -> Recipe:
     return _with(recipe, stage, **changes)
 
 
-def _best(rows: Sequence[Row], share: int) -> int | None:
-    """Return the place of the row to take."""
-    first = next((row for row in rows if row.fits), None)
-    if first is None:
+def _best(rows: Sequence[Row], share: int, roles: Roles | None) -> int | None:
+    """Return the place of the row to take; None gives any roles."""
+    fit = [i for i, row in enumerate(rows) if row.fits and roles in (None, row.strategy.roles)]
+    if not fit:
         return None
-    same = [i for i, row in enumerate(rows) if row.fits and row.strategy.learns == first.strategy.learns]
+    same = [i for i in fit if rows[i].strategy.learns == rows[fit[0]].strategy.learns]
     return max(same, key=lambda i: (rows[i].rows or 0, -i))
 
 
@@ -265,7 +297,10 @@ def _reason(rows: Sequence[Row], chosen: int | None, share: int, budget: int) ->
         )
     row = rows[chosen]
     passed = [r.strategy.name for r in rows[:chosen] if not r.fits]
-    less = f"{'; '.join(passed)} would not fit" if passed else "the first choice fits"
+    others = [r.strategy.name for r in rows[:chosen] if r.fits and r.strategy.roles != row.strategy.roles]
+    told = [f"{'; '.join(passed)} would not fit"] if passed else []
+    told += [f"{'; '.join(others)} would fit this stage alone"] if others else []
+    less = ", ".join(told) or "the first choice fits"
     if row.rows != share:
         again = "" if row.strategy.cost == NO_COST else f"{row.strategy.cost}; "
         return (

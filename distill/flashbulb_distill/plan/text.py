@@ -4,6 +4,7 @@ from flashbulb_kernels.gpus import GPUS
 
 from ..errors import UsageError
 from .choose import GIB, Plan
+from .strategies import LORA_RATE_FROM
 
 UTILISATION = 0.35  # of a GPU's peak that training reaches; an assumption
 UNMEASURED = (
@@ -40,8 +41,9 @@ def table(plan: Plan) -> str:
             f"{row.average_bytes / GIB:>9.2f}{working:>9}{total:>9}"
         )
     lines.append(f"  {plan.reason}")
-    if row_ := plan.choice:
-        lines.append(f"  {' '.join(f'--set {o}' for o in row_.strategy.overrides(plan.micro_batch))}")
+    if plan.choice:
+        lines.append(f"  {' '.join(f'--set {o}' for o in plan.overrides)}")
+        lines += [f"  {LORA_RATE_FROM}"] if plan.rates else []
         guess = ", ".join(f"{name} {_duration(value)}" for name, value in hours(plan).items())
         count = "one GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
         lines.append(

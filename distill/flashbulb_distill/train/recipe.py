@@ -15,6 +15,7 @@ from ..core.times import adm_times
 from ..errors import UsageError
 
 STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm")  # in their order
+WITH_FAKE = ("adm", "dmd")  # those that train a fake score
 
 MAX_TOLERANCE = (
     1e-3  # of a bundle's parity gate: float32 graphs differ by 5e-5 at most, a changed weight by more

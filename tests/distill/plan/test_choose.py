@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from flashbulb_distill.plan.choose import GIB, plan, usable
+from flashbulb_distill.plan.choose import GIB, plan, plan_stages, usable
 from flashbulb_distill.plan.predict import Prediction
-from flashbulb_distill.plan.strategies import STRATEGIES, strategies_for
+from flashbulb_distill.plan.strategies import LORA_RATE, LORA_RATE_FROM, strategies_for
 from flashbulb_distill.plan.text import hours, read_bytes, table
 from flashbulb_distill.train.recipe import load_recipe
 
@@ -96,7 +96,7 @@ def test_nothing_fits_and_it_says_what_would():
     assert made.choice is None
     assert "nothing fits" in made.reason
     assert "LoRA both, checkpointing, needs 2.0 GiB before its first activation" in made.reason
-    assert len(made.rows) == len(STRATEGIES)
+    assert len(made.rows) == len(strategies_for(1))
 
 
 def test_time_is_operations_over_a_share_of_the_peak():
@@ -109,11 +109,57 @@ def test_time_is_operations_over_a_share_of_the_peak():
 def test_the_overrides_are_ones_that_a_recipe_takes():
     path = Path(__file__).parents[3] / "distill/recipes/sdxl_1step.yaml"
     for strategy in strategies_for(2):
-        changed = load_recipe(path, list(strategy.overrides(4)))
+        changed = load_recipe(path, list(strategy.overrides(load_recipe(path), 4)))
         assert (changed.roles.student, changed.roles.fake) == strategy.roles
         assert changed.memory.checkpointing == strategy.checkpointing
         assert changed.memory.sharding == strategy.sharding
         assert changed.memory.micro_batch == 4
+
+
+def test_the_recipes_own_roles_are_kept_where_they_fit():
+    """SD3 Medium's student is an adapter at an adapter's rate; the plan made it whole and left the rate."""
+    recipe = load_recipe(RECIPES / "sd3_medium_4step.yaml", ["adm.batch_size=16"])
+    large, small = (plan(recipe, "adm", gib * GIB, predicted) for gib in (80, 8))
+    assert large.choice.strategy.name == "LoRA student, full fake"
+    assert not large.rates
+    assert small.choice.strategy.name == "LoRA both, checkpointing"
+    assert small.rates == ("adm.rates.fake=5e-05",), "the student's is an adapter's already"
+
+
+def test_what_becomes_an_adapter_is_given_an_adapters_rate():
+    path = RECIPES / "sdxl_1step.yaml"
+    made = plan(RECIPE, "adm", 8 * GIB, predicted)
+    assert set(made.rates) < set(made.overrides)
+    assert LORA_RATE_FROM in table(made)
+    assert all(f"--set {rate}" in table(made) for rate in made.rates)
+    changed = load_recipe(path, list(made.overrides))
+    for rates in (changed.adp.rates, changed.adm.rates):  # roles are the whole run's
+        assert rates.student == LORA_RATE
+    assert changed.adm.rates.fake == LORA_RATE
+    whole = plan(RECIPE, "adm", 80 * GIB, predicted)
+    assert not whole.rates
+    assert LORA_RATE_FROM not in table(whole)
+    emoji = load_recipe(RECIPES / "emoji.yaml")  # whose regression and fake score have higher rates
+    rates = plan(emoji, "regression", 8 * GIB, predicted).rates
+    assert rates == ("adp.rates.student=5e-05", "adm.rates.student=5e-05")
+
+
+def test_all_stages_of_a_run_are_planned_with_one_pair_of_roles():
+    """On one H100 a run of SDXL was told to train ADP's student as an adapter and ADM's whole."""
+
+    def adp_is_larger(recipe, stage, budget):
+        made = predicted(recipe, stage, budget)
+        more = 10 * GIB if stage == "adp" else 0
+        return made.model_copy(update={"weight_bytes": {"all": made.weight_bytes["all"] + more}})
+
+    recipe = load_recipe(RECIPES / "sdxl_1step.yaml", ["adm.batch_size=16", "adp.batch_size=16"])
+    alone = plan(recipe, "adm", 20 * GIB, adp_is_larger)
+    adp, adm = plan_stages(recipe, ["adp", "adm"], 20 * GIB, adp_is_larger)
+    assert alone.choice.strategy.roles == ("full", "full") != adp.choice.strategy.roles
+    assert adm.choice.strategy.roles == adp.choice.strategy.roles
+    assert "full, checkpointing, 8-bit Adam would fit this stage alone" in adm.reason
+    assert adm.overrides[: 2 + len(adm.rates)] == adp.overrides[: 2 + len(adp.rates)]
+    assert plan_stages(recipe, ["adm"], 20 * GIB, adp_is_larger) == [alone]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -130,12 +176,12 @@ def test_what_is_planned_of_any_recipe_is_a_recipe_too(path):
         for gpus in (1, 2):
             rows = plan(recipe, stage, GIB, never_fits, gpus=gpus).rows
             names = {row.strategy.name for row in rows}
-            assert "full" in names
+            assert rows[0].strategy.roles == (recipe.roles.student, recipe.roles.fake)
             assert ("LoRA both, checkpointing" in names) == (recipe.start is None), (
                 "whole weights are no adapter's"
             )
             for row in rows:
-                load_recipe(path, list(row.strategy.overrides(2)))
+                load_recipe(path, list(row.strategy.overrides(recipe, 2)))
     for changed in tried:
         type(changed).model_validate(changed.model_dump())
         assert changed.memory.optimizer == "adamw"  # 8 bits are a quarter of that, and need no GPU to tell

@@ -12,7 +12,7 @@ from flashbulb_distill.plan.choose import plan
 from flashbulb_distill.plan.meta import Compute, Meter
 from flashbulb_distill.plan.outline import KNOWN, outline
 from flashbulb_distill.plan.predict import predict
-from flashbulb_distill.plan.strategies import STRATEGIES
+from flashbulb_distill.plan.strategies import strategies_for
 from flashbulb_distill.teachers.open import open_teacher
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from support.measured_step import measured
@@ -173,7 +173,9 @@ def test_rows_that_the_pixel_discriminator_does_not_see_cost_no_look(gpus):
     """A plan of SDXL once took the decoder's work for all 128 rows, of which 16 are decoded."""
     options = ["adp.batch_size=16", "adp.pixel_batch=6", "adp.warmup_steps=0"]
     recipe = load_recipe(RECIPES / "emoji.yaml", options)
-    made = plan(recipe, "adp", 2**40, lambda r, s, b: predict(r, s, b, gpus=gpus), STRATEGIES[:1], gpus=gpus)
+    made = plan(
+        recipe, "adp", 2**40, lambda r, s, b: predict(r, s, b, gpus=gpus), strategies_for(1)[:1], gpus=gpus
+    )
     one = [f"adp.batch_size={16 // gpus}", f"adp.pixel_batch={6 // gpus}"]
     told = predict(load_recipe(RECIPES / "emoji.yaml", [*options, *one]), "adp", gpus=gpus)
     assert made.choice.step_flops == pytest.approx(told.step_flops, rel=1e-6)
