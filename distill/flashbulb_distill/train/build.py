@@ -15,6 +15,7 @@ from ..networks.vision import load_pixel_backbone
 from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
 from ..sharding import is_shared, shard
+from ..teachers.codec import VaeCodec
 from ..teachers.denoiser import Condition, Denoiser
 from ..teachers.teacher import Teacher
 from .adm import Adm
@@ -210,7 +211,7 @@ def build_adp(inputs: Inputs) -> Adp:
         student=student,
         latent=latent,
         pixel=pixel,
-        decode=inputs.teacher.codec.decode,
+        decode=_decoder(inputs),
         optimizers=inputs.optimizers(trained, stage.rates),
         ranks=inputs.ranks,
         micro_batch=inputs.micro_batch,
@@ -355,6 +356,14 @@ def _latent_discriminator(teacher: Teacher, stage: AdversarialRecipe) -> LatentD
         teacher.denoiser, stage.taps, channels=channels, axes=len(axes), combine=stage.combine
     )
     return heads.to(device_of(teacher.denoiser))
+
+
+def _decoder(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    """Return the teacher's decoder; its blocks are recomputed as the networks' are: no activations are larger."""
+    codec = inputs.teacher.codec
+    if inputs.recipe.memory.checkpointing and isinstance(codec, VaeCodec):
+        codec.vae.enable_gradient_checkpointing()
+    return codec.decode
 
 
 def _pixel_discriminator(teacher: Teacher, stage: AdpRecipe) -> PixelDiscriminator | None:

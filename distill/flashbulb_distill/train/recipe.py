@@ -276,7 +276,9 @@ class LoraRecipe(Strict):
 class MemoryRecipe(Strict):
     """What trades time for memory."""
 
-    checkpointing: bool = Field(default=False, description="recompute blocks in the backward pass")
+    checkpointing: bool = Field(
+        default=False, description="recompute blocks in the backward pass, the decoder's too"
+    )
     micro_batch: int | None = Field(
         default=None,
         ge=1,
