@@ -122,7 +122,10 @@ def plan(
     gpu: Annotated[str, typer.Option("--gpu", metavar="SIZE", help="its memory, like 24GiB or 80GB")],
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="how many of them train together")] = 1,
     set_: Overrides = None,
-    stage: Annotated[str | None, typer.Option("--stage", help="one training stage alone; all by default, with one pair of roles")] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", help="one training stage alone; all by default, with one pair of roles"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Predict memory and time of each training stage without loading a weight, and say which strategy fits a GPU."""

@@ -66,7 +66,7 @@ def page(
 
 def _pictures(drawn: Sequence[Drawn], prompts: Sequence[str], seeds: Sequence[int]) -> str:
     if not drawn:
-        return "<h2>Pictures</h2><p class='soft'>None were asked for.</p>"
+        return "<h2>Pictures</h2><p class='soft'>None were drawn.</p>"
     blocks = []
     for number, prompt in enumerate(prompts):
         rows = []

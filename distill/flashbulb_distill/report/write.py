@@ -1,6 +1,7 @@
 """Draw a run's pictures, read its folder, and write report.html."""
 
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -37,7 +38,14 @@ def write_report(
     if chosen:
         for prompt in chosen:  # before the clock runs: text encoders of gigabytes are loaded for it
             teacher.encode([prompt])
-        drawn = draw(_models(out, recipe, teacher, asked.teacher_steps), chosen, seeds, progress)
+        try:
+            drawn = draw(_models(out, recipe, teacher, asked.teacher_steps), chosen, seeds, progress)
+        except torch.OutOfMemoryError:  # of a run that is done, the bundle included
+            print(
+                "report: no memory to draw on this device, so it has no pictures; "
+                "flashbulb distill report --device cpu draws them",
+                file=sys.stderr,
+            )
     contents = collect(out, recipe.stages, bundle)
     device = next(teacher.denoiser.parameters()).device
     text = page(contents, drawn, chosen, seeds, _machine(device))

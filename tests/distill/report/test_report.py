@@ -234,6 +234,17 @@ def test_the_clock_does_not_run_while_text_encoders_are_loaded(run, tmp_path, mo
     assert asked
 
 
+def test_a_run_that_is_done_does_not_fail_for_want_of_memory_for_pictures(run, tmp_path, monkeypatch, capsys):
+    def draw(*unused):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30.00 GiB.")
+
+    monkeypatch.setattr("flashbulb_distill.report.write.draw", draw)
+    (tmp_path / "adm").mkdir()
+    path = write_report(tmp_path, run.recipe, run.teacher, PROMPTS, tmp_path / "bundle")
+    assert "None were drawn." in path.read_text()
+    assert "no memory to draw on this device" in capsys.readouterr().err
+
+
 def test_clips_are_shown_as_a_few_of_their_frames():
     clips = np.zeros((1, 2, 16, 32, 32, 3), np.uint8)
     wide = data_uri(clips[0, 0])

@@ -309,6 +309,37 @@ def test_weights_that_are_pickles(source, tmp_path):
         open_source(tmp_path).denoiser()
 
 
+@pytest.mark.parametrize("family", ["cogvideox-2b", "sdxl"], indirect=True)
+def test_a_clip_too_large_for_the_memory_is_looked_at_in_tiles(source, monkeypatch):
+    """A plan fitted CogVideoX to 24 GiB; the doctor, which decodes a clip, refused to begin on them."""
+    codec = source.codec()
+    latents, vae = noise_like(source, 1), codec.vae
+    whole = {"encode": vae.encode, "decode": vae.decode}
+
+    def too_large(name):
+        def compute(x):
+            if not vae.use_tiling:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30.00 GiB.")
+            return whole[name](x)
+
+        return compute
+
+    with torch.no_grad():
+        vae.use_tiling = codec.is_video
+        expected = codec(codec.decode(latents))
+        vae.use_tiling = False
+        for name in whole:
+            monkeypatch.setattr(vae, name, too_large(name))
+        if codec.is_video:
+            assert torch.equal(codec(codec.decode(latents)), expected)
+            assert not vae.use_tiling
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                codec.decode(latents)
+    with pytest.raises(torch.OutOfMemoryError):  # training computes what it says, or not at all
+        codec.decode(latents)
+
+
 @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
 def test_a_vae_with_statistics_for_each_channel(source):
     codec = source.codec()
