@@ -20,6 +20,8 @@ class Progress:
         if done < total and now - self._last < (0.2 if terminal else 10):
             return
         self._last = now
+        if done >= total:
+            del self._started[stage]  # it may come again, like the prompts of doctor and training
         left = (now - started) / max(done - first, 1) * (total - done)
         scalars = "".join(f"  {name} {value:.3g}" for name, value in (logs or {}).items())
         line = f"{stage} {done}/{total}  {left:.0f} s left{scalars}"

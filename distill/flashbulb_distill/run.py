@@ -111,6 +111,7 @@ class Run:
             loras=recipe.loras,
             device=device,
             embeddings=self.out / "embeddings",
+            progress=lambda done, total: self.progress("embeddings", done, total),
         )
 
     @cached_property

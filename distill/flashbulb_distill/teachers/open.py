@@ -27,6 +27,7 @@ def open_teacher(
     loras: Sequence[str] = (),
     device: torch.device | None = None,
     embeddings: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Teacher:
     """Open a teacher, frozen, on a device: a folder, or the hub id of a pipeline.
 
@@ -35,7 +36,7 @@ def open_teacher(
         bf16: compute in bfloat16.
         variant, revision: of a pipeline's files.
         loras: files of LoRA weights that are part of the teacher.
-        embeddings: where embeddings of prompts are kept.
+        embeddings: where embeddings of prompts are kept.   progress: of encoding them, rows done and in all.
     Raises:
         FileNotFoundError: there is no such teacher.
         ValueError: it is of another family.
@@ -50,4 +51,4 @@ def open_teacher(
     source = replace(source, loras=tuple(Path(lora) for lora in loras))
     if bf16:
         source = replace(source, dtype=torch.bfloat16, bf16=False)
-    return PretrainedTeacher(source, shape, device or torch.device("cpu"), embeddings)
+    return PretrainedTeacher(source, shape, device or torch.device("cpu"), embeddings, progress)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from .codec import VaeCodec
 from .denoiser import Condition, Denoiser
 from .embeddings import read_embeddings, write_embeddings
 from .load import Source
-from .prompts import PromptEncoder
+from .prompts import BATCH_SIZE, PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class PretrainedTeacher:
 
     Args:
         embeddings: a folder that keeps what was encoded, by the hash of prompts and text encoders; None keeps nothing.
+        progress: called with (rows done, rows in all) while prompts are encoded to be kept.
     """
 
     source: Source
     shape: Shape
     device: torch.device
     embeddings: Path | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
 
     @cached_property
     def denoiser(self) -> Denoiser:
@@ -65,7 +67,9 @@ class PretrainedTeacher:
         """Encode prompts on the CPU, where the rows stay: mapped from the disk where they are kept."""
         if self.embeddings is None:
             return self.source.prompts().encode(prompts)
-        return self._kept(list(prompts), len(prompts), lambda encoder: encoder.batches(prompts))
+        return self._kept(
+            list(prompts), len(prompts), lambda encoder, first: encoder.batches(prompts[first:])
+        )
 
     @cached_property
     def _text_sha256(self) -> dict[str, str]:
@@ -73,23 +77,24 @@ class PretrainedTeacher:
         return self.source.sha256(*self.source.text_parts)
 
     def _kept(
-        self, what: object, count: int, encode: Callable[[PromptEncoder], Iterable[Condition]]
+        self, what: object, count: int, encode: Callable[[PromptEncoder, int], Iterable[Condition]]
     ) -> Condition:
-        """Return the rows of `what`, encoded now where that was not done before."""
+        """Return the rows of `what`, encoded now from the first that was not encoded before."""
         assert self.embeddings is not None
         made_of = [what, self._text_sha256, str(self.source.dtype)]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         path = self.embeddings / f"{key}.safetensors"
         if not path.is_file():
             self.embeddings.mkdir(parents=True, exist_ok=True)
-            write_embeddings(path, count, encode(self.source.prompts()))
+            parts = partial(encode, self.source.prompts())
+            write_embeddings(path, count, parts, batch_size=BATCH_SIZE, progress=self.progress)
         return read_embeddings(path)
 
     def encode_uncond(self) -> Condition:
         """Return the row that stands for no prompt."""
         if self.embeddings is None:
             return self.source.prompts().encode_uncond()
-        return self._kept(None, 1, lambda encoder: [encoder.encode_uncond()])
+        return self._kept(None, 1, lambda encoder, first: [encoder.encode_uncond()][first:])
 
     def sha256(self) -> dict[str, str]:
         """Return the hashes of weights, tokenizers and configurations, by path in the folder."""

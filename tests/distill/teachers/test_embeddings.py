@@ -1,5 +1,6 @@
 """Kept embeddings: an ordinary safetensors file, of which a batch at a time is in memory."""
 
+import os
 import weakref
 
 import pytest
@@ -28,7 +29,7 @@ def test_it_is_the_file_that_safetensors_reads_and_no_two_parts_are_in_memory(wi
             del part
             others.append(len(alive))
 
-    write_embeddings(tmp_path / "a.safetensors", 7, parts())
+    write_embeddings(tmp_path / "a.safetensors", 7, lambda first: parts())
     assert max(others) <= 1
     found = load_file(tmp_path / "a.safetensors")
     assert found.keys() == {"tokens", "pooled"}
@@ -39,8 +40,39 @@ def test_it_is_the_file_that_safetensors_reads_and_no_two_parts_are_in_memory(wi
 
 def test_a_file_with_rows_missing_does_not_appear(tmp_path):
     with pytest.raises(ValueError, match="expected 3 rows, got 2"):
-        write_embeddings(tmp_path / "a.safetensors", 3, [Condition(torch.ones(2, 1, 1), torch.ones(2, 1))])
+        two = [Condition(torch.ones(2, 1, 1), torch.ones(2, 1))]
+        write_embeddings(tmp_path / "a.safetensors", 3, lambda first: two)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [4, 0], ids=["pooled", "without pooled"])
+@pytest.mark.parametrize("torn", [0, 8, 100], ids=["between two batches", "in a row", "in the head"])
+def test_what_was_broken_off_goes_on_behind_its_last_whole_batch(width, torn, tmp_path):
+    """Ten thousand prompts through T5-XXL are a day of a CPU, which any interruption cost from the start."""
+    rows, path, seen = Condition(torch.randn(8, 5, 3), torch.randn(8, width)), tmp_path / "a.safetensors", []
+
+    def parts(first, end=8):
+        seen.append(first)
+        for start in range(first, end, 2):
+            yield rows.take(torch.arange(start, start + 2))
+        if end < 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_embeddings(path, 8, lambda first: parts(first, 6), batch_size=2)
+    assert not path.exists()
+    (unfinished,) = tmp_path.iterdir()
+    size = unfinished.stat().st_size
+    os.truncate(unfinished, torn if torn == 100 else size - torn)
+    told = []
+    write_embeddings(path, 8, parts, batch_size=2, progress=lambda *at: told.append(at))
+    began = {0: 6, 8: 4, 100: 0}[torn]
+    assert seen == [0, began], "a batch is encoded as it would have been"
+    assert told == [(done, 8) for done in range(began + 2, 9, 2)]
+    found = load_file(path)
+    assert torch.equal(found["tokens"], rows.tokens)
+    assert torch.equal(found["pooled"], rows.pooled)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_kept_is_what_the_encoders_say_and_they_are_asked_once(tmp_path, monkeypatch):
