@@ -321,6 +321,7 @@ class Run:
             identity=folder.identity,
             average_from=section.average_from,
             rate_at=section.rate_at,
+            save_every=self.recipe.checkpoint_every,
             report=self._logged,
             ranks=self.ranks,
             guard=self._guard(stage),

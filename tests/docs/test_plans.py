@@ -50,7 +50,8 @@ def test_each_recipe_is_planned_once_for_every_gpu(plans: ModuleType) -> None:
         at_once = recipe.memory.micro_batch or size
         return Prediction(
             stage=stage, batch_size=size, steps=1000, parameters={}, trainable={}, optimizer_bytes={}, average_bytes=0,
-            weight_bytes={"all": 20 * 2**30 // gpus}, gradient_bytes=0, working_bytes=at_once * 2**30,
+            weight_bytes={"all": 20 * 2**30 // gpus}, checkpoint_bytes=0, gradient_bytes=0,
+            working_bytes=at_once * 2**30,
             step_flops=size * 10**15,
         )  # fmt: skip
 

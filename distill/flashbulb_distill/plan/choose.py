@@ -7,6 +7,7 @@ from functools import cache
 from pydantic import BaseModel, ConfigDict
 
 from ..errors import UsageError
+from ..train.checkpoint import KEPT
 from ..train.recipe import Recipe
 from .predict import Prediction
 from .strategies import NO_COST, Roles, Strategy, strategies_for
@@ -27,6 +28,7 @@ class Row(BaseModel):
     weight_bytes: int
     optimizer_bytes: int
     average_bytes: int
+    checkpoint_bytes: int  # on the disk
     working_bytes: int | None  # None: what stays is too much already
     step_flops: int | None
 
@@ -52,6 +54,8 @@ class Plan(BaseModel):
     usable_bytes: int
     batch_size: int
     steps: int
+    save_every: int  # steps from checkpoint to checkpoint
+    kept: int  # checkpoints that are there at a time, while another one is written
     parameters: dict[str, int]
     rows: tuple[Row, ...]
     chosen: int | None
@@ -201,6 +205,8 @@ def plan(
         usable_bytes=budget,
         batch_size=wanted,
         steps=recipe.stages[stage].steps,
+        save_every=min([recipe.checkpoint_every] + ([recipe.guard.every] if recipe.guard else [])),
+        kept=KEPT + 1 + (recipe.guard is not None),
         parameters=parameters,
         rows=tuple(rows),
         chosen=chosen,
@@ -282,6 +288,9 @@ def _row(strategy: Strategy, line: Line, share: int, budget: int) -> Row:
         weight_bytes=sum(small.weight_bytes.values()),
         optimizer_bytes=_moments(strategy, small),
         average_bytes=small.average_bytes,
+        checkpoint_bytes=small.checkpoint_bytes
+        - sum(small.optimizer_bytes.values())
+        + _moments(strategy, small),
         working_bytes=shown[0] if shown else None,
         step_flops=shown[1] if shown else None,
     )

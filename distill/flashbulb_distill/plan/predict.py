@@ -15,6 +15,7 @@ from ..pairs.store import Pairs
 from ..ranks import ALONE, Ranks
 from ..teachers.teacher import Teacher
 from ..train.build import Inputs, build
+from ..train.checkpoint import State, checkpoint_bytes
 from ..train.recipe import Recipe, StageRecipe
 from ..train.trainer import Method
 from .meta import Compute, Meter
@@ -65,6 +66,7 @@ class Prediction(BaseModel):
     optimizer_bytes: dict[str, int]
     average_bytes: int
     gradient_bytes: int
+    checkpoint_bytes: int
     working_bytes: int | None
     step_flops: int
 
@@ -113,6 +115,7 @@ def predict(
         if runs:
             with shares.reduced(list(optimizers.values())):
                 method.step(_moving_step(recipe.stages[stage]))
+        state = State(method.modules, optimizers, {str(place): p for place, p in enumerate(averages)})
         working = meter.peak_bytes - before
         working = max(working, *(shares.updating_bytes(optimizer) for optimizer in optimizers.values()))
     trained = {role: _trained(optimizer) for role, optimizer in optimizers.items()}
@@ -129,6 +132,7 @@ def predict(
             sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
             for optimizer in method.optimizers.values()
         ),
+        checkpoint_bytes=checkpoint_bytes(state),
         working_bytes=working + shares.gathered_bytes if runs else None,
         step_flops=meter.flops,
     )

@@ -102,6 +102,11 @@ def save_checkpoint(
     return path
 
 
+def checkpoint_bytes(state: State) -> int:
+    """Return how large a state's checkpoint is, but for its metadata; its tensors may be on the meta device."""
+    return sum(tensor.nbytes for _, tensor in _tensors(state))
+
+
 def load_checkpoint(folder: Path, state: State, identity: str, *, at: int | None = None) -> int:
     """Restore the newest good checkpoint in place and return its step; 0 when there is none.
 

@@ -17,6 +17,8 @@ from ..errors import UsageError
 STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm")  # in their order
 WITH_FAKE = ("adm", "dmd")  # those that train a fake score
 
+SAVE_EVERY = 100  # steps from checkpoint to checkpoint
+
 MAX_TOLERANCE = (
     1e-3  # of a bundle's parity gate: float32 graphs differ by 5e-5 at most, a changed weight by more
 )
@@ -349,6 +351,11 @@ class Recipe(Strict):
     roles: Roles = Roles()
     lora: LoraRecipe = LoraRecipe()
     memory: MemoryRecipe = MemoryRecipe()
+    save_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps from checkpoint to checkpoint, besides those of the guard's looks; null: 100",
+    )
     pairs: PairsRecipe | None = None
     regression: RegressionRecipe | None = None
     adp: AdpRecipe | None = None
@@ -408,6 +415,11 @@ class Recipe(Strict):
     def stages(self) -> dict[str, StageRecipe]:
         """The training stages by name, in their order."""
         return {name: section for name in STAGES if (section := getattr(self, name)) is not None}
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps from checkpoint to checkpoint; the guard keeps one at each of its looks, to go back to."""
+        return SAVE_EVERY if self.save_every is None else self.save_every
 
     @property
     def last_stage(self) -> str:

@@ -24,6 +24,7 @@ from ..ranks import ALONE, Ranks
 from ..sharding import own, whole
 from .checkpoint import State, drop_checkpoints, load_checkpoint, save_checkpoint
 from .guard import Action, Collapsed, Guard, GuardState, broken, note
+from .recipe import SAVE_EVERY
 
 METRICS = "metrics.jsonl"
 
@@ -71,7 +72,7 @@ def train(
     identity: str,
     average_from: int = 0,
     rate_at: Callable[[int], float] = lambda step: 1.0,
-    save_every: int = 100,
+    save_every: int = SAVE_EVERY,
     log_every: int = 10,
     report: Report = quiet,
     ranks: Ranks = ALONE,

@@ -36,6 +36,7 @@ def predicted(recipe, stage, budget):
         optimizer_bytes={"all": whole * 4 * GIB // part},
         average_bytes=0,
         gradient_bytes=0,
+        checkpoint_bytes=(3 + whole * 6) * GIB,
         working_bytes=at_once * a_row + waiting if resident <= budget else None,
         step_flops=size * 10**15 * (5 if at_once < size else 4) // 4,
     )
@@ -104,6 +105,22 @@ def test_time_is_operations_over_a_share_of_the_peak():
     assert hours(made)["A100 SXM 80 GB"] == pytest.approx(16e15 * 24000 / (312e12 * 0.35) / 3600)
     quarter = plan(RECIPE, "adm", 80 * GIB, predicted, gpus=4)
     assert hours(quarter)["A100 SXM 80 GB"] == pytest.approx(hours(made)["A100 SXM 80 GB"] / 4)
+
+
+def test_the_disk_that_checkpoints_take_is_told():
+    """SDXL's are 72 GB each, and nothing told it; every hundred steps, and no recipe could change that."""
+    shown = table(plan(RECIPE, "adm", 80 * GIB, predicted))
+    assert "a checkpoint of 15.0 GiB every 100 steps" in shown
+    assert "up to 4 at a time, 60.0 GiB; 3,600 GiB written in all" in shown, "24,000 steps"
+    rarely = load_recipe(RECIPES / "sdxl_1step.yaml", ["adm.batch_size=16", "save_every=1000", "guard=null"])
+    shown = table(plan(rarely, "adm", 80 * GIB, predicted))
+    assert "every 1000 steps" in shown
+    assert "up to 3 at a time, 45.0 GiB; 360 GiB" in shown
+    coarse = next(s for s in strategies_for(1) if s.eight_bit)
+    eight = plan(RECIPE, "adm", 80 * GIB, predicted, [coarse]).choice
+    assert (
+        eight.checkpoint_bytes == 7 * GIB + 2 * GIB + 8 * GIB // 1024
+    )  # a quarter of 8 GiB of moments, and scales
 
 
 def test_the_overrides_are_ones_that_a_recipe_takes():

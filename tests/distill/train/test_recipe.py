@@ -24,6 +24,14 @@ def test_overrides_change_one_value_and_the_hash():
     assert other.pairs == recipe.pairs
 
 
+def test_a_part_that_is_left_out_has_no_say_in_the_hash():
+    recipe = load_recipe(RECIPE)
+    assert (recipe.save_every, recipe.checkpoint_every) == (None, 100)
+    assert load_recipe(RECIPE, ["save_every=null"]).sha256() == recipe.sha256()
+    assert "save_every" not in recipe.model_dump(exclude_none=True), "so older recipes keep theirs"
+    assert load_recipe(RECIPE, ["save_every=1000"]).checkpoint_every == 1000
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

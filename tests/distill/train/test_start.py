@@ -8,10 +8,13 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
+from flashbulb_distill.plan.predict import predict
 from flashbulb_distill.ranks import Ranks
 from flashbulb_distill.run import start_run
 from flashbulb_distill.teachers.emoji import load_emoji_teacher
+from flashbulb_distill.train import trainer
 from flashbulb_distill.train.build import check_stages
+from flashbulb_distill.train.checkpoint import checkpoints
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from support.tiny_pipelines import make_tiny_pipeline
 from support.tiny_teacher import make_tiny_motion_teacher, make_tiny_teacher
@@ -83,6 +86,25 @@ def test_batches_that_the_processes_cannot_share_are_refused(overrides, tmp_path
         check_stages(load_recipe(RECIPE, three), teacher, Ranks(0, 3))
     with pytest.raises(RecipeError, match=r"^regression\.batch_size: expected .* share equally, got 2"):
         check_stages(load_recipe(RECIPE, [*three, "regression.batch_size=2"]), teacher, Ranks(0, 3))
+
+
+def test_checkpoints_are_as_far_apart_as_the_recipe_says(overrides, tmp_path, monkeypatch):
+    """Seventy gigabytes were written every hundred steps of SDXL, whatever the recipe said."""
+    steps = []
+    kept = trainer.save_checkpoint
+    monkeypatch.setattr(
+        trainer,
+        "save_checkpoint",
+        lambda folder, step, *args, **options: steps.append(step) or kept(folder, step, *args, **options),
+    )
+    rarely = [*overrides, "regression.steps=5", "save_every=2"]
+    recipe = load_recipe(RECIPE, rarely)
+    start_run(recipe, tmp_path / "run", resume=False).regression()
+    assert steps == [2, 4, 5]
+    told = predict(recipe, "regression").checkpoint_bytes
+    for path in checkpoints(tmp_path / "run" / "regression"):
+        head = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        assert path.stat().st_size - head == told
 
 
 def test_networks_of_another_kind_or_size_are_another_run(overrides, tmp_path):
