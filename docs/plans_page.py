@@ -17,13 +17,14 @@ over 35 % of the GPU's bfloat16 peak, without communication between GPUs, of tra
 export come on top.
 
 What was compared: [steps of small networks on a CPU](distilling.md#plan-what-a-gpu-can-hold), within 3 % of the
-measured peak and within 12 % for CogVideoX; two processes on a CPU that share out the emoji teacher's networks, whose
-working memory is predicted up to 11 % too high. No `fsdp` plan below was compared with a measured run.
+measured peak; but of CogVideoX 9 % too low in float32, and 32 % too low in bfloat16, in which its recipes compute:
+leave room. Two processes on a CPU that share out the emoji teacher's networks, whose working memory is predicted up
+to 11 % too high. No `fsdp` plan below was compared with a measured run.
 
 A plan takes the first strategy that fits, the recipe's own roles first, and all stages of a run have the same. If need
 be it computes fewer rows at once, which changes nothing of what is learnt. A role that becomes an adapter asks for an
-adapter's rate: the printed options have it. Every GPU has the same share of the batch. `flashbulb distill plan RECIPE --gpu SIZE --gpus N` prints every
-strategy and the `--set` options to copy."""
+adapter's rate: the printed options have it. Every GPU has the same share of the batch.
+`flashbulb distill plan RECIPE --gpu SIZE --gpus N` prints every strategy and the `--set` options to copy."""
 
 
 def plans_page(path: Path = RESULT) -> str:
