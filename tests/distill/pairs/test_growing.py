@@ -159,7 +159,7 @@ def test_training_begins_with_the_first_shards_while_another_process_makes_the_o
         [
             f"teacher={teacher}", f"prompts={tmp_path / 'prompts.txt'}", "precision=float32", "evaluate=null",
             "pairs.count=8", "pairs.num_steps=2", "pairs.batch_size=4", "pairs.start_after=4",
-            "regression.steps=2", "regression.batch_size=4", "guard=null", "adp=null", "adm.carry_heads=false",
+            "regression.steps=2", "regression.batch_size=4", "guard=null", "adp=null", "adm=null",
         ],
     )  # fmt: skip
     run = start_run(recipe, tmp_path / "run", resume=False)
