@@ -84,7 +84,7 @@ def make_method(kind, *, teacher=None, student=None, rate=1e-2, optimizer=torch.
     if kind == "adp":
         roles["pixel"] = PointPixels()
         options["decode"] = lambda latents: 2 * latents
-        shared["pixel_batch"] = 8
+        shared |= {"pixel_batch": 8, "pixel_taps": (0,)}  # what reads them stands in above
     elif kind == "adm":
         shared |= {"delta_t": 1 / 16, "time_range": (0.1, 0.9)}
     elif kind == "dmd2":
