@@ -94,6 +94,11 @@ class Run:
         """The frozen teacher on the device of the training, which may share it out over the ranks."""
         return self.teacher if self.device == CPU and not self._shares else self._open(self.device)
 
+    @cached_property
+    def _checked(self) -> None:
+        """Check once that every stage could be trained: backbones are loaded for it."""
+        check_stages(self.recipe, self.trained_teacher, self.ranks)
+
     @property
     def _shares(self) -> bool:
         """Tell whether training shares out networks: then no rank can use them alone."""
@@ -580,7 +585,7 @@ class Run:
         """
         if self.ranks.first(folder.is_done):
             return False
-        check_stages(self.recipe, self.trained_teacher, self.ranks)
+        _ = self._checked
 
         def claim() -> None:
             if not folder.has_begun():
