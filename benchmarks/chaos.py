@@ -68,14 +68,11 @@ class Fleet:
     def kill(self, kind: str, draws: random.Random) -> bool:
         """Kill one process of a kind, and start it again; tell whether one was running."""
         if kind == "valkey":
-            until = time.monotonic() + BACK_S
-            while (victim := self.server.pid) is None:  # still down from the last time
-                if time.monotonic() > until:
-                    return False
-                time.sleep(POLL_S)
+            victim = self._pid_other_than(None)  # it may be down still from the last time
+            if victim is None:
+                return False
             os.kill(victim, signal.SIGKILL)
-            while self.server.pid == victim:  # or the next kill might hit this one again
-                time.sleep(POLL_S)
+            self._pid_other_than(victim)  # or the next kill might hit this one again
             return True
         if kind == "api":
             process = self.apis.pop(draws.choice(self.ports))
@@ -86,6 +83,13 @@ class Fleet:
         process.wait()
         self.start()
         return was_running
+
+    def _pid_other_than(self, old: int | None) -> int | None:
+        """Wait, but not for ever, until Valkey's process is another one than `old`; return it as it is then."""
+        until = time.monotonic() + BACK_S
+        while (pid := self.server.pid) == old and time.monotonic() < until:
+            time.sleep(POLL_S)
+        return pid
 
     def stop(self) -> None:
         """End everything but Valkey."""
