@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm")
-COLOURS = ("#0b66c3", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c")
+STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm", "variety")
+COLOURS = ("#0b66c3", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c", "#0f766e")
 COLUMNS, WIDTH, HEIGHT, LEFT, TOP, GAP = 3, 240, 120, 44, 40, 48
 PROBES = ("colour_drift", "contrast", "diversity")  # what the guard draws besides
 LEFT_OUT = ("stage", "step", "seconds")

@@ -232,6 +232,6 @@ def _stage(name: str, text: str) -> None:
     app.command(name.replace("_", "-"))(command)
 
 
-for _name in ("pairs", "regression", "adp", "adm", "dmd", "ladd", "lcm", "evaluate", "export"):
+for _name in ("pairs", "regression", "adp", "adm", "dmd", "ladd", "lcm", "variety", "evaluate", "export"):
     _stage(_name, f"Run the stages up to {_name}; those that are done are not repeated.")
 _stage("evaluate_teacher", "Measure the teacher alone, as `evaluate` would: it may run beside the training.")

@@ -64,6 +64,7 @@ from .train.guard import Guard, load_bands
 from .train.probe import Probe, evenly
 from .train.recipe import WITH_FAKE, PairsRecipe, Recipe, RecipeError, digest
 from .train.trainer import train
+from .train.variety import Variants, load_variants
 
 STUDENT = "student.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
@@ -300,6 +301,7 @@ class Run:
         inputs = {"parent": made_of, "time_steps": self.recipe.time_steps, "seed": self.recipe.seed}
         inputs |= self.networks(stage)
         section = stages[stage]
+        inputs |= {"variety": digest(self._texts)} if stage == "variety" else {}
         inputs |= {"guard": self.recipe.guard.model_dump(mode="json")} if self.recipe.guard else {}
         folder = self._folder(stage, digest(inputs | {"recipe": section.model_dump(mode="json")}))
         if not self._begins(folder):
@@ -314,6 +316,7 @@ class Run:
                 pairs=self._drawn_pairs(folder.path),
                 start=load_file(self.out / parent / STUDENT) if parent else self._start_values(),
                 heads=self._carried_heads(stage),
+                variants=self._variants(stage),
                 ranks=self.ranks,
             ),
         )
@@ -420,6 +423,23 @@ class Run:
             return None
         return read_module(self.out / "adp", "latent")
 
+    def _variants(self, stage: str) -> Variants | None:
+        """Return what each training prompt may stand for, where a stage wants to know it."""
+        if stage != "variety":
+            return None
+        every = list(dict.fromkeys(text for texts in self._texts for text in texts))
+        place = {text: row for row, text in enumerate(every)}
+        return Variants(
+            self.trained_teacher.encode(every), [[place[text] for text in texts] for texts in self._texts]
+        )
+
+    @cached_property
+    def _texts(self) -> list[list[str]]:
+        """The variants of each training prompt; a prompt without any is its own."""
+        assert self.recipe.variety is not None
+        table = load_variants(self.recipe.variety.variants, self.prompts)
+        return [table.get(prompt, [prompt]) for prompt in self.prompts]
+
     def regression(self) -> str:
         """Train up to the regression on the pairs."""
         return self.train("regression")
@@ -443,6 +463,10 @@ class Run:
     def lcm(self) -> str:
         """Train up to LCM."""
         return self.train("lcm")
+
+    def variety(self) -> str:
+        """Train up to the variety of prompts."""
+        return self.train("variety")
 
     def evaluate(self) -> tuple[str, dict[str, float]]:
         """Measure the student beside its teacher, on seeds that training never used.

@@ -3,9 +3,9 @@
     python examples/emoji/prepare.py [--out examples/emoji/data] [--variants 16]
 
 Writes reference.safetensors + reference.json (one centred picture of each concept and style, 64 x 64, with its
-split), train.safetensors + train.json (seeded shifted and scaled variants of the training split), and prompts.txt
-beside this script. One style of every tenth concept is held out: it is in the reference as "held-out" and never in
-the training file.
+split), train.safetensors + train.json (seeded shifted and scaled variants of the training split), and beside this
+script prompts.txt and variants.json (the prompts that name a style, by the one that names none). One style of every
+tenth concept is held out: it is in the reference as "held-out" and never in the training file.
 """
 
 import argparse
@@ -61,6 +61,16 @@ def training_prompts(concepts: list[str]) -> list[str]:
     return prompts
 
 
+def prompt_variants(concepts: list[str]) -> dict[str, list[str]]:
+    """List for each prompt without a style word those that name one; held-out pairs are never named."""
+    table = {}
+    for index, concept in enumerate(concepts):
+        styles = [style for style in STYLES if style != held_out_style(index)]
+        for prompt in (concept, f"a {concept}"):
+            table[prompt] = [f"{concept}, {style} style" for style in styles]
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -97,6 +107,8 @@ def main() -> None:
     save_file({"images": np.array(train_images)}, args.out / "train.safetensors")
     (args.out / "train.json").write_text(json.dumps(train_labels, indent=0))
     (HERE / "prompts.txt").write_text("\n".join(training_prompts(concepts)) + "\n", encoding="utf-8")
+    variants_of = json.dumps(prompt_variants(concepts), indent=0)
+    (HERE / "variants.json").write_text(variants_of + "\n", encoding="utf-8")
     print(
         f"{len(concepts)} concepts, {len(labels)} pictures, {len(train_labels)} of them for training -> {args.out}"
     )

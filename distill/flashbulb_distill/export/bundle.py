@@ -15,6 +15,7 @@ from ..core.noise import draw_noise
 from ..teachers.clip_codec import ClipCodec
 from ..teachers.cogvideox import CogVideoXDenoiser
 from ..teachers.demo import DemoTeacher
+from ..teachers.emoji import NOISE_CODE, EmojiDenoiser
 from ..teachers.sd3 import Sd3Denoiser
 from ..teachers.text import MAX_LENGTH, model_folder, tokenise
 from .draft import draft
@@ -142,17 +143,15 @@ def _write(
 ) -> tuple[list[Parity], Parts]:
     """Write weights and graphs; return the parity of each, and inputs of `max_batch` rows to measure them with."""
     # What is exported is what was stored: the weights go through float16 first, and come back.
-    for part in (student.transformer, teacher.codec):
-        forget_origin(part)
-    student.transformer.half().save_pretrained(work / "transformer")
-    student.transformer.float()
-    teacher.codec.half().save_pretrained(work / "codec")
-    teacher.codec.float()
+    networks: dict[str, Any] = {"transformer": student.transformer, "codec": teacher.codec}
+    if isinstance(student, EmojiDenoiser) and student.code is not None:
+        networks[NOISE_CODE] = student.code
+    for name, network in networks.items():
+        forget_origin(network)
+        network.half().save_pretrained(work / name)
+        network.float()
     shutil.copyfile(model_folder() / "tokenizer.json", work / "tokenizer.json")
-    folders: dict[nn.Module, Path] = {
-        student.transformer: work / "transformer",
-        teacher.codec: work / "codec",
-    }
+    folders: dict[nn.Module, Path] = {network: work / name for name, network in networks.items()}
     inside = {name: p.detach().numpy() for name, p in teacher.text_encoder.state_dict().items()}
 
     parity = []

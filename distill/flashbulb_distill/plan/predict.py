@@ -18,6 +18,7 @@ from ..train.build import Inputs, build
 from ..train.checkpoint import State, checkpoint_bytes
 from ..train.recipe import Recipe, StageRecipe
 from ..train.trainer import Method
+from ..train.variety import Variants
 from .meta import Compute, Meter
 from .outline import META, outline
 from .shares import Shares, moments_of, tensors_of
@@ -151,6 +152,7 @@ def _inputs(recipe: Recipe, teacher: Teacher, ranks: Ranks) -> Inputs:
         cond=teacher.encode(prompts),
         uncond=teacher.encode_uncond().to(META),
         pairs=pairs,
+        variants=Variants(teacher.encode(prompts), [[row] for row in range(PROMPTS)]),
         draws=NoNoise,
         ranks=ranks,
     )

@@ -63,7 +63,7 @@ def load_demo(
     *,
     expected: str,
     example: str,
-    network: type[Network],
+    network: Callable[..., Network],
     transformer: type[ModelMixin],
     codec: type[Autoencoder],
     latent_shape: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[int, ...]],
@@ -74,6 +74,7 @@ def load_demo(
 
     Args:
         expected, example: what a folder of this family is called, and where one lies; for the error.
+        network: (transformer, bf16=) -> what wraps it.
         latent_shape: (transformer's configuration, codec's) -> the latents' shape.
         bf16: compute in bfloat16; the weights stay float32.
     Raises:

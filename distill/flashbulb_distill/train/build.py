@@ -17,6 +17,8 @@ from ..ranks import ALONE, Ranks
 from ..sharding import is_shared, shard
 from ..teachers.codec import VaeCodec
 from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.emoji import EmojiDenoiser
+from ..teachers.noise_code import NoiseCode
 from ..teachers.teacher import Teacher
 from .adm import Adm
 from .adp import Adp
@@ -27,6 +29,7 @@ from .recipe import AdpRecipe, AdversarialRecipe, Rates, Recipe, RecipeError
 from .regression import Regression
 from .step import device_of
 from .trainer import Method
+from .variety import Variants, Variety
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Inputs:
     pairs: DrawnPairs | None = None
     start: Mapping[str, Tensor] | None = None  # the student of the stage before; None: the teacher
     heads: Mapping[str, Tensor] | None = None  # ADP's latent heads, where ADM takes them over
+    variants: Variants | None = None  # what each training prompt may stand for
     ranks: Ranks = ALONE
     draws: Callable[[int], Draws] = Draws  # from the recipe's seed
 
@@ -318,6 +322,28 @@ def build_lcm(inputs: Inputs) -> Lcm:
     )
 
 
+def build_variety(inputs: Inputs) -> Variety:
+    """Build the stage of the prompts' variants: the student is given a code of its noise, at first of no effect."""
+    recipe, stage = inputs.recipe, inputs.recipe.variety
+    assert stage is not None and inputs.variants is not None
+    torch.manual_seed(recipe.seed)
+    before, student = inputs.student("before"), inputs.student()
+    optimizer = inputs.optimizer(list(student.parameters()), stage.rate, stage.betas)
+    optimizer.add_param_group({"params": list(with_code(student).parameters()), "lr": stage.code_rate})
+    return Variety(
+        recipe=stage,
+        draws=inputs.draws(recipe.seed),
+        cond=inputs.cond,
+        variants=inputs.variants,
+        latent_shape=inputs.teacher.latent_shape,
+        before=before.requires_grad_(False),
+        student=student,
+        optimizers={"student": optimizer},
+        ranks=inputs.ranks,
+        micro_batch=inputs.micro_batch,
+    )
+
+
 _BUILDERS: dict[str, Callable[[Inputs], Method]] = {
     "regression": build_regression,
     "adp": build_adp,
@@ -325,6 +351,7 @@ _BUILDERS: dict[str, Callable[[Inputs], Method]] = {
     "dmd": build_dmd,
     "ladd": build_ladd,
     "lcm": build_lcm,
+    "variety": build_variety,
 }
 
 
@@ -346,8 +373,17 @@ def student_of(teacher: Teacher, values: Mapping[str, Tensor], recipe: Recipe) -
     if recipe.roles.student == "lora":
         merge(student, values, rank=recipe.lora.rank, alpha=recipe.lora.alpha)
     else:
+        if any(name.startswith("code.") for name in values):
+            with_code(student)
         load_parameters(student, values)
     return student.requires_grad_(False).eval()
+
+
+def with_code(student: Denoiser) -> NoiseCode:
+    """Give a student of the emoji family a code of its noise, and return it."""
+    assert isinstance(student, EmojiDenoiser)
+    student.code = NoiseCode(student.transformer.config["pooled_projection_dim"]).to(device_of(student))
+    return student.code
 
 
 def _latent_discriminator(teacher: Teacher, stage: AdversarialRecipe) -> LatentDiscriminator:

@@ -14,7 +14,7 @@ from ..bundle import Shape, check_times
 from ..core.times import adm_times
 from ..errors import UsageError
 
-STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm")  # in their order
+STAGES = ("regression", "adp", "adm", "dmd", "ladd", "lcm", "variety")  # in their order
 WITH_FAKE = ("adm", "dmd")  # those that train a fake score
 
 SAVE_EVERY = 100  # steps from checkpoint to checkpoint
@@ -102,8 +102,12 @@ class RegressionRecipe(StageRecipe):
 
     def rate_at(self, step: int) -> float:
         """Return 1, and in the last `decay_steps`, or all if they are fewer, a share that falls evenly to zero."""
-        falling = min(self.decay_steps, self.steps)
-        return min(1.0, (self.steps - step) / falling) if falling else 1.0
+        return _falling(step, self.steps, self.decay_steps)
+
+
+def _falling(step: int, steps: int, decay_steps: int) -> float:
+    falling = min(decay_steps, steps)
+    return min(1.0, (steps - step) / falling) if falling else 1.0
 
 
 class AdversarialRecipe(StageRecipe):
@@ -244,6 +248,27 @@ class LcmRecipe(StageRecipe):
     huber: float = Field(default=1e-3, gt=0, description="where the loss turns from squared to absolute")
 
 
+class VarietyRecipe(StageRecipe):
+    """The variety of a prompt's variants, taught to the prompt itself."""
+
+    variants: Path = Field(
+        description="JSON: prompt -> prompts that say more, which its pictures shall be of in equal shares"
+    )
+    rate: float = Field(gt=0, description="of the student")
+    code_rate: float = Field(gt=0, description="of what reads from the noise which variant it stands for")
+    decay_steps: int = Field(
+        default=0, ge=0, description="last steps, in which both rates fall evenly to zero"
+    )
+    betas: tuple[float, float] = (0.9, 0.98)
+    guidance: float | None = Field(
+        default=None, ge=1, description="that the student was trained with, where no other stage says it"
+    )
+
+    def rate_at(self, step: int) -> float:
+        """Return 1, and in the last `decay_steps`, or all if they are fewer, a share that falls evenly to zero."""
+        return _falling(step, self.steps, self.decay_steps)
+
+
 class GuardRecipe(Strict):
     """When the health guard looks, and what it does about what it sees."""
 
@@ -363,6 +388,7 @@ class Recipe(Strict):
     dmd: DmdRecipe | None = None
     ladd: LaddRecipe | None = None
     lcm: LcmRecipe | None = None
+    variety: VarietyRecipe | None = None
     guard: GuardRecipe | None = Field(default=GuardRecipe(), description="of training's health; null: none")
     evaluate: EvaluateRecipe | None = None
     report: ReportRecipe | None = Field(default=ReportRecipe(), description="null: a report without pictures")
@@ -400,6 +426,14 @@ class Recipe(Strict):
         if self.start is not None and self.roles.student == "lora":
             raise ValueError(
                 "start: expected roles.student full, got lora, which begins from the teacher's weights"
+            )
+        if self.variety is not None and (
+            self.family != "emoji" or self.roles.student == "lora" or self.time_steps != (1.0,)
+        ):
+            raise ValueError(
+                "variety: expected family emoji, roles.student full and time_steps [1.0]: the noise of one step "
+                f"chooses, and no pipeline of diffusers could read it; got {self.family}, {self.roles.student} and "
+                f"{list(self.time_steps)}"
             )
         if self.roles.student != self.roles.fake and any(
             s.ida for s in (self.adm, self.dmd) if s is not None
@@ -450,8 +484,8 @@ class Recipe(Strict):
     @property
     def guidance(self) -> float:
         """The classifier-free guidance that the student learns."""
-        for section in (self.lcm, self.dmd, self.adm):
-            if section is not None:
+        for section in (self.lcm, self.dmd, self.adm, self.variety):
+            if section is not None and section.guidance is not None:
                 return section.guidance
         return self.pairs.guidance if self.pairs is not None else 1.0
 
