@@ -12,6 +12,7 @@ from flashbulb_service.queue.values import (
     Limits,
     QueueStats,
     RequestView,
+    Sparing,
     Taken,
     Wake,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Queue",
     "QueueStats",
     "RequestView",
+    "Sparing",
     "Taken",
     "Wake",
 ]

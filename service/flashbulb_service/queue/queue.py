@@ -52,6 +52,7 @@ from flashbulb_service.queue.values import (
     Limits,
     QueueStats,
     RequestView,
+    Sparing,
     Taken,
     Wake,
 )
@@ -653,18 +654,22 @@ class Queue:
 
     # upkeep
 
-    async def reap(self, now: float | None = None, *, spare_leases: bool = False) -> int:
+    async def reap(self, now: float | None = None, *, sparing: Sparing | None = None) -> int:
         """Do what is due: expired leases go back or die, delayed jobs return, passed deadlines end jobs.
 
-        Any number of processes may call it at any time. spare_leases: none goes back or dies by this call.
+        Any number of processes may call it at any time. sparing: of one that calls it again and again: while there
+        was an outage lately, no lease goes back or dies by its calls.
 
         Returns:
             how many jobs it moved.
         """
         total = 0
         while True:
-            moved = int(await self._run("reap", _time(now), REAP_LIMIT, *self._expiry(), int(spare_leases)))
-            total += moved
+            known = () if sparing is None else sparing.told()
+            moved, *heard = await self._run("reap", _time(now), REAP_LIMIT, *self._expiry(), *known)
+            if sparing is not None:
+                sparing.heard_ms, sparing.until_ms = heard
+            total += int(moved)
             if moved < REAP_LIMIT:
                 return total
 
@@ -672,19 +677,17 @@ class Queue:
         """Reap for ever, until the task is cancelled; outages are logged and survived.
 
         lease_s: of the workers. An outage in which they may have missed a heartbeat says nothing of them: after it,
-            leases are spared for the time of a whole one, in which all who live renew theirs.
+            leases are spared for the time of a whole one, in which all who live renew theirs. Who begins does not
+            know whether there was one.
         """
         outage = OutageLog(log, "reaping interrupted")
-        heard, spared_until = time.monotonic(), 0.0
+        sparing = Sparing(_ms(lease_s), most_apart_ms=_ms(lease_s / 3 + interval_s))
         while True:
             try:
-                await self.reap(spare_leases=time.monotonic() < spared_until)
+                await self.reap(sparing=sparing)
                 outage.worked()
-                heard = time.monotonic()
             except QueueUnavailable as error:
                 outage.failed(error)
-                if time.monotonic() - heard > lease_s / 3:
-                    spared_until = time.monotonic() + lease_s
             await asyncio.sleep(interval_s)
 
     async def replay_dead(self, job_id: str, *, now: float | None = None) -> bool:

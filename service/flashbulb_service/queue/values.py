@@ -90,6 +90,20 @@ class DueHook:
     replays: int = 0
 
 
+@dataclass(slots=True)
+class Sparing:
+    """What one who reaps again and again has heard, which tells an outage from a worker's silence; server's clock."""
+
+    lease_ms: int
+    most_apart_ms: int  # of two answers, unless there was an outage between them
+    heard_ms: int = 0
+    until_ms: int = 0
+
+    def told(self) -> tuple[int, int, int, int]:
+        """Return it as reap.lua takes it."""
+        return self.heard_ms, self.lease_ms, self.most_apart_ms, self.until_ms
+
+
 KeyMode = Literal["replay", "record", "attach"]
 Gate = Literal["paused", "draining"]
 

@@ -6,7 +6,7 @@ import pytest
 
 from flashbulb_service.errors import QueueFull, QueueUnavailable
 from flashbulb_service.jobs import JobError, JobState, NewJob
-from flashbulb_service.queue import Limits
+from flashbulb_service.queue import Limits, Sparing
 
 BOOM = JobError("boom", "the backend broke")
 MODELS = ["emoji@1"]
@@ -352,7 +352,7 @@ async def test_retries_do_not_need_admission(make_queue):
 async def test_keep_reaping_goes_on_until_cancelled(queue, wait_until):
     await queue.enqueue([new()])
     [job] = await queue.claim("w", MODELS, 1, 0.001)
-    reaper = asyncio.create_task(queue.keep_reaping(0.001, interval_s=0.01))
+    reaper = asyncio.create_task(queue.keep_reaping(0.05, interval_s=0.1))
 
     async def is_queued() -> bool:
         return (await queue.get(job.id)).state is JobState.QUEUED
@@ -361,6 +361,61 @@ async def test_keep_reaping_goes_on_until_cancelled(queue, wait_until):
     reaper.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reaper
+
+
+async def reap_from(queue, sparing, start, end, every_s=1.0):
+    """Reap again and again from start to end, as `keep_reaping` does; return when something was moved, if it was."""
+    now = start
+    while now <= end:
+        if await queue.reap(now=now, sparing=sparing):
+            return now
+        now += every_s
+    return None
+
+
+def sparing_for_10_s() -> Sparing:
+    return Sparing(lease_ms=10_000, most_apart_ms=4_000)
+
+
+async def test_a_reap_that_runs_long_after_it_was_sent_leaves_leases_alone(queue):
+    """The server froze; the call was given up, but ran when the server went on: before the heartbeats."""
+    sparing = sparing_for_10_s()
+    assert await reap_from(queue, sparing, 80.0, 100.0) is None
+    job = await start_one(queue)
+    assert await queue.reap(now=111.5, sparing=sparing) == 0
+    assert await queue.heartbeat("w", [job], 10.0, now=111.6) == set()
+    assert await reap_from(queue, sparing, 112.0, 125.0) == 122.0  # it fell silent after all
+
+
+async def test_a_short_pause_does_not_keep_the_jobs_of_a_lost_worker(queue):
+    sparing = sparing_for_10_s()
+    assert await reap_from(queue, sparing, 80.0, 100.0) is None
+    await start_one(queue)
+    assert await reap_from(queue, sparing, 100.0, 120.0, every_s=3.9) == pytest.approx(111.7)
+
+
+async def test_who_begins_to_reap_leaves_leases_for_the_time_of_one(queue):
+    """An API that started as the queue came back took the jobs of all workers: no lease was renewed yet."""
+    await start_one(queue)
+    assert await reap_from(queue, sparing_for_10_s(), 200.0, 220.0) == 210.0
+
+
+async def test_leases_are_not_left_for_ever_by_a_clock_that_went_back(queue):
+    sparing = sparing_for_10_s()
+    await queue.reap(now=9_000.0, sparing=sparing)
+    await start_one(queue)
+    assert await reap_from(queue, sparing, 111.0, 130.0) == 121.0
+
+
+async def test_a_server_that_freezes_takes_no_job_from_a_worker_that_lives(queue, client):
+    """Its clock went on, and what had been sent to it ran afterwards in that order: the reaper's call came first."""
+    [seconds, micros] = await client.time()
+    sparing = Sparing(lease_ms=200, most_apart_ms=100, heard_ms=seconds * 1000 + micros // 1000)
+    await queue.enqueue([new()])
+    jobs = await queue.claim("alive", MODELS, 1, 0.2)
+    await client.client_pause(400)
+    moved, lost = await asyncio.gather(queue.reap(sparing=sparing), queue.heartbeat("alive", jobs, 10.0))
+    assert (moved, lost) == (0, set())
 
 
 async def test_after_an_outage_no_lease_is_reaped_before_those_who_live_have_renewed_theirs(
