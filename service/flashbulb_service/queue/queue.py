@@ -27,7 +27,7 @@ from flashbulb_service.errors import (
     QueueUnavailable,
 )
 from flashbulb_service.jobs import Job, JobError, JobState, JobView, NewJob
-from flashbulb_service.outages import OutageLog
+from flashbulb_service.outages import BACKOFF_S, OutageLog
 from flashbulb_service.queue import scripts
 from flashbulb_service.queue.completions import Completions, Expected
 from flashbulb_service.queue.connection import (
@@ -424,7 +424,11 @@ class Queue:
         plan: Callable[[Window], Plan | None],
         now: float | None = None,
     ) -> Taken:
-        """Do as `claim`, and tell whether more waits."""
+        """Do as `claim`, and tell whether more waits.
+
+        Where the call that takes the jobs is not answered, it is sent until it is: the jobs may be this worker's.
+        """
+        outage = OutageLog(log, "no answer to a claim, sending it again")
         while models:
             window = await self.window(worker_id, models, 2 * max_batch, now=now)
             decision = plan(window)
@@ -434,7 +438,16 @@ class Queue:
                 decision = replace(
                     decision, take=(), charges_ms=()
                 )  # the others' places are for those behind
-            taken = await self.take(worker_id, decision, lease_s, models=models, now=now)
+            call_id, taken = _new_call_id(), None
+            while taken is None:
+                try:
+                    taken = await self.take(
+                        worker_id, decision, lease_s, models=models, call_id=call_id, now=now
+                    )
+                    outage.worked()
+                except QueueUnavailable as error:
+                    outage.failed(error)
+                    await asyncio.sleep(BACKOFF_S)
             if taken.jobs:
                 return taken
         return Taken([], more=False)
@@ -465,12 +478,13 @@ class Queue:
         *,
         models: Sequence[str] = (),
         lone: Lone | None = None,
+        call_id: str | None = None,
         now: float | None = None,
     ) -> Taken:
         """Lease the planned jobs that are still there, and fail those that the plan drops.
 
         models: the worker's, to tell whether more waits for them. lone: what the plan was made for; nothing is taken if
-        more has come since.
+        more has come since. call_id: the same again finds what the first one took, if its answer was lost.
         """
         charged = [part for row in zip(plan.take, map(repr, plan.charges_ms), strict=True) for part in row]
         more, *rows = await self._run(
@@ -484,7 +498,7 @@ class Queue:
             round(plan.predicted_ms),
             repr(plan.clock_ms),
             "" if lone is None else round(lone.window.now_ms),
-            secrets.token_hex(4),
+            call_id or _new_call_id(),
             len(models),
             len(plan.take),
             *models,
@@ -775,6 +789,10 @@ class Queue:
 def new_id() -> str:
     """Make a job id: unguessable, and sorted by time so that ties in a queue are served in order."""
     return f"{time.time_ns():016x}{secrets.token_hex(8)}"
+
+
+def _new_call_id() -> str:
+    return secrets.token_hex(4)
 
 
 def _ms(seconds: float) -> int:

@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 
-from flashbulb_service.errors import JobNotFound
+from flashbulb_service.errors import JobNotFound, QueueUnavailable
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.queue import Limits
+from flashbulb_service.queue import queue as queue_module
 from flashbulb_service.scheduler import BucketFacts, Plan, plan_batch
 from flashbulb_service.timing import Tau
 
@@ -338,6 +339,25 @@ async def test_a_claim_whose_reply_is_lost_with_the_connection_finds_its_jobs_wh
     assert await client.zscore(f"{queue.keys.tag}:used", "a") == 7.0  # charged once
     assert (await queue.take("w", plan, 60, models=["emoji@1"])).jobs == []  # another call
     assert (await queue.take("other", plan, 60, models=["emoji@1"])).jobs == []
+
+
+async def test_a_claim_that_is_given_up_in_an_outage_is_sent_again_until_it_is_answered(queue, monkeypatch):
+    """The server froze and ran it afterwards: its jobs were running, and nobody's, since the next claim was another."""
+    ids = (await queue.enqueue([new()] * 2)).ids
+    take, num_calls = queue.take, 0
+
+    async def unanswered_twice(*args, **options):
+        nonlocal num_calls
+        num_calls += 1
+        taken = await take(*args, **options)
+        if num_calls < 3:
+            raise QueueUnavailable("planted")
+        return taken
+
+    monkeypatch.setattr(queue, "take", unanswered_twice)
+    monkeypatch.setattr(queue_module, "BACKOFF_S", 0.0)
+    jobs = await queue.claim("w", ["emoji@1"], 8, 60)
+    assert [(job.id, job.attempt) for job in jobs] == [(job_id, 1) for job_id in ids]
 
 
 async def test_a_wake_is_trusted_beside_the_backlog_of_a_paused_model(queue):

@@ -22,7 +22,7 @@ local function more_waits()
   return 0
 end
 
--- The client library sends a script again after a broken connection: what the lost reply told, this one tells.
+-- A call without an answer is sent again: what the lost reply told, this one tells.
 local function attempt_of_call(id)
   local job = call('HMGET', key('job', id), 'state', 'worker', 'call', 'attempt')
   return job[1] == 'running' and job[2] == worker and job[3] == call_id and tonumber(job[4])
