@@ -1,11 +1,25 @@
 """Outages: when to try again, and a log of their begin, of now and then, and of their end; not of every attempt."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+
+log = logging.getLogger(__name__)
 
 REPEAT_S = 30.0
 BACKOFF_S = 0.5  # between two tries
+RESTART_S = 1.0  # after what nobody foresaw
+
+
+async def keep_at(work: Callable[[], Awaitable[None]]) -> None:
+    """Do a work that shall last as long as the process; what ends it early is logged, and it begins again."""
+    while True:
+        try:
+            return await work()
+        except Exception:  # nobody looks at the task before the process ends
+            log.exception("unforeseen error in the upkeep, which begins again")
+        await asyncio.sleep(RESTART_S)
 
 
 class OutageLog:

@@ -25,6 +25,7 @@ from flashbulb_service.garbage import settle_heap
 from flashbulb_service.heap import bound_heap
 from flashbulb_service.huge_pages import use_huge_pages
 from flashbulb_service.model_store import keep_following
+from flashbulb_service.outages import keep_at
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.presence import serves, would_serve
 from flashbulb_service.processes import keep_running
@@ -38,7 +39,6 @@ from flashbulb_service.webhooks import keep_delivering
 log = logging.getLogger(__name__)
 
 READY_CHECK_S = 0.03
-RESTART_S = 1.0
 CATALOG_INTERVAL_S = 2.0
 STORE = ("models_url", "models_wanted", "models_poll_s", "models_max_bytes")  # settings
 # Longer than clients (5 s) and load balancers (60 s) keep an idle connection: the side that closes it must be theirs,
@@ -198,23 +198,13 @@ async def upkeep(context: Context, *, manifests_only: bool = True) -> AsyncItera
                 on_attempt=context.metrics.webhook_delivery,
             )
         )
-    tasks = [asyncio.create_task(_keep_at(work)) for work in works]
+    tasks = [asyncio.create_task(keep_at(work)) for work in works]
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-
-
-async def _keep_at(work: Callable[[], Awaitable[None]]) -> None:
-    """Do a work that shall last as long as the process; what ends it early is logged, and it begins again."""
-    while True:
-        try:
-            return await work()
-        except Exception:  # nobody looks at the task before the process ends
-            log.exception("unforeseen error in the upkeep, which begins again")
-        await asyncio.sleep(RESTART_S)
 
 
 def child_env(settings: Settings) -> dict[str, str]:

@@ -29,7 +29,7 @@ from flashbulb_service.jobs import Job
 from flashbulb_service.model_book import ModelBook, Words
 from flashbulb_service.model_pool import LoadedModel, Loan, ModelPool, Served
 from flashbulb_service.model_store import keep_following
-from flashbulb_service.outages import BACKOFF_S, OutageLog
+from flashbulb_service.outages import BACKOFF_S, OutageLog, keep_at
 from flashbulb_service.parts import load_catalog, open_parts
 from flashbulb_service.pipeline import Pipeline
 from flashbulb_service.presence import INTERVAL_S, TTL_S, LiveWorker, Presence
@@ -174,9 +174,9 @@ class Worker:
         Returns:
             True when the last batch was finished, False when it was handed back.
         """
-        announcing = [asyncio.create_task(self._keep_present()), asyncio.create_task(self._keep_models())]
-        reaping = asyncio.create_task(self._queue.keep_reaping(self._lease_s))
-        upkeep = [reaping, asyncio.create_task(self._keep_clean())]
+        announcing = [asyncio.create_task(keep_at(work)) for work in (self._keep_present, self._keep_models)]
+        reaping = partial(self._queue.keep_reaping, self._lease_s)
+        upkeep = [asyncio.create_task(keep_at(work)) for work in (reaping, self._keep_clean)]
         serving = asyncio.create_task(self._serve(stop))
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -469,7 +469,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
         )
         log.info("worker %s serves", worker.id)
         settle_heap()
-        following = asyncio.create_task(keep_following(settings))
+        following = asyncio.create_task(keep_at(partial(keep_following, settings)))
         try:
             with serve_metrics(metrics, settings.metrics_host, settings.metrics_port):
                 return await worker.run(stop, drain_s=settings.drain_s)

@@ -10,13 +10,15 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
-    ConnectionError as RedisConnectionError,
-)
-from redis.exceptions import (
+    ClusterDownError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
 )
 from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
@@ -31,6 +33,8 @@ CONNECT_TIMEOUT_S = 5.0
 MAX_BLOCKING = 32  # calls that wait for the server to tell something; a process has a handful
 
 # Redis itself is well but does not serve now: full, a replica, just become one (UNBLOCKED), or its disk is failing.
+# Of some the client makes classes, and takes the code off their text; one of these is MasterDownError's parent.
+_REFUSED = (ClusterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError)
 _REFUSALS = (
     "BUSY",
     "CLUSTERDOWN",
@@ -44,6 +48,7 @@ _REFUSALS = (
     "TRYAGAIN",
     "UNBLOCKED",
 )
+_OF_PIPELINE = " of pipeline caused error: "  # what stands before the server's words, as a tuple of one
 
 
 def open_client(url: str, max_connections: int) -> "Redis":
@@ -84,12 +89,13 @@ async def unavailable(timeout_s: float | None = CALL_TIMEOUT_S) -> AsyncIterator
 
 def in_our_words(error: Exception, timeout_s: float | None = CALL_TIMEOUT_S) -> Exception:
     """Return what an error of a call means: that the server cannot be used, or a bug as it is."""
-    if isinstance(error, (RedisConnectionError, RedisTimeoutError, OutOfMemoryError, ReadOnlyError)):
+    if isinstance(error, (RedisConnectionError, RedisTimeoutError, *_REFUSED)):
         return QueueUnavailable(f"the queue's Redis or Valkey server cannot be used: {error}")
     if isinstance(error, TimeoutError):
         within = "in time" if timeout_s is None else f"within {timeout_s:g} s"
         return QueueUnavailable(f"the queue's Redis or Valkey server did not answer {within}")
-    if isinstance(error, ResponseError) and str(error).startswith(_REFUSALS):
+    told = str(error).rpartition(_OF_PIPELINE)[2].lstrip("('\"")
+    if isinstance(error, ResponseError) and told.startswith(_REFUSALS):
         return QueueUnavailable(f"the queue's Redis or Valkey server refuses to serve: {error}")
     return error
 

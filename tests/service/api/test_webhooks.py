@@ -201,7 +201,7 @@ async def test_what_is_wrong_with_one_webhook_is_logged_and_keeps_no_other_from_
 async def test_upkeep_that_ends_by_a_bug_is_logged_and_begins_again(
     make_app: MakeApp, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("flashbulb_service.serve.RESTART_S", 0.01)
+    monkeypatch.setattr("flashbulb_service.outages.RESTART_S", 0.01)
     app = make_app(webhook_secret=SECRET, webhook_allow_private=True)
     queue, errors = app.state.context.queue, [ZeroDivisionError()]
     due_hooks = queue.due_hooks

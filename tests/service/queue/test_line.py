@@ -10,7 +10,7 @@ from redis.exceptions import ResponseError
 
 from flashbulb_service.errors import QueueUnavailable
 from flashbulb_service.queue import Queue
-from flashbulb_service.queue.connection import in_our_words, open_client
+from flashbulb_service.queue.connection import _REFUSALS, open_client
 from flashbulb_service.queue.line import Line
 
 CALLS = 200
@@ -178,9 +178,24 @@ async def test_a_failover_that_ends_a_wait_is_an_outage(queue: Queue, client: Re
         await waiting
 
 
-@pytest.mark.parametrize("code", ["BUSY", "CLUSTERDOWN", "NOAUTH", "TRYAGAIN", "UNBLOCKED"])
-def test_a_server_that_does_not_serve_now_is_unavailable(code):
-    assert isinstance(in_our_words(ResponseError(f"{code} come later")), QueueUnavailable)
+@pytest.mark.parametrize("code", [*_REFUSALS, "LOADING it's", "MISCONF it's"])
+async def test_a_server_that_does_not_serve_now_is_unavailable(queue: Queue, line: Line, code):
+    """The client takes some codes off their text, and a pipeline puts its own words before them: 500 instead of 503."""
+    refuse = ("EVAL", "return redis.error_reply(ARGV[1])", 0, f"{code} come later")
+    with pytest.raises(QueueUnavailable, match="come later"):
+        await line.call(*refuse)
+    with pytest.raises(QueueUnavailable, match="come later"):
+        async with queue.commands() as client:
+            await client.execute_command(*refuse)
+    with pytest.raises(QueueUnavailable, match="come later"):
+        async with queue.commands() as client, client.pipeline(transaction=False) as pipe:
+            await pipe.execute_command(*refuse).execute()
+
+
+async def test_an_answer_that_a_command_is_wrong_is_no_outage_in_a_pipeline_either(queue: Queue):
+    with pytest.raises(ResponseError, match="BUSY"):
+        async with queue.commands() as client, client.pipeline(transaction=False) as pipe:
+            await pipe.execute_command("NONSENSE", "BUSY").execute()
 
 
 async def test_scripts_that_a_server_has_forgotten_are_sent_again(queue: Queue, client: Redis):

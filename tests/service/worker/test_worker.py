@@ -667,3 +667,30 @@ async def test_how_a_job_ended_is_told_when_an_outage_is_over(
 
 def _sleeps(running: Any) -> bool:
     return any(line.is_busy for line in running.worker._queue._sleepers)
+
+
+async def test_upkeep_of_a_worker_that_ends_by_a_bug_is_logged_and_begins_again(
+    start_worker: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wait_until: WaitUntil,
+) -> None:
+    """One unforeseen answer of the server, and a worker looked for no new models and took no words on them for good."""
+    monkeypatch.setattr("flashbulb_service.outages.RESTART_S", 0.0)
+    announce, num_calls = Presence.announce, 0
+
+    async def broken_once(*args: Any, **options: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise ZeroDivisionError
+        await announce(*args, **options)
+
+    monkeypatch.setattr(Presence, "announce", broken_once)
+    start_worker()
+
+    async def has_begun_again() -> bool:
+        return num_calls > 1
+
+    await wait_until(has_begun_again)
+    assert "ZeroDivisionError" in caplog.text
