@@ -104,11 +104,12 @@ class Events:
     async def _wake(self) -> None:
         """End the reader's blocking call, so that it starts again with the new stream."""
         try:
-            async with self._client.pipeline(transaction=False) as pipe:
+            # A connection that died without a word would keep its watcher from what the reader hands out.
+            async with unavailable(CONNECT_TIMEOUT_S), self._client.pipeline(transaction=False) as pipe:
                 pipe.xadd(self._control, {"": ""}, maxlen=1, approximate=False)
                 pipe.expire(self._control, CONTROL_TTL_S)
                 await pipe.execute()
-        except (RedisError, OSError) as error:
+        except (RedisError, QueueUnavailable, OSError) as error:
             log.warning("event reader not woken, it looks again by itself: %s", error)
 
     def _start_reader(self) -> None:

@@ -220,6 +220,22 @@ async def test_events_are_read_on_where_their_connection_has_died_without_a_word
         await watching.aclose()
 
 
+async def test_a_watch_begins_where_the_connection_that_wakes_its_reader_has_died_without_a_word(
+    way, namespace, monkeypatch
+):
+    """It waited on it for ever: a new stream of events had no event, no ping and no end."""
+    monkeypatch.setattr(reader_of_events, "BLOCK_MS", 50)
+    monkeypatch.setattr(reader_of_events, "CONNECT_TIMEOUT_S", 0.2)
+    async with Queue.connect(way.url, namespace=namespace) as queue:
+        for _ in range(2):
+            [lead] = (await queue.enqueue([new()], keep=Kept(b"record", "me", events=True))).ids
+            watching = queue.watch(lead, after="0", quiet_s=10)
+            async with asyncio.timeout(5):
+                assert (await anext(watching)).kind == "queued"
+            await watching.aclose()
+            way.kill(b"XADD")
+
+
 async def test_each_way_to_end_publishes_exactly_one_event(queue, client):
     subscription = await subscribe(client, queue)
     done, failed, dead, lost, cancelled, overdue = (
