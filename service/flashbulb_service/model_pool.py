@@ -24,6 +24,23 @@ from flashbulb_service.errors import ModelUnavailable
 
 log = logging.getLogger(__name__)
 
+# After a load that failed, and after many: it took time, and may have evicted others.
+LOAD_PAUSE_S, MAX_LOAD_PAUSE_S = 60.0, 3600.0
+
+
+@dataclass
+class LoadPause:
+    """The time in which a model is not loaded again after a load that failed, by a monotonic clock."""
+
+    pause_s: float = 0.0  # the newest
+    due_at: float = 0.0
+
+    def begin(self, now: float) -> float:
+        """Begin one that is twice as long as the last; return its length in seconds."""
+        self.pause_s = min(max(LOAD_PAUSE_S, 2 * self.pause_s), MAX_LOAD_PAUSE_S)
+        self.due_at = now + self.pause_s
+        return self.pause_s
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -45,6 +62,8 @@ class Served:
     backend: str = ""  # what runs it
     bytes: int = 0  # of memory: the most that was measured while nothing else grew, at least its files
     load_s: float = 0.0  # newest
+    refused_bytes: int = 0  # measured when it was larger than the cap, which holds until the pause is over
+    pause: LoadPause = field(default_factory=LoadPause)
     loaded: LoadedModel | None = None
     loading: "asyncio.Task[LoadedModel] | None" = None
     users: int = 0
@@ -226,9 +245,11 @@ class ModelPool:
             served.backend = loaded.student.backend.name
             if self._capacity is not None and served.bytes > self._capacity:
                 self._evict(served)
-                refused = self._too_large(served)
-                served.bytes = known  # else it would be refused from now on without another look
-                raise refused
+                # What was measured does not hold for good: something else may have grown meanwhile.
+                served.refused_bytes, served.bytes = served.bytes, known
+                served.pause.begin(self._clock())
+                raise self._too_large(served, served.refused_bytes)
+            served.pause = LoadPause()
             self._shrink()
         except BaseException:
             self._room.discard(served)
@@ -242,7 +263,9 @@ class ModelPool:
         if self._capacity is None:
             return
         if served.bytes > self._capacity:
-            raise self._too_large(served)
+            raise self._too_large(served, served.bytes)
+        if self._clock() < served.pause.due_at:
+            raise self._too_large(served, served.refused_bytes)
         try:
             while (missing := self.bytes + served.bytes - self._capacity) > 0:
                 self._idle.clear()
@@ -293,10 +316,10 @@ class ModelPool:
             give_back_memory()
             log.info("model %s left the memory (%d MB)", served.model.id, served.bytes >> 20)
 
-    def _too_large(self, served: Served) -> ModelUnavailable:
+    def _too_large(self, served: Served, num_bytes: int) -> ModelUnavailable:
         return ModelUnavailable(
             served.model.id,
-            f"it takes {served.bytes} bytes, more than FLASHBULB_MODELS_MEMORY_BYTES={self._capacity}: raise that",
+            f"it takes {num_bytes} bytes, more than FLASHBULB_MODELS_MEMORY_BYTES={self._capacity}: raise that",
         )
 
 

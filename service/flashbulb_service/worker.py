@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -27,7 +27,7 @@ from flashbulb_service.heap import bound_heap
 from flashbulb_service.huge_pages import use_huge_pages
 from flashbulb_service.jobs import Job
 from flashbulb_service.model_book import ModelBook, Words
-from flashbulb_service.model_pool import LoadedModel, Loan, ModelPool, Served
+from flashbulb_service.model_pool import LoadedModel, LoadPause, Loan, ModelPool, Served
 from flashbulb_service.model_store import keep_following
 from flashbulb_service.outages import BACKOFF_S, OutageLog, keep_at
 from flashbulb_service.parts import load_catalog, open_parts
@@ -62,8 +62,6 @@ IDLE_S = 5.0  # longest single wait for work; a wake-up ends it at once
 CLEAN_INTERVAL_S = 600.0  # at most: what lives shorter is deleted sooner
 LEAST_CLEAN_INTERVAL_S = 10.0
 SCAN_INTERVAL_S = 2.0
-# After a load that failed, and after many: it took time, and may have evicted others.
-LOAD_PAUSE_S, MAX_LOAD_PAUSE_S = 60.0, 3600.0
 # A lone job is drawn before its claim is answered, which saves a call. Where another one has come meanwhile, the
 # claim is refused and the batch was drawn in vain: the older the news and the longer the batch, the dearer.
 FRESH_MS = 10.0
@@ -99,19 +97,17 @@ class Shelved:
     """A model that is verified but not served: it was unloaded, is to be loaded, or could not be."""
 
     model: Model
-    pause_s: float = 0.0  # after the newest load, which failed
-    due_at: float = 0.0  # by the monotonic clock: when it is loaded again, unless an operator wants it before
+    pause: LoadPause = field(default_factory=LoadPause)  # unless an operator wants it before
     mark: str | None = None  # of what an operator wanted at the newest failure
 
     def is_due(self, mark: str | None) -> bool:
         """Tell whether to load it now, given the mark of what an operator wants."""
-        return mark != self.mark or time.monotonic() >= self.due_at
+        return mark != self.mark or time.monotonic() >= self.pause.due_at
 
     def fail(self, mark: str | None) -> float:
         """Note a load that failed; return in how many seconds it is due again."""
-        self.pause_s = min(max(LOAD_PAUSE_S, 2 * self.pause_s), MAX_LOAD_PAUSE_S)
-        self.due_at, self.mark = time.monotonic() + self.pause_s, mark
-        return self.pause_s
+        self.mark = mark
+        return self.pause.begin(time.monotonic())
 
 
 class Worker:
@@ -371,6 +367,7 @@ class Worker:
             served = self._pool.served.get(model_id)
             if served is not None and self._done_wishes.get(model_id) != mark:
                 self._done_wishes[model_id] = mark
+                served.pause.due_at = 0.0
                 with contextlib.suppress(ModelUnavailable):  # it says so to those who want to draw
                     async with self._pool.use(served):
                         log.info("model %s is in memory", model_id)

@@ -12,6 +12,7 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashbulb_service import model_pool
 from flashbulb_service import worker as worker_module
 from flashbulb_service.backends import Student
 from flashbulb_service.backends.embeddings import EmbeddingCache
@@ -234,8 +235,28 @@ async def test_a_model_that_took_more_than_the_cap_once_is_looked_at_again(
     device.at_load = lambda: setattr(device, "grown", GROWTH)
     with pytest.raises(ModelUnavailable, match=f"it takes {2 * GROWTH} bytes"):
         await Loan(pool, ant).take()
+    device.now += model_pool.LOAD_PAUSE_S
     await Loan(pool, ant).take()
     assert device.held == ["ant@1"] and ant.bytes == GROWTH
+
+
+async def test_a_model_that_is_larger_than_the_cap_is_not_loaded_for_every_batch(
+    device: Device, three: list[Model]
+) -> None:
+    """It was, each time in vain, and each time the others had to leave the memory."""
+    pool = pool_of(device, 1)
+    ant, bee = [await pool.add(model) for model in three[:2]]
+    device.at_load = lambda: setattr(device, "grown", device.grown + GROWTH * (device.held[-1] == "ant@1"))
+    tries = []
+    for _ in range(8):
+        begin = len(device.loads)
+        with pytest.raises(ModelUnavailable, match=f"it takes {2 * GROWTH} bytes"):
+            await Loan(pool, ant).take()
+        async with pool.use(bee):
+            pass
+        tries.append(len(device.loads) - begin)
+        device.now += model_pool.LOAD_PAUSE_S
+    assert tries == [2, 2, 0, 2, 0, 0, 0, 2]
 
 
 async def test_a_load_that_fails_is_tried_again_by_the_next_batch(device: Device, three: list[Model]) -> None:
@@ -417,7 +438,7 @@ async def test_a_model_whose_load_failed_is_loaded_again_after_a_pause_or_at_an_
     cause: str,
 ) -> None:
     """Memory that was short for a moment took the model from a worker until its restart, whatever operators said."""
-    monkeypatch.setattr(worker_module, "LOAD_PAUSE_S", 0.0 if cause == "time" else 3600.0)
+    monkeypatch.setattr(model_pool, "LOAD_PAUSE_S", 0.0 if cause == "time" else 3600.0)
     book = ModelBook(queue)
     device.broken.add("ant@1")
     await book.load("ant@1")
