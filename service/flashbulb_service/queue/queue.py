@@ -713,7 +713,8 @@ class Queue:
         Raises:
             InvalidRequest: its request was deleted, or other jobs of it have expired: nobody could read the result.
         """
-        replayed = await self._run("replay", _time(now), job_id, _ms(self.limits.default_slo_s))
+        target_ms, ttl_ms = _ms(self.limits.default_slo_s), _ms(self.limits.result_ttl_s)
+        replayed = await self._run("replay", _time(now), job_id, target_ms, ttl_ms)
         if replayed < 0:
             raise InvalidRequest(
                 f"expected a job whose request can still be read, but that of {job_id!r} was deleted or has expired: "

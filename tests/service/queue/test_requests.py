@@ -98,6 +98,32 @@ async def test_a_dead_letter_whose_request_nobody_can_read_any_more_is_not_repla
     assert [letter.id for letter in await queue.dead_letters()] == [ids[dead]]
 
 
+@pytest.mark.parametrize("dead", [0, 1])
+async def test_a_request_can_be_read_as_long_after_a_replay_as_after_its_first_end(
+    queue: Queue, dead: int
+) -> None:
+    """Its other jobs were there at the replay, and expired before or soon after its end: the client got 404."""
+    ids = (await queue.enqueue([new(), new()], keep=EVENTS)).ids
+    for job in await queue.claim("w", ["emoji@1"], 2, 10.0):
+        if job.id == ids[dead]:
+            await queue.fail("w", job, JobError("broken", "no"), retry=False)
+        else:
+            await queue.complete("w", job, b"r")
+    other = queue.keys.job(ids[1 - dead])
+
+    async def is_kept() -> bool:
+        left_ms: int = await queue._client.pttl(other)
+        await queue._client.pexpire(other, 60_000)  # nearly all of its time goes by
+        return left_ms > 60_000
+
+    assert await is_kept()
+    assert await queue.replay_dead(ids[dead])
+    assert await is_kept()
+    [job] = await queue.claim("w", ["emoji@1"], 1, 10.0)
+    await queue.complete("w", job, b"r")
+    assert await is_kept()
+
+
 async def test_a_dead_letter_of_a_deleted_request_is_not_replayed(queue: Queue) -> None:
     (lead,) = (await queue.enqueue([new()], keep=EVENTS)).ids
     (job,) = await queue.claim("w", ["emoji@1"], 1, 10.0)

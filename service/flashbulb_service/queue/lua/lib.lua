@@ -33,14 +33,19 @@ local function wake_deliverer()
   end
 end
 
+-- A request is read as a whole: those of its jobs that have ended are there for so long at least.
+local function keep_rows(lead, ttl_ms)
+  for row in string.gmatch(lead and call('HGET', key('job', lead), 'rows') or '', '%S+') do
+    call('PEXPIRE', key('job', row), ttl_ms, 'GT')
+  end
+end
+
 local HOOK_MS = 3 * 3600000 -- longer than all tries of a delivery take
 
 -- A job of a request with a hook has ended: what its delivery will tell is kept, and with the last job it is due.
 local function hook_due(id, now)
   local lead = call('HGET', key('job', id), 'hooked')
-  for row in string.gmatch(lead and call('HGET', key('job', lead), 'rows') or '', '%S+') do
-    call('PEXPIRE', key('job', row), HOOK_MS, 'GT')
-  end
+  keep_rows(lead, HOOK_MS)
   if lead and call('HEXISTS', key('job', lead), 'open') == 1
     and call('HINCRBY', key('job', lead), 'open', -1) == 0 then
     call('ZADD', key('hooks'), now, lead)
@@ -230,10 +235,11 @@ end
 -- The one way into done, failed and cancelled: counts, expiry and the one event per waiting process.
 local function finish(id, state, now, ttl_ms, attached)
   local job = key('job', id)
-  local fields = call('HMGET', job, 'tenant', 'reply', 'events', 'bucket', 'worker')
+  local fields = call('HMGET', job, 'tenant', 'reply', 'events', 'bucket', 'worker', 'replayed')
   stop_long(fields[4], fields[5])
   call('HSET', job, 'state', state, 'finished', now)
   call('PEXPIRE', job, ttl_ms)
+  keep_rows(fields[6], ttl_ms) -- the others ended long before
   call('ZREM', key('deadlines'), id)
   for _, tenant in ipairs({ '', fields[1] }) do
     if call('HINCRBY', key('inuse'), tenant, -1) <= 0 then

@@ -1,4 +1,4 @@
--- Queue a dead letter again with a fresh attempt budget. ARGV: now, id, target.
+-- Queue a dead letter again with a fresh attempt budget. ARGV: now, id, target, result_ttl.
 -- Returns 1, 0 when it is not one, or -1 when jobs of its request are gone.
 
 local now = now_ms(ARGV[1])
@@ -18,6 +18,8 @@ if (fields[5] or '') ~= '' then -- dead letters outlive the other jobs, without 
       return -1
     end
   end
+  keep_rows(fields[5], ARGV[4])
+  call('HSET', job, 'replayed', fields[5])
 end
 call('ZREM', key('dead'), id)
 call('PERSIST', job)
