@@ -205,16 +205,25 @@ def replay(
     data: Data = None,
     redis: Redis = None,
 ) -> None:
-    """Queue failed jobs again, with fresh attempts and no deadline."""
-    from flashbulb_service.errors import JobNotFound
+    """Queue failed jobs again, with fresh attempts and no deadline; one that cannot be keeps no other from it."""
+    from flashbulb_service.errors import InvalidRequest, JobNotFound
+
+    exit_code = 0
 
     async def work(queue: "Queue", _keys: "KeyStore") -> None:
+        nonlocal exit_code
         for job in jobs:
-            if not await queue.replay_dead(job):
-                raise JobNotFound(job)
-            typer.echo(f"{job}\tqueued")
+            try:
+                if not await queue.replay_dead(job):
+                    raise JobNotFound(job)
+            except (InvalidRequest, JobNotFound) as error:
+                exit_code = max(exit_code, error.exit_code)
+                typer.echo(f"{job}\t{error.message}")
+            else:
+                typer.echo(f"{job}\tqueued")
 
     on_store(work, data, redis)
+    raise typer.Exit(exit_code)
 
 
 # ------------------------------------------------------------------------------------------------- inside

@@ -13,7 +13,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from flashbulb_service.queue import Queue
+from flashbulb_service.jobs import JobError, NewJob
+from flashbulb_service.queue import Kept, Queue
 from flashbulb_service.tenants.keys import DAY_S, KeyLimits
 from flashbulb_service.tenants.store import KeyStore
 from support.serving import FLASHBULB, Serving, clean_env, run_flashbulb
@@ -127,6 +128,31 @@ def test_the_command_line_pauses_and_resumes_a_running_server(serving: Serving) 
     assert run_flashbulb("queue", "dead", "list", *on_data).stdout == ""
     assert run_flashbulb("queue", "dead", "replay", "none", *on_data).returncode == 1
     assert run_flashbulb("queue", "pause", "tiny@x", *on_data).returncode == 2
+
+
+def test_a_dead_job_that_cannot_be_replayed_keeps_no_other_from_it(redis_url: str, namespace: str) -> None:
+    """The first of them ended the command, and those behind it were never tried."""
+    job = NewJob("tiny@1", "64x64", b"p")
+
+    async def make_dead() -> list[str]:
+        async with Queue.connect(redis_url, namespace=namespace) as queue:
+            [deleted] = (await queue.enqueue([job], keep=Kept(b"record", "me"))).ids
+            ids = [deleted, *(await queue.enqueue([job] * 2)).ids]
+            for one in await queue.claim("w", ["tiny@1"], 3, 10.0):
+                await queue.fail("w", one, JobError("broken", "no"), retry=False)
+            view = await queue.request(deleted)
+            assert view is not None and await queue.forget(view, ())
+        return ids
+
+    deleted, *good = asyncio.run(make_dead())
+    done = run_flashbulb(
+        *("queue", "dead", "replay", deleted, good[0], "none", good[1]), redis=redis_url, namespace=namespace
+    )
+    told = dict(line.split("\t") for line in done.stdout.splitlines())
+    assert list(told) == [deleted, good[0], "none", good[1]]
+    assert "deleted or has expired" in told[deleted] and "queued" not in told["none"]
+    assert [told[job_id] for job_id in good] == ["queued", "queued"]
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 def test_a_public_address_starts_with_a_key_and_asks_for_it(models_dir: Path, tmp_path: Path) -> None:
