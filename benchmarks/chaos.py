@@ -22,8 +22,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ KINDS = ("worker", "api", "valkey")
 CLIENTS = 16
 RETRY_S = 0.1
 POLL_S = 0.02
-BACK_S = 60.0  # until its supervisor has started Valkey again
+BACK_S = 60.0  # until what was started is at work
 STALLED_S = 90.0  # without progress for so long, something is lost
 DEVICE = {"floor_ms": 20, "base_ms": 20, "row_ms": 20}
 ENDS = {"done", "failed", "cancelled"}
@@ -66,30 +68,31 @@ class Fleet:
             self.workers.append(self._run("worker"))
 
     def kill(self, kind: str, draws: random.Random) -> bool:
-        """Kill one process of a kind, and start it again; tell whether one was running."""
+        """Kill one process of a kind when it is at work, and start it again; tell whether it was hit there."""
         if kind == "valkey":
-            victim = self._pid_other_than(None)  # it may be down still from the last time
-            if victim is None:
+            if not within_time(self._valkey_answers) or (victim := self.server.pid) is None:
                 return False
             os.kill(victim, signal.SIGKILL)
-            self._pid_other_than(victim)  # or the next kill might hit this one again
+            within_time(lambda: self.server.pid != victim)  # or the next kill might hit this one again
             return True
         if kind == "api":
-            process = self.apis.pop(draws.choice(self.ports))
+            port = draws.choice(self.ports)
+            process, is_at_work = self.apis[port], partial(answers, port)
         else:
-            process = self.workers.pop(draws.randrange(len(self.workers)))
-        was_running = process.poll() is None
+            process = draws.choice(self.workers)
+            is_at_work = partial(is_present, self.server.url, process.pid)
+        is_hit = within_time(lambda: process.poll() is not None or is_at_work()) and process.poll() is None
         process.kill()
         process.wait()
+        self.apis = {port: api for port, api in self.apis.items() if api is not process}
+        self.workers = [worker for worker in self.workers if worker is not process]
         self.start()
-        return was_running
+        return is_hit
 
-    def _pid_other_than(self, old: int | None) -> int | None:
-        """Wait, but not for ever, until Valkey's process is another one than `old`; return it as it is then."""
-        until = time.monotonic() + BACK_S
-        while (pid := self.server.pid) == old and time.monotonic() < until:
-            time.sleep(POLL_S)
-        return pid
+    def _valkey_answers(self) -> bool:
+        """Tell whether it is the process of now that answers; at first that is not Valkey yet."""
+        pid = self.server.pid
+        return pid is not None and pid == answering_pid(self.server.url)
 
     def stop(self) -> None:
         """End everything but Valkey."""
@@ -110,6 +113,39 @@ class Fleet:
                 stderr=log,
                 env=self.environment,
             )
+
+
+def within_time(condition: Callable[[], bool]) -> bool:
+    """Wait, but not for ever, until a condition holds; tell whether it does."""
+    until = time.monotonic() + BACK_S
+    while not (holds := condition()) and time.monotonic() < until:
+        time.sleep(POLL_S)
+    return holds
+
+
+def answering_pid(url: str) -> int | None:
+    """Return the process that answers at Valkey's address, if one serves there."""
+    with suppress(redis.RedisError), redis.Redis.from_url(url) as client:
+        client.ping()
+        told: Any = client.info("server")
+        return int(told["process_id"])
+    return None
+
+
+def answers(port: int) -> bool:
+    """Tell whether an API answers."""
+    with suppress(OSError), closing(HTTPConnection("127.0.0.1", port, timeout=5)) as api:
+        api.request("GET", "/livez")
+        return api.getresponse().status == 200
+    return False
+
+
+def is_present(url: str, pid: int) -> bool:
+    """Tell whether the worker of a process has said that it lives."""
+    with suppress(redis.RedisError), redis.Redis.from_url(url) as client:
+        lists: list[Any] = [client.zrange(key, 0, -1) for key in client.scan_iter(match="*:workers")]
+        return any(f"-{pid}-".encode() in worker for workers in lists for worker in workers)
+    return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ The long form: python -m benchmarks chaos
 import asyncio
 import copy
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,25 @@ def test_a_kill_that_hits_nothing_is_not_counted(
     rough = asyncio.run(chaos.drive(fleet, 0, [(0, kind)], seed=0))
     assert rough["kills"] == {kind: 0}
     assert not chaos.judge(rough, rough, LEFT, 0, 1)[0]["killed_as_planned"]
+
+
+@pytest.mark.parametrize("kind", ["valkey", "api", "worker"])
+def test_a_kill_before_its_victim_is_at_work_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, redis_url: str, kind: str
+) -> None:
+    """It hit Python while that was still importing, or before it became Valkey: nothing of ours was interrupted."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    chaos = __import__("chaos")
+    monkeypatch.setattr(chaos, "BACK_S", 0.0)
+    monkeypatch.setattr(chaos.Fleet, "start", lambda _: None)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as starting:
+        port = chaos.free_port()
+        fleet = chaos.Fleet(
+            tmp_path, SimpleNamespace(pid=starting.pid, url=redis_url), {}, ports=(port, port)
+        )
+        fleet.apis, fleet.workers = {port: starting}, [starting]
+        assert not fleet.kill(kind, random.Random(0))
+        starting.kill()
 
 
 @pytest.mark.parametrize(
