@@ -34,6 +34,8 @@ def write_embeddings(
     temporary = path.with_suffix(".tmp")
     done, starts = _written(temporary)
     done -= done % batch_size
+    if not done:
+        starts = {}  # the file begins anew, its header with it
     with temporary.open("r+b" if done else "wb") as file:
         for part in parts(done):
             tensors = {"tokens": part.tokens, "pooled": part.pooled}

@@ -46,9 +46,16 @@ def test_a_file_with_rows_missing_does_not_appear(tmp_path):
 
 
 @pytest.mark.parametrize("width", [4, 0], ids=["pooled", "without pooled"])
-@pytest.mark.parametrize("torn", [0, 8, 100], ids=["between two batches", "in a row", "in the head"])
-def test_what_was_broken_off_goes_on_behind_its_last_whole_batch(width, torn, tmp_path):
-    """Ten thousand prompts through T5-XXL are a day of a CPU, which any interruption cost from the start."""
+@pytest.mark.parametrize(
+    ("torn", "began"),
+    [(0, 6), (0.5, 4), (5, 0), (5.5, 0), (None, 0)],
+    ids=["between two batches", "in a row", "in the first batch", "in its first row", "in the head"],
+)
+def test_what_was_broken_off_goes_on_behind_its_last_whole_batch(width, torn, began, tmp_path):
+    """Ten thousand prompts through T5-XXL are a day of a CPU, which any interruption cost from the start.
+
+    What was broken off in the first batch became a file without a header, which was kept for good.
+    """
     rows, path, seen = Condition(torch.randn(8, 5, 3), torch.randn(8, width)), tmp_path / "a.safetensors", []
 
     def parts(first, end=8):
@@ -63,10 +70,10 @@ def test_what_was_broken_off_goes_on_behind_its_last_whole_batch(width, torn, tm
     assert not path.exists()
     (unfinished,) = tmp_path.iterdir()
     size = unfinished.stat().st_size
-    os.truncate(unfinished, torn if torn == 100 else size - torn)
+    row_bytes = 4 * (width or 5 * 3)  # of the tensor at the file's end
+    os.truncate(unfinished, 100 if torn is None else size - int(torn * row_bytes))
     told = []
     write_embeddings(path, 8, parts, batch_size=2, progress=lambda *at: told.append(at))
-    began = {0: 6, 8: 4, 100: 0}[torn]
     assert seen == [0, began], "a batch is encoded as it would have been"
     assert told == [(done, 8) for done in range(began + 2, 9, 2)]
     found = load_file(path)
