@@ -193,11 +193,11 @@ class AdmRecipe(AdversarialRecipe):
 
     @model_validator(mode="after")
     def _has_times(self) -> "AdmRecipe":
-        _check_range(self.time_range)
-        if self.delta_t >= self.time_range[1]:
+        if self.delta_t >= self.time_range[1] > self.time_range[0]:
             raise ValueError(
                 f"delta_t: expected below the end of time_range, {self.time_range[1]:g}, got {self.delta_t:g}"
             )
+        _check_range(self.times)
         return self
 
 

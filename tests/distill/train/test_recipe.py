@@ -97,3 +97,9 @@ def test_every_shipped_recipe_loads_and_says_where_each_value_of_its_stages_come
 def test_sections_that_do_not_fit_together_are_refused(overrides, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(RECIPE, overrides)
+
+
+def test_a_time_range_of_adm_may_begin_at_0():
+    """Samples are noised to delta_t at the least; runs of such a recipe could no longer be gone on with."""
+    recipe = load_recipe(RECIPE, ["adm.time_range=[0,0.98]"])
+    assert recipe.adm.times == (recipe.adm.delta_t, 0.98)
