@@ -53,12 +53,12 @@ from .progress import Progress
 from .provenance import code_version
 from .ranks import ALONE, Ranks
 from .report.write import write_report
-from .stage import StageFolder
+from .stage import StageFolder, is_finished
 from .teachers.denoiser import Condition, Denoiser
 from .teachers.open import open_teacher
 from .teachers.pretrained import PretrainedTeacher
 from .teachers.teacher import Teacher
-from .train.build import Inputs, build, check_stages, student_of
+from .train.build import Inputs, build, check_here, check_stages, student_of
 from .train.checkpoint import read_module
 from .train.guard import Guard, load_bands
 from .train.probe import Probe, evenly
@@ -97,8 +97,8 @@ class Run:
 
     @cached_property
     def _checked(self) -> None:
-        """Check once that every stage could be trained: backbones are loaded for it."""
-        check_stages(self.recipe, self.trained_teacher, self.ranks)
+        """Check once that every stage could be trained."""
+        check_stages(self.recipe, self.trained_teacher)
 
     @property
     def _shares(self) -> bool:
@@ -290,14 +290,23 @@ class Run:
         """Train the stages up to `stage`, each from the student of the one before.
 
         Raises:
-            RecipeError: the recipe has no such stage.
+            RecipeError: the recipe has no such stage, or one of them could not be trained here.
         """
-        stages = self.recipe.stages
+        stages = list(self.recipe.stages)
         if stage not in stages:
             raise RecipeError(f"{stage}: expected a section of that name, the recipe has {', '.join(stages)}")
+        wanted = stages[: stages.index(stage) + 1]
+        # A stage that was finished from something else is refused when its turn comes.
+        ahead = self.ranks.first(lambda: [name for name in wanted if not is_finished(self.out / name)])
+        if ahead:
+            check_here(self.recipe, self.trained_teacher, self.ranks, ahead)
+        return self._train(stage)
+
+    def _train(self, stage: str) -> str:
+        stages = self.recipe.stages
         place = list(stages).index(stage)
         parent = list(stages)[place - 1] if place else None
-        made_of = self.train(parent) if parent else self._source()
+        made_of = self._train(parent) if parent else self._source()
         inputs = {"parent": made_of, "time_steps": self.recipe.time_steps, "seed": self.recipe.seed}
         inputs |= self.networks(stage)
         section = stages[stage]

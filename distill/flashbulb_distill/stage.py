@@ -56,6 +56,12 @@ class StageFolder:
         temporary.replace(self.path / RECORD)
 
 
+def is_finished(path: Path) -> bool:
+    """Tell whether a stage was finished in a folder, whatever it was made from."""
+    record = path / RECORD
+    return record.exists() and bool(json.loads(record.read_text())["done"])
+
+
 def differing_keys(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> list[str]:
     """Return the keys, written like adm.steps, in which two recipes differ."""
     keys: list[str] = []

@@ -23,7 +23,7 @@ from ..export.generate import student_images
 from ..pairs.store import read_pairs
 from ..run import STUDENT, Run
 from ..stage import StageFolder
-from ..train.build import Inputs, build, student_of
+from ..train.build import Inputs, build, check_here, student_of
 from ..train.checkpoint import read_module
 from ..train.recipe import (
     DmdRecipe,
@@ -109,7 +109,10 @@ class PictureRace:
             RecipeError: what is there was made otherwise, with another number of moves for example.
         """
         run = self.run
-        run.measurement.reference_sha256  # noqa: B018  # refuse before hours of training
+        # Refuse before hours of training.
+        run.measurement.reference_sha256  # noqa: B018
+        raced = [name for name in run.recipe.stages if any(name in entry.stages for entry in self.entries)]
+        check_here(run.recipe, run.trained_teacher, run.ranks, raced)
         made_of = run.pairs()
         start: dict[str, Tensor] | None = None
         if run.recipe.regression is not None:

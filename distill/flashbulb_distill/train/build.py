@@ -146,18 +146,31 @@ class Inputs:
         }
 
 
-def check_stages(recipe: Recipe, teacher: Teacher, ranks: Ranks) -> None:
-    """Refuse what no stage could be trained with here: hours of work come before the later ones.
+def check_stages(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse what no stage could be trained with anywhere: hours of work come before the later ones.
 
     Raises:
-        RecipeError: a network has no such block, there is no such backbone, or ranks cannot share a batch.
+        RecipeError: the teacher has no such block.
     """
     for name, stage in recipe.stages.items():
         try:
-            for key, rows in stage.batches.items():
-                _check_shared(key, rows, ranks)
             if isinstance(stage, AdversarialRecipe) and stage.taps:
                 _latent_discriminator(teacher, stage)
+        except ValueError as error:
+            raise RecipeError(f"{name}.{error}") from error
+
+
+def check_here(recipe: Recipe, teacher: Teacher, ranks: Ranks, stages: Iterable[str]) -> None:
+    """Refuse stages that these processes could not train, which others perhaps could.
+
+    Raises:
+        RecipeError: the ranks cannot share a batch, or there is no such backbone.
+    """
+    for name in stages:
+        stage = recipe.stages[name]
+        try:
+            for key, rows in stage.batches.items():
+                _check_shared(key, rows, ranks)
             if isinstance(stage, AdpRecipe):
                 _pixel_discriminator(teacher, stage)
         except (ValueError, FileNotFoundError) as error:

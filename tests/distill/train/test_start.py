@@ -1,6 +1,7 @@
 """A run may go on from a student instead of the teacher."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from flashbulb_distill.ranks import Ranks
 from flashbulb_distill.run import start_run
 from flashbulb_distill.teachers.emoji import load_emoji_teacher
 from flashbulb_distill.train import trainer
-from flashbulb_distill.train.build import check_stages
+from flashbulb_distill.train.build import check_here
 from flashbulb_distill.train.checkpoint import checkpoints
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from support.tiny_pipelines import make_tiny_pipeline
@@ -81,11 +82,49 @@ def test_batches_that_the_processes_cannot_share_are_refused(overrides, tmp_path
     teacher = load_emoji_teacher(tmp_path / "teacher")
     three = [one for one in overrides if one != "adp=null"]
     three += ["regression.batch_size=6", "adp.batch_size=6", "adp.taps=[0]", "adp.pixel_batch=4"]
-    check_stages(load_recipe(RECIPE, [*three, "adp.pixel_backbone=none"]), teacher, Ranks(0, 3))
-    with pytest.raises(RecipeError, match=r"^adp\.pixel_batch: expected a batch size that 3 processes"):
-        check_stages(load_recipe(RECIPE, three), teacher, Ranks(0, 3))
+    for change, message in (
+        ("adp.pixel_backbone=none", None),
+        ("seed=7", r"^adp\.pixel_batch: expected a batch size that 3 processes"),
+        ("regression.batch_size=2", r"^regression\.batch_size: expected .* share equally, got 2"),
+    ):
+        recipe = load_recipe(RECIPE, [*three, change])
+        with pytest.raises(RecipeError, match=message) if message else nullcontext():
+            check_here(recipe, teacher, Ranks(0, 3), recipe.stages)
+
+
+def test_what_is_done_or_not_asked_for_is_not_checked(overrides, tmp_path, monkeypatch):
+    """Pairs, and ADM behind an ADP that was done, were refused for a batch and a backbone that nobody needed."""
+
+    class Three(Ranks):
+        def first(self, work):
+            return work()
+
+        def gather(self, value):
+            return [value]
+
+    def gone(*args, **options):
+        raise FileNotFoundError("pixel_source: expected a sam model, found none")
+
+    class Reached(Exception):
+        pass
+
+    def reached(stage, inputs):
+        raise Reached(stage)
+
+    fitting = [one for one in overrides if one not in ("adp=null", "adm=null")]
+    fitting += [f"{stage}.{key}" for stage in ("adp", "adm") for key in ("taps=[0]", "steps=1")]
+    fitting += ["adp.warmup_steps=0", "adp.batch_size=4", "adp.pixel_batch=2", "adm.batch_size=6"]
+    recipe, three = load_recipe(RECIPE, fitting), Three(0, 3)
+    start_run(recipe, tmp_path / "run", resume=False).adp()
+    monkeypatch.setattr("flashbulb_distill.train.build.load_pixel_backbone", gone)
+    monkeypatch.setattr("flashbulb_distill.run.build", reached)
+    start_run(recipe, tmp_path / "pairs", resume=False, ranks=three).pairs()
+    with pytest.raises(Reached, match="adm"):
+        start_run(recipe, tmp_path / "run", resume=True, ranks=three).adm()
     with pytest.raises(RecipeError, match=r"^regression\.batch_size: expected .* share equally, got 2"):
-        check_stages(load_recipe(RECIPE, [*three, "regression.batch_size=2"]), teacher, Ranks(0, 3))
+        start_run(recipe, tmp_path / "pairs", resume=True, ranks=three).adm()
+    with pytest.raises(RecipeError, match=r"^adp\.pixel_source: expected a sam model"):
+        start_run(recipe, tmp_path / "pairs", resume=True).adm()
 
 
 def test_checkpoints_are_as_far_apart_as_the_recipe_says(overrides, tmp_path, monkeypatch):
