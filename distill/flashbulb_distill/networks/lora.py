@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import UsageError
 from ..teachers.denoiser import Condition, Denoiser
 
 # Attention of UNets and transformers, and the joint attention's text side.
@@ -99,6 +100,26 @@ class Adapted(Denoiser):
             return self._backbone[0].predict(xt, timestep, cond)
 
 
+def targeted(backbone: nn.Module, targets: str) -> dict[str, nn.Linear | LoraLinear]:
+    """Return the linear layers, those with adapters too, whose names a regular expression finds.
+
+    Raises:
+        UsageError: it finds none.
+    """
+    layers: dict[str, nn.Linear | LoraLinear] = {}
+    for name, layer in backbone.named_modules():
+        parent = backbone.get_submodule(name.rpartition(".")[0])
+        if (
+            isinstance(layer, (nn.Linear, LoraLinear))
+            and not isinstance(parent, LoraLinear)
+            and re.search(targets, name)
+        ):
+            layers[name] = layer
+    if not layers:
+        raise UsageError(f"lora.targets: expected the name of a linear layer, none matches {targets!r}")
+    return layers
+
+
 class SharedBackbone:
     """A frozen network that becomes several: `adapter` makes another one of it.
 
@@ -106,25 +127,21 @@ class SharedBackbone:
         backbone: whose linear layers are wrapped, in place; it stays what it was.
         targets: a regular expression of the layers' names.
     Raises:
-        ValueError: no linear layer has such a name.
+        UsageError: no linear layer has such a name.
     """
 
     def __init__(self, backbone: Denoiser, *, targets: str = ATTENTION) -> None:
         self.backbone = backbone
         self.layers: dict[str, LoraLinear] = {}
         self.switch = Switch()
-        for name, layer in list(backbone.named_modules()):
-            parent, _, last = name.rpartition(".")
-            if not re.search(targets, name) or isinstance(backbone.get_submodule(parent), LoraLinear):
-                continue
+        for name, layer in targeted(backbone, targets).items():
             if isinstance(layer, LoraLinear):  # the stage before shared this backbone too
                 self.switch = layer.switch
                 self.layers[name] = layer
-            elif isinstance(layer, nn.Linear):
+            else:
                 self.layers[name] = LoraLinear(layer, self.switch)
+                parent, _, last = name.rpartition(".")
                 setattr(backbone.get_submodule(parent), last, self.layers[name])
-        if not self.layers:
-            raise ValueError(f"lora.targets: expected the name of a linear layer, none matches {targets!r}")
         backbone.requires_grad_(False)
 
     def adapter(self, name: str, *, rank: int, alpha: float) -> Adapted:

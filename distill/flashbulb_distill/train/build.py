@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..core.draws import Draws
 from ..networks.discriminators import LatentDiscriminator, PixelDiscriminator
-from ..networks.lora import Adapted, SharedBackbone, checkpoint_blocks, merge, share_down
+from ..networks.lora import Adapted, SharedBackbone, checkpoint_blocks, merge, share_down, targeted
 from ..networks.vision import load_pixel_backbone
 from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
@@ -23,9 +23,10 @@ from ..teachers.teacher import Teacher
 from .adm import Adm
 from .adp import Adp
 from .dmd import Dmd
+from .guard import load_bands
 from .ladd import Ladd
 from .lcm import Lcm
-from .recipe import AdpRecipe, AdversarialRecipe, Rates, Recipe, RecipeError
+from .recipe import WITH_FAKE, AdpRecipe, AdversarialRecipe, Rates, Recipe, RecipeError
 from .regression import Regression
 from .step import device_of
 from .trainer import Method
@@ -117,7 +118,7 @@ class Inputs:
         """Return the recipe's optimiser, with what is shared out and what is not in groups of their own.
 
         Raises:
-            ValueError: it is not installed.
+            RecipeError: it is not installed.
         """
         every = list(parameters)
         groups = [
@@ -127,15 +128,7 @@ class Inputs:
         ]
         if self.recipe.memory.optimizer == "adamw":
             return AdamW(groups, lr=rate, betas=betas, weight_decay=0.0)
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError(
-                "memory.optimizer: expected bitsandbytes for adamw8bit, it is not installed; "
-                "run: pip install bitsandbytes, or say adamw"
-            ) from error
-        eight_bit: Optimizer = AdamW8bit(groups, lr=rate, betas=betas, weight_decay=0.0)
-        return eight_bit
+        return _adamw8bit()(groups, lr=rate, betas=betas, weight_decay=0.0)
 
     def optimizers(self, modules: Mapping[str, nn.Module], rates: Rates) -> dict[str, Optimizer]:
         """Return an optimiser for each role at its own rate."""
@@ -146,13 +139,30 @@ class Inputs:
         }
 
 
+def _adamw8bit() -> Callable[..., Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise RecipeError(
+            "memory.optimizer: expected bitsandbytes for adamw8bit, it is not installed; "
+            "run: pip install bitsandbytes, or say adamw"
+        ) from error
+    kind: Callable[..., Optimizer] = AdamW8bit
+    return kind
+
+
 def check_stages(recipe: Recipe, teacher: Teacher) -> None:
     """Refuse what no stage could be trained with anywhere: hours of work come before the later ones.
 
     Raises:
-        RecipeError: the teacher has no such block.
+        UsageError: the teacher has no such block, there is no layer to adapt, or the guard has no such bands.
     """
+    roles = {recipe.roles.student} | {recipe.roles.fake for name in recipe.stages if name in WITH_FAKE}
+    if "lora" in roles:
+        targeted(teacher.denoiser, recipe.lora.targets)
     for name, stage in recipe.stages.items():
+        if recipe.guard is not None:
+            load_bands(recipe.guard.bands, name)
         try:
             if isinstance(stage, AdversarialRecipe) and stage.taps:
                 _latent_discriminator(teacher, stage)
@@ -164,8 +174,10 @@ def check_here(recipe: Recipe, teacher: Teacher, ranks: Ranks, stages: Iterable[
     """Refuse stages that these processes could not train, which others perhaps could.
 
     Raises:
-        RecipeError: the ranks cannot share a batch, or there is no such backbone.
+        RecipeError: the ranks cannot share a batch, there is no such backbone, or the optimiser is not installed.
     """
+    if recipe.memory.optimizer == "adamw8bit":
+        _adamw8bit()
     for name in stages:
         stage = recipe.stages[name]
         try:

@@ -1,6 +1,7 @@
 """A run may go on from a student instead of the teacher."""
 
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
+from flashbulb_distill.errors import UsageError
+from flashbulb_distill.evaluate.errors import ReferenceDataError
 from flashbulb_distill.plan.predict import predict
 from flashbulb_distill.ranks import Ranks
 from flashbulb_distill.run import start_run
@@ -65,16 +68,22 @@ def test_the_first_stage_goes_on_from_the_weights_of_the_folder(overrides, tmp_p
             r"^adp\.pixel_taps: expected ascending block indices from 0 to 15, got \(99,\)",
         ),
         ("adp.pixel_backbone=sam", r"^adp\.pixel_source: expected a folder or hub id for sam"),
+        ("roles.student=lora lora.targets=none", r"^lora\.targets: expected the name of a linear layer"),
+        ("roles.fake=lora lora.targets=none", r"^lora\.targets: expected the name of a linear layer"),
+        ("memory.optimizer=adamw8bit", r"^memory\.optimizer: expected bitsandbytes for adamw8bit"),
+        ('guard={"bands":"/nowhere.json"}', r"^guard\.bands: expected a JSON file of bands, found no /nowh"),
+        ('evaluate={"reference":"/nowhere"}', r"^expected the real pictures as .* in /nowhere"),
     ],
 )
-def test_what_a_later_stage_could_not_train_with_is_refused_before_the_pairs(
-    overrides, tmp_path, change, message
+def test_what_a_later_stage_could_not_do_with_is_refused_before_the_pairs(
+    overrides, tmp_path, monkeypatch, change, message
 ):
     """A mistake in the section of ADM came out after all pairs and all of ADP were made."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     fitting = [one for one in overrides if one not in ("adp=null", "adm=null")]
     fitting += ["adp.taps=[0]", "adm.taps=[0]"]
-    with pytest.raises(RecipeError, match=message):
-        start_run(load_recipe(RECIPE, [*fitting, change]), tmp_path / "run", resume=False).adm()
+    with pytest.raises((UsageError, ReferenceDataError), match=message):
+        start_run(load_recipe(RECIPE, [*fitting, *change.split()]), tmp_path / "run", resume=False).evaluate()
     assert not list((tmp_path / "run").rglob("*.json*")), "so that the mended recipe may take the folder"
 
 
