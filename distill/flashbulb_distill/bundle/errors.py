@@ -1,8 +1,10 @@
 """Errors of student bundles.
 
-BundleError (ValueError)    a bundle that must not be used: missing, damaged, or of another schema
+BundleError (UsageError)    a bundle that must not be used: missing, damaged, or of another schema
 """
 
+from ..errors import UsageError
 
-class BundleError(ValueError):
+
+class BundleError(UsageError):
     """Say in one line which bundle was refused, what was expected, what was found and what to do."""

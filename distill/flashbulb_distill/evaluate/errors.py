@@ -1,16 +1,18 @@
 """What can go wrong in an evaluation.
 
 EvaluationError (a ValueError)
-├── ReferenceDataError     the folder of real pictures is missing, incomplete or inconsistent
+├── ReferenceDataError     also a UsageError: the folder of real pictures is missing, incomplete or inconsistent
 └── GeneratedImagesError   the generator under test returned something else than the pictures asked for
 """
+
+from flashbulb_distill.errors import UsageError
 
 
 class EvaluationError(ValueError):
     """An evaluation cannot be carried out on what was given."""
 
 
-class ReferenceDataError(EvaluationError):
+class ReferenceDataError(EvaluationError, UsageError):
     """The folder of real pictures is missing, incomplete or inconsistent."""
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Model, SamVisionModel
 
+from ..errors import MissingFileError
 from ..teachers.denoiser import watched
 from .lite0 import check_taps, load_lite0
 
@@ -89,7 +90,7 @@ def load_pixel_backbone(
         size: side of the pictures that it will see, px.   taps: the blocks that will be read.
     Raises:
         ValueError: no source for SAM or DINOv2, a size that it cannot see, or a block that it does not have.
-        FileNotFoundError: the source holds no such model.
+        MissingFileError: the source holds no such model.
     """
     if name == "lite0":
         network = load_lite0()
@@ -105,12 +106,10 @@ def load_pixel_backbone(
         )
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"pixel_source: expected a {name} model in {source}: {reason}") from error
+        raise MissingFileError(f"pixel_source: expected a {name} model in {source}: {reason}") from error
     if info["missing_keys"]:
         some = sorted(info["missing_keys"])[0]
-        raise FileNotFoundError(
-            f"pixel_source: expected the weights of a {name} model in {source}, no {some}"
-        )
+        raise MissingFileError(f"pixel_source: expected the weights of a {name} model in {source}, no {some}")
     if name == "sam" and size != model.config.image_size:
         raise ValueError(
             f"pixel_size: expected {model.config.image_size}, the only size this SAM sees, got {size}"

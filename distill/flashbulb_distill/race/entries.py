@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import UsageError
+
 Stage = Literal["regression", "adp", "adm", "dmd", "dmd2", "ladd", "lcm"]
 
 
@@ -39,7 +41,7 @@ def find_entries(names: str | None) -> tuple[Entry, ...]:
     """Return the entries of a comma-separated list of names; all of them without one.
 
     Raises:
-        ValueError: no entry has such a name.
+        UsageError: no entry has such a name.
     """
     if names is None:
         return ENTRIES
@@ -48,5 +50,5 @@ def find_entries(names: str | None) -> tuple[Entry, ...]:
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         listed = ", ".join(entry.name for entry in ENTRIES)
-        raise ValueError(f"--methods: expected some of {listed}, got {names!r}")
+        raise UsageError(f"--methods: expected some of {listed}, got {names!r}")
     return tuple(known[name] for name in dict.fromkeys(wanted))

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
 from ..bundle import Latent
+from ..errors import UsageError
 
 
 class VaeCodec(nn.Module):
@@ -16,14 +17,14 @@ class VaeCodec(nn.Module):
     Args:
         vae: kept as it is; its configuration holds scaling and shift.
     Raises:
-        ValueError: the VAE normalises each channel on its own, which no bundle can say.
+        UsageError: the VAE normalises each channel on its own, which no bundle can say.
     """
 
     def __init__(self, vae: AutoencoderKL | AutoencoderKLCogVideoX) -> None:
         super().__init__()
         config = vae.config
         if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-            raise ValueError(
+            raise UsageError(
                 "expected a VAE with one scaling and shift, got latents_mean or latents_std; use the family's own VAE"
             )
         self.vae = vae

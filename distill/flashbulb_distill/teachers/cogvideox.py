@@ -13,6 +13,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from torch import Tensor, nn
 
 from ..core.schedule import Prediction, Schedule
+from ..errors import UsageError
 from .denoiser import Condition, Denoiser, bfloat16
 
 
@@ -22,7 +23,7 @@ class CogVideoXDenoiser(Denoiser):
     Args:
         bf16: autocast float32 weights; a network whose weights are bfloat16 needs none.
     Raises:
-        ValueError: a CogVideoX 1.5 network (patches over time), which is not supported.
+        UsageError: a CogVideoX 1.5 network (patches over time), which is not supported.
     """
 
     timestep_offset = -1.0
@@ -37,7 +38,7 @@ class CogVideoXDenoiser(Denoiser):
     ) -> None:
         super().__init__()
         if transformer.config.patch_size_t is not None:
-            raise ValueError(
+            raise UsageError(
                 f"expected a CogVideoX 1.0 network, got patches of {transformer.config.patch_size_t} frames; "
                 "use CogVideoX-2b or CogVideoX-5b"
             )

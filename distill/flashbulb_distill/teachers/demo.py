@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from ..bundle import hash_file
+from ..errors import MissingFileError
 from .codec import freeze
 from .denoiser import Condition, Denoiser
 from .text import TextEncoder, encode_prompts, load_text_encoder, load_tokenizer
@@ -78,11 +79,11 @@ def load_demo(
         latent_shape: (transformer's configuration, codec's) -> the latents' shape.
         bf16: compute in bfloat16; the weights stay float32.
     Raises:
-        FileNotFoundError: transformer/ or codec/ is missing.
+        MissingFileError: transformer/ or codec/ is missing.
     """
     for part in ("transformer", "codec"):
         if not (folder / part / "config.json").is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{folder}: expected {expected} with {part}/config.json, found none; give a folder like {example}"
             )
 

@@ -19,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -30,6 +31,7 @@ from transformers import (
 
 from ..bundle import Betas, hash_file
 from ..core.schedule import Prediction
+from ..errors import MissingFileError, UsageError
 from .codec import VaeCodec, freeze
 from .cogvideox import CogVideoXDenoiser
 from .denoiser import Denoiser
@@ -126,7 +128,7 @@ def open_source(
         revision: of the hub id.
     Raises:
         FileNotFoundError: neither a teacher folder, nor a hub id that can be fetched.
-        ValueError: a pipeline of another family.
+        UsageError: a pipeline of another family.
     """
     folder = Path(place)
     is_fetched = not folder.exists()
@@ -134,14 +136,14 @@ def open_source(
         folder = _fetch(str(place), revision, variant)
     index = folder / "model_index.json"
     if not index.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder}: expected a diffusers folder with model_index.json, found none; "
             "give the folder that save_pretrained wrote, or a hub id like stabilityai/stable-diffusion-xl-base-1.0"
         )
     kind = json.loads(index.read_text()).get("_class_name")
     if kind not in _FAMILIES:
         known = ", ".join(_FAMILIES)
-        raise ValueError(f"{folder}: expected a pipeline of {known}, got {kind!r}")
+        raise UsageError(f"{folder}: expected a pipeline of {known}, got {kind!r}")
     return Source(folder, _FAMILIES[kind], dtype, bf16, variant, is_fetched)
 
 
@@ -156,11 +158,11 @@ def betas_of(config: dict[str, Any]) -> Betas:
     """Read a scheduler's configuration as our noise levels.
 
     Raises:
-        ValueError: betas of another form.
+        UsageError: betas of another form.
     """
     form = config.get("beta_schedule", "scaled_linear")
     if form != "scaled_linear" or config.get("trained_betas") is not None:
-        raise ValueError(f"scheduler: expected beta_schedule scaled_linear, got {form!r} or trained betas")
+        raise UsageError(f"scheduler: expected beta_schedule scaled_linear, got {form!r} or trained betas")
     return Betas(
         beta_start=config["beta_start"],
         beta_end=config["beta_end"],
@@ -174,11 +176,11 @@ def prediction_of(config: dict[str, Any]) -> Prediction:
     """Read what the network predicts from a scheduler's configuration.
 
     Raises:
-        ValueError: something that we do not know.
+        UsageError: something that we do not know.
     """
     name = config.get("prediction_type", "epsilon")
     if name not in _PREDICTIONS:
-        raise ValueError(f"scheduler: expected prediction_type among {list(_PREDICTIONS)}, got {name!r}")
+        raise UsageError(f"scheduler: expected prediction_type among {list(_PREDICTIONS)}, got {name!r}")
     return _PREDICTIONS[name]
 
 
@@ -190,7 +192,9 @@ def _fetch(hub_id: str, revision: str | None, variant: str | None) -> Path:
         return Path(fetched)
     except Exception as error:  # a wrong name, no network, no access: many types, one meaning
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
+        # A network may come back; a name, a revision or an access that is not there will not.
+        wrong = isinstance(error, (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError))
+        raise (MissingFileError if wrong else FileNotFoundError)(
             f"{hub_id}: expected a folder or a hub id that can be fetched; no such folder, and {reason}"
         ) from error
 
@@ -211,7 +215,7 @@ def _is_read(name: str, variant: str | None) -> bool:
 def _part(source: Source, kind: Any, name: str, dtype: torch.dtype | None = None) -> Any:
     """Load one part from safetensors files, sharded or not, and never from a pickle."""
     if not (source.folder / name / "config.json").is_file():
-        raise FileNotFoundError(f"{source.folder}: expected {name}/config.json, found none; fetch it anew")
+        raise MissingFileError(f"{source.folder}: expected {name}/config.json, found none; fetch it anew")
     if not source.weights:
         with torch.device("meta"):
             network = kind.from_config(kind.load_config(source.folder, subfolder=name))
@@ -231,11 +235,11 @@ def _merge_lora(family: Family, network: Any, path: Path) -> None:
     """Add a file of LoRA weights, in any form that diffusers reads, to a network.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds nothing for this network, or something for a text encoder too.
+        MissingFileError: there is no such file.
+        UsageError: it holds nothing for this network, or something for a text encoder too.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"loras: expected a safetensors file of LoRA weights, found no {path}")
+        raise MissingFileError(f"loras: expected a safetensors file of LoRA weights, found no {path}")
     options = {"use_safetensors": True, "local_files_only": True, "weight_name": path.name}
     if family == "sdxl":
         state, alphas = StableDiffusionXLPipeline.lora_state_dict(
@@ -249,7 +253,7 @@ def _merge_lora(family: Family, network: Any, path: Path) -> None:
         _refuse_text(state, path)
         pipeline.load_lora_into_transformer(state, transformer=network)
     if not getattr(network, "peft_config", None):
-        raise ValueError(f"loras: expected weights for {type(network).__name__}, {path} has none")
+        raise UsageError(f"loras: expected weights for {type(network).__name__}, {path} has none")
     network.fuse_lora()
     network.unload_lora()
 
@@ -257,7 +261,7 @@ def _merge_lora(family: Family, network: Any, path: Path) -> None:
 def _refuse_text(state: Iterable[str], path: Path) -> None:
     """Refuse LoRA weights of a text encoder: without them the network is given prompts that it was not tuned on."""
     if (key := next((name for name in state if name.startswith("text_encoder")), None)) is not None:
-        raise ValueError(
+        raise UsageError(
             f"loras: expected weights of the denoising network alone, {path} has {key} too; merge it with diffusers "
             "(load_lora_weights, fuse_lora, unload_lora_weights, save_pretrained) and name that folder as teacher"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..bundle import Shape
+from ..errors import UsageError
 from .emoji import load_emoji_teacher
 from .emoji_motion import load_motion_teacher
 from .load import open_source
@@ -39,15 +40,15 @@ def open_teacher(
         embeddings: where embeddings of prompts are kept.   progress: of encoding them, rows done and in all.
     Raises:
         FileNotFoundError: there is no such teacher.
-        ValueError: it is of another family.
+        UsageError: it is of another family.
     """
     if family in _DEMOS:
         return _DEMOS[family](Path(place), bf16=bf16, device=device)
     source = open_source(place, bf16=bf16, variant=variant, revision=revision)
     if source.family != family:
-        raise ValueError(f"family: expected {source.family}, which {place} holds, got {family}")
+        raise UsageError(f"family: expected {source.family}, which {place} holds, got {family}")
     if shape is None:
-        raise ValueError(f"shape: expected the size to distil {family} at, got none")
+        raise UsageError(f"shape: expected the size to distil {family} at, got none")
     source = replace(source, loras=tuple(Path(lora) for lora in loras))
     if bf16:
         source = replace(source, dtype=torch.bfloat16, bf16=False)

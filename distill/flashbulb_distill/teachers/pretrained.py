@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..bundle import Shape
+from ..errors import UsageError
 from .codec import VaeCodec
 from .denoiser import Condition, Denoiser
 from .embeddings import read_embeddings, write_embeddings
@@ -49,13 +50,13 @@ class PretrainedTeacher:
         """The latents' shape without the batch.
 
         Raises:
-            ValueError: the VAE has no latents of that width, height or number of frames.
+            UsageError: the VAE has no latents of that width, height or number of frames.
         """
         codec, shape = self.codec, self.shape
         try:
             codec.latent.check(shape, is_video=codec.is_video)
         except ValueError as error:
-            raise ValueError(f"shape: {error}") from None
+            raise UsageError(f"shape: {error}") from None
         return codec.latent_shape(shape.width, shape.height, shape.frames)
 
     def new_denoiser(self, *, bf16: bool) -> Denoiser:

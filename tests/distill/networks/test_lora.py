@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from flashbulb_distill.bundle import Shape
 from flashbulb_distill.core.draws import Draws
+from flashbulb_distill.errors import MissingFileError, UsageError
 from flashbulb_distill.networks.lora import SharedBackbone, checkpoint_blocks, diffusers_names, merge
 from flashbulb_distill.pairs.store import Pairs
 from flashbulb_distill.teachers.denoiser import Condition
@@ -253,7 +254,7 @@ def test_a_teachers_own_loras_are_merged_as_diffusers_does(family, tmp_path):
         assert not torch.allclose(tuned.denoiser(xt, t, cond), plain.denoiser(xt, t, cond))
     assert tuned.sha256() != plain.sha256()
     missing = open_teacher(open_source(folder).family, str(folder), shape=shape, loras=["none"])
-    with pytest.raises(FileNotFoundError, match="loras: expected a safetensors file"):
+    with pytest.raises(MissingFileError, match="loras: expected a safetensors file"):
         missing.new_denoiser(bf16=False)
 
 
@@ -274,7 +275,7 @@ def test_a_lora_that_tunes_a_text_encoder_too_is_refused_with_the_keys_name(fami
         state[f"{prefix}.{name}.lora_A.weight"] = torch.ones(2, layer.in_features)
         state[f"{prefix}.{name}.lora_B.weight"] = torch.ones(layer.out_features, 2)
     save_file(state, tmp_path / "both.safetensors")
-    with pytest.raises(ValueError, match=rf"has {text}\..*lora_[AB].* name that folder as teacher"):
+    with pytest.raises(UsageError, match=rf"has {text}\..*lora_[AB].* name that folder as teacher"):
         replace(source, loras=(tmp_path / "both.safetensors",)).denoiser()
     save_file({k: v for k, v in state.items() if network in k}, tmp_path / "network.safetensors")
     replace(source, loras=(tmp_path / "network.safetensors",)).denoiser()
@@ -286,12 +287,12 @@ def layers_of(layers, key):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     folder = make_tiny_pipeline(tmp_path / "teacher", "sd3")
-    with pytest.raises(ValueError, match=r"lora\.targets: expected the name of a linear layer"):
+    with pytest.raises(UsageError, match=r"lora\.targets: expected the name of a linear layer"):
         SharedBackbone(open_source(folder).denoiser(), targets="nothing")
     eight_bit = recipe(folder, memory={"optimizer": "adamw8bit"})
     teacher = open_teacher("sd3", str(folder), shape=Shape(width=64, height=64))
     cond = teacher.encode(["red"])
-    with pytest.raises(ValueError, match=r"memory\.optimizer: expected bitsandbytes"):
+    with pytest.raises(UsageError, match=r"memory\.optimizer: expected bitsandbytes"):
         build("adm", Inputs(eight_bit, teacher, cond, cond))
     with pytest.raises(ValueError, match="ida: expected student and fake score of one kind"):
         recipe(folder, roles={"student": "lora"}, adm=recipe(folder).adm.model_dump() | {"ida": 0.03})

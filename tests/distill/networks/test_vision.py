@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, SamConfig, SamModel, SamVisionConfig
 
+from flashbulb_distill.errors import MissingFileError
 from flashbulb_distill.networks.discriminators import PixelDiscriminator
 from flashbulb_distill.networks.lite0 import BLOCK_CHANNELS
 from flashbulb_distill.networks.vision import MEAN, STD, load_pixel_backbone
@@ -96,5 +97,5 @@ def test_what_a_backbone_cannot_do_is_said_in_one_line(models, name, options, me
 def test_a_missing_source_and_one_of_another_kind_are_refused(models, tmp_path):
     with pytest.raises(ValueError, match="folder or hub id for sam, like facebook/sam-vit-base"):
         load_pixel_backbone("sam", None, size=SIZE, taps=(0,))
-    with pytest.raises(FileNotFoundError, match="expected a dinov2 model"):
+    with pytest.raises(MissingFileError, match="expected a dinov2 model"):
         load_pixel_backbone("dinov2", tmp_path, size=SIZE, taps=(0,))

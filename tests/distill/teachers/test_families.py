@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from huggingface_hub.utils import filter_repo_objects
 
 from flashbulb_distill.bundle import Shape
+from flashbulb_distill.errors import MissingFileError, UsageError
 from flashbulb_distill.pairs.generate import sample_teacher
 from flashbulb_distill.teachers.codec import VaeCodec
 from flashbulb_distill.teachers.cogvideox import CogVideoXDenoiser
@@ -206,25 +207,31 @@ def test_sharded_weights_are_the_same_weights(family, source, denoiser, cond, tm
 
 
 def test_it_refuses_a_folder_without_a_pipeline(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a diffusers folder with model_index\.json"):
+    with pytest.raises(MissingFileError, match=r"expected a diffusers folder with model_index\.json"):
         open_source(tmp_path)
 
 
 def test_it_refuses_a_pipeline_of_another_family(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(
-        ValueError, match=r"expected a pipeline of StableDiffusionXLPipeline, .*'FluxPipeline'"
+        UsageError, match=r"expected a pipeline of StableDiffusionXLPipeline, .*'FluxPipeline'"
     ):
         open_source(tmp_path)
 
 
 def test_it_refuses_a_hub_id_that_cannot_be_fetched(monkeypatch):
+    with pytest.raises(MissingFileError, match=r"^/nowhere: expected a folder or a hub id .* no such folder"):
+        open_source("/nowhere")
+
     def offline(*args, **kwargs):
         raise OSError("no route\nto the hub")
 
     monkeypatch.setattr("flashbulb_distill.teachers.load.snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match=r"somebody/teacher: .* no such folder, and no route$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"somebody/teacher: .* no such folder, and no route$"
+    ) as caught:
         open_source("somebody/teacher")
+    assert not isinstance(caught.value, UsageError), "a job may be started again when there is a route"
 
 
 @pytest.mark.parametrize(
@@ -344,7 +351,7 @@ def test_a_clip_too_large_for_the_memory_is_looked_at_in_tiles(source, monkeypat
 def test_a_vae_with_statistics_for_each_channel(source):
     codec = source.codec()
     codec.vae.register_to_config(latents_mean=[0.0] * 4)
-    with pytest.raises(ValueError, match="expected a VAE with one scaling and shift"):
+    with pytest.raises(UsageError, match="expected a VAE with one scaling and shift"):
         VaeCodec(codec.vae)
 
 
@@ -363,7 +370,7 @@ def test_a_vae_with_statistics_for_each_channel(source):
 )
 def test_a_size_that_no_bundle_can_have_is_refused_before_anything_is_drawn(source, size, message):
     teacher = PretrainedTeacher(source, Shape(**size), torch.device("cpu"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         _ = teacher.latent_shape
 
 
@@ -371,7 +378,7 @@ def test_a_size_that_no_bundle_can_have_is_refused_before_anything_is_drawn(sour
 def test_a_network_with_patches_over_time_is_refused(source):
     network = source.denoiser().transformer
     network.register_to_config(patch_size_t=2)
-    with pytest.raises(ValueError, match=r"expected a CogVideoX 1\.0 network"):
+    with pytest.raises(UsageError, match=r"expected a CogVideoX 1\.0 network"):
         CogVideoXDenoiser(network, "variance-preserving")
 
 
