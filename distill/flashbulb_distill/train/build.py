@@ -157,6 +157,7 @@ def check_stages(recipe: Recipe, teacher: Teacher) -> None:
     Raises:
         UsageError: the teacher has no such block, there is no layer to adapt, or the guard has no such bands.
     """
+    _ = teacher.denoiser, teacher.latent_shape  # whose errors name keys of their own
     roles = {recipe.roles.student} | {recipe.roles.fake for name in recipe.stages if name in WITH_FAKE}
     if "lora" in roles:
         targeted(teacher.denoiser, recipe.lora.targets)
@@ -178,6 +179,7 @@ def check_here(recipe: Recipe, teacher: Teacher, ranks: Ranks, stages: Iterable[
     """
     if recipe.memory.optimizer == "adamw8bit":
         _adamw8bit()
+    _ = teacher.denoiser  # whose errors name keys of their own
     for name in stages:
         stage = recipe.stages[name]
         try:

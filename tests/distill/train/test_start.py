@@ -86,6 +86,20 @@ def test_what_a_later_stage_could_not_do_with_is_refused_before_the_pairs(
     assert not list((tmp_path / "run").rglob("*.json*")), "so that the mended recipe may take the folder"
 
 
+@pytest.mark.parametrize("change", ["shape.width=60", "loras=[nowhere.safetensors]"])
+def test_what_is_wrong_with_the_teacher_is_not_told_of_a_stage(change, tmp_path):
+    """It read "adp.shape: expected multiples of 8", a key that no recipe has."""
+    (tmp_path / "prompts.txt").write_text("red\n")
+    overrides = [
+        f"teacher={make_tiny_pipeline(tmp_path / 'teacher', 'sdxl')}", f"prompts={tmp_path / 'prompts.txt'}",
+        "precision=float32", "variant=null", "shape.width=64", "shape.height=64", "adp.taps=[0]", "adm.taps=[0]",
+        "adp.pixel_backbone=lite0", "adp.pixel_taps=[0]", change,
+    ]  # fmt: skip
+    recipe = load_recipe(RECIPE.with_name("sdxl_1step.yaml"), overrides)
+    with pytest.raises(UsageError, match=f"^{change.partition('=')[0].partition('.')[0]}: expected"):
+        start_run(recipe, tmp_path / "run", resume=False).adp()
+
+
 def test_batches_that_the_processes_cannot_share_are_refused(overrides, tmp_path):
     teacher = load_emoji_teacher(tmp_path / "teacher")
     three = [one for one in overrides if one != "adp=null"]
