@@ -79,6 +79,13 @@ class Source:
         config: dict[str, Any] = json.loads((self.folder / "scheduler/scheduler_config.json").read_text())
         return config
 
+    @property
+    def patch_size(self) -> int:
+        """How many latents a token of the network has in height and in width."""
+        if self.family == "sdxl":  # whose UNet has no tokens
+            return 1
+        return int(json.loads((self.folder / "transformer/config.json").read_text())["patch_size"])
+
     def sha256(self, *parts: str) -> dict[str, str]:
         """Return the hashes of the weights that are read, of tokenizers and configurations, by path.
 

@@ -50,11 +50,12 @@ class PretrainedTeacher:
         """The latents' shape without the batch.
 
         Raises:
-            UsageError: the VAE has no latents of that width, height or number of frames.
+            UsageError: the VAE has no latents of that width, height or number of frames, or the network no tokens.
         """
         codec, shape = self.codec, self.shape
+        side = codec.downscale * self.source.patch_size  # a token is of whole latents, as they are of pixels
         try:
-            codec.latent.check(shape, is_video=codec.is_video)
+            codec.latent.model_copy(update={"downscale": side}).check(shape, is_video=codec.is_video)
         except ValueError as error:
             raise UsageError(f"shape: {error}") from None
         return codec.latent_shape(shape.width, shape.height, shape.frames)

@@ -365,6 +365,12 @@ def test_a_vae_with_statistics_for_each_channel(source):
             {"width": 64, "height": 32, "frames": 10},
             r"shape: expected 1 \+ 4 k frames, got 10",
         ),
+        ("sd3", {"width": 72, "height": 64}, "shape: expected multiples of 16, got 72x64"),
+        (
+            "cogvideox-2b",
+            {"width": 64, "height": 40, "frames": 9},
+            "shape: expected multiples of 16, got 64x40",
+        ),
     ],
     indirect=["family"],
 )
