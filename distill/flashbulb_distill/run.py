@@ -198,7 +198,10 @@ class Run:
 
         Args:
             again: also where the same teacher and recipe were found fit before.
+        Raises:
+            RecipeError: as `start`.
         """
+        _ = self.start  # compared with the teacher, whose layers an adapter of the doctor's renames
         return self.ranks.first(lambda: self._doctor(again=again))
 
     def _doctor(self, *, again: bool) -> Record:

@@ -213,6 +213,18 @@ def test_what_made_a_run_is_written_when_it_begins_and_the_doctor_may_come_befor
         start_run(recipe, out, resume=False)
 
 
+def test_the_doctor_does_not_make_a_start_that_fits_another_network(overrides, tmp_path):
+    """Its fake score, an adapter, renames the teacher's layers, with which the start was compared afterwards."""
+    start = make_tiny_teacher(tmp_path / "start", seed=1)
+    changes = [one for one in overrides if not one.startswith("adm") and not one.startswith("regression")]
+    changes += ["regression=null", "adm.taps=[0]", "adm.batch_size=2", "adm.steps=1", "adm.warmup_steps=0"]
+    recipe = load_recipe(RECIPE, [*changes, "roles.fake=lora", f"start={start}"])
+    run = start_run(recipe, tmp_path / "run", resume=False)
+    run.doctor()
+    run.adm()
+    assert (run.out / "adm" / "student.safetensors").is_file()
+
+
 def test_a_start_that_does_not_fit_is_refused_in_one_line(overrides, tmp_path):
     with pytest.raises(RecipeError, match=r"start: expected roles\.student full"):
         load_recipe(RECIPE, [*overrides, "start=anywhere", "roles.student=lora"])
