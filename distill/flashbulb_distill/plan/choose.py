@@ -55,6 +55,10 @@ class Plan(BaseModel):
     batch_size: int
     steps: int
     save_every: int  # steps from checkpoint to checkpoint
+    look_every: (
+        int | None
+    )  # steps from look to look of the guard, which keeps one too; None: there is no guard
+    written: int  # checkpoints in all, if the guard finds the student well and never goes back
     kept: int  # checkpoints that are there at a time, while another one is written
     parameters: dict[str, int]
     rows: tuple[Row, ...]
@@ -205,7 +209,9 @@ def plan(
         usable_bytes=budget,
         batch_size=wanted,
         steps=recipe.stages[stage].steps,
-        save_every=min([recipe.checkpoint_every] + ([recipe.guard.every] if recipe.guard else [])),
+        save_every=recipe.checkpoint_every,
+        look_every=None if recipe.guard is None else recipe.guard.every,
+        written=_written(recipe, recipe.stages[stage].steps),
         kept=KEPT + 1 + (recipe.guard is not None),
         parameters=parameters,
         rows=tuple(rows),
@@ -214,6 +220,14 @@ def plan(
         overrides=choice.strategy.overrides(recipe, at_once) if choice else (),
         rates=choice.strategy.rates(recipe) if choice else (),
     )
+
+
+def _written(recipe: Recipe, steps: int) -> int:
+    """Return at how many steps the trainer writes a checkpoint."""
+    at = {steps, *range(recipe.checkpoint_every, steps, recipe.checkpoint_every)}
+    if recipe.guard is not None:
+        at |= {0, *range(recipe.guard.every, steps, recipe.guard.every)}  # 0: a place to go back to
+    return len(at)
 
 
 def _one_of(recipe: Recipe, stage: str, gpus: int) -> Recipe:

@@ -44,10 +44,11 @@ def table(plan: Plan) -> str:
     if plan.choice:
         lines.append(f"  {' '.join(f'--set {o}' for o in plan.overrides)}")
         lines += [f"  {LORA_RATE_FROM}"] if plan.rates else []
-        disk, written = plan.choice.checkpoint_bytes / GIB, -(-plan.steps // plan.save_every)
+        disk = plan.choice.checkpoint_bytes / GIB
+        looks = f" and every {plan.look_every} (guard.every)" if plan.look_every else ""
         lines.append(
-            f"  disk: a checkpoint of {disk:,.1f} GiB every {plan.save_every} steps (save_every, guard.every), "
-            f"up to {plan.kept} at a time, {plan.kept * disk:,.1f} GiB; {written * disk:,.0f} GiB written in all"
+            f"  disk: a checkpoint of {disk:,.1f} GiB every {plan.save_every} steps (save_every){looks}, "
+            f"up to {plan.kept} at a time, {plan.kept * disk:,.1f} GiB; {plan.written * disk:,.0f} GiB written in all"
         )
         guess = ", ".join(f"{name} {_duration(value)}" for name, value in hours(plan).items())
         count = "one GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"

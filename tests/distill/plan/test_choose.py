@@ -110,12 +110,15 @@ def test_time_is_operations_over_a_share_of_the_peak():
 def test_the_disk_that_checkpoints_take_is_told():
     """SDXL's are 72 GB each, and nothing told it; every hundred steps, and no recipe could change that."""
     shown = table(plan(RECIPE, "adm", 80 * GIB, predicted))
-    assert "a checkpoint of 15.0 GiB every 100 steps" in shown
-    assert "up to 4 at a time, 60.0 GiB; 3,600 GiB written in all" in shown, "24,000 steps"
+    assert "a checkpoint of 15.0 GiB every 100 steps (save_every) and every 100 (guard.every)" in shown
+    assert "up to 4 at a time, 60.0 GiB; 3,615 GiB written in all" in shown, "24,000 steps, and the start"
     rarely = load_recipe(RECIPES / "sdxl_1step.yaml", ["adm.batch_size=16", "save_every=1000", "guard=null"])
     shown = table(plan(rarely, "adm", 80 * GIB, predicted))
-    assert "every 1000 steps" in shown
+    assert "every 1000 steps (save_every), up to" in shown
     assert "up to 3 at a time, 45.0 GiB; 360 GiB" in shown
+    both = load_recipe(RECIPES / "sdxl_1step.yaml", ["adm.steps=3010", "save_every=100", "guard.every=150"])
+    # 30 and 20 of which 10 are one, the start and the end.
+    assert plan(both, "adm", 80 * GIB, predicted).written == 30 + 20 - 10 + 2
     coarse = next(s for s in strategies_for(1) if s.eight_bit)
     eight = plan(RECIPE, "adm", 80 * GIB, predicted, [coarse]).choice
     assert (
