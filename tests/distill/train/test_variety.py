@@ -107,13 +107,18 @@ def test_its_bundle_holds_the_code_and_opens_as_the_student(overrides, tmp_path)
     bundle = open_bundle(run.bundle_folder, verify=True)
     assert any(name.startswith("noise_code/") for name in bundle.manifest.files)
     assert bundle.manifest.guidance.scale == 2.5
-    opened = load_emoji_teacher(run.bundle_folder)
-    assert isinstance(opened.denoiser.code, NoiseCode)
-    noise, cond = torch.randn(3, 64, 8, 8), opened.encode(["fruit", "rocket", ""])
+    opened, student = load_emoji_teacher(run.bundle_folder).denoiser, run.student
+    assert isinstance(opened.code, NoiseCode)
+    noise, cond = torch.randn(3, 64, 8, 8), run.teacher.encode(["fruit", "rocket", ""])
     with torch.no_grad():
-        expected = run.student.x0(noise, torch.ones(3), cond)
-        assert torch.equal(opened.denoiser.x0(noise, torch.ones(3), cond), expected)
-        assert not torch.equal(run.student.code(noise), torch.zeros(3, 384))
+        arrived, expected = opened.x0(noise, torch.ones(3), cond), student.x0(noise, torch.ones(3), cond)
+        torch.testing.assert_close(
+            arrived, expected, atol=1e-3, rtol=0
+        )  # its positions are stored in float16
+        student.code = None
+        assert (student.x0(noise, torch.ones(3), cond) - expected).abs().max() > 0.02, (
+            "the code says something"
+        )
 
 
 def test_a_run_that_was_killed_ends_bitwise_where_the_unbroken_one_does(overrides, tmp_path, monkeypatch):
