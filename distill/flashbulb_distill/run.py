@@ -55,6 +55,7 @@ from .ranks import ALONE, Ranks
 from .report.write import write_report
 from .stage import StageFolder, is_finished
 from .teachers.denoiser import Condition, Denoiser
+from .teachers.emoji import is_code
 from .teachers.open import open_teacher
 from .teachers.pretrained import PretrainedTeacher
 from .teachers.teacher import Teacher
@@ -99,6 +100,8 @@ class Run:
     def _checked(self) -> None:
         """Check once that every stage could be trained."""
         check_stages(self.recipe, self.trained_teacher)
+        if self.recipe.variety is not None:
+            _ = self._texts
 
     @property
     def _shares(self) -> bool:
@@ -136,7 +139,7 @@ class Run:
         except (OSError, ValueError, RuntimeError) as error:
             raise RecipeError(f"{wanted}: {str(error).partition('. ')[0]}") from error
         shapes, own = (
-            {name: value.shape for name, value in teacher.denoiser.named_parameters()}
+            {name: p.shape for name, p in teacher.denoiser.named_parameters() if not is_code(name)}
             for teacher in (self.teacher, start)
         )
         if shapes != own:

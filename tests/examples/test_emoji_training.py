@@ -32,6 +32,10 @@ def test_no_training_prompt_names_a_held_out_pair(prepare):
     for concept, style in held_out:
         assert not {f"{concept}, {style} style", f"{style} emoji of {concept}"} & prompts
         assert concept in prompts
+    table = json.loads((EMOJI / "variants.json").read_text(encoding="utf-8"))
+    assert table == prepare.prompt_variants(concepts), "variants.json is what prepare.py writes"
+    assert table.keys() <= prompts
+    assert {text for texts in table.values() for text in texts} <= prompts
 
 
 def test_concepts_are_distinct_and_in_the_announced_number(prepare):

@@ -66,6 +66,11 @@ def load_emoji_teacher(
     )
 
 
+def is_code(parameter: str) -> bool:
+    """Tell whether a parameter of a network, by its name, is of a student's code."""
+    return parameter.startswith("code.")
+
+
 def _load_code(folder: Path) -> NoiseCode | None:
     if not (folder / NOISE_CODE).is_dir():
         return None

@@ -17,7 +17,7 @@ from ..ranks import ALONE, Ranks
 from ..sharding import is_shared, shard
 from ..teachers.codec import VaeCodec
 from ..teachers.denoiser import Condition, Denoiser
-from ..teachers.emoji import EmojiDenoiser
+from ..teachers.emoji import EmojiDenoiser, is_code
 from ..teachers.noise_code import NoiseCode
 from ..teachers.teacher import Teacher
 from .adm import Adm
@@ -67,7 +67,7 @@ class Inputs:
         """Return a network to train that starts where the stage before ended, else as the teacher."""
         student = self._network(name, self.recipe.roles.student)
         if self.start is not None:
-            load_parameters(student, self.start)
+            load_student(student, self.start)
         return self._shared_out(student)
 
     def fake(self, student: Denoiser | None = None) -> Denoiser:
@@ -350,13 +350,15 @@ def build_lcm(inputs: Inputs) -> Lcm:
 
 
 def build_variety(inputs: Inputs) -> Variety:
-    """Build the stage of the prompts' variants: the student is given a code of its noise, at first of no effect."""
+    """Build the stage of the prompts' variants: the student gets a code of its noise, at first of no effect."""
     recipe, stage = inputs.recipe, inputs.recipe.variety
     assert stage is not None and inputs.variants is not None
     torch.manual_seed(recipe.seed)
     before, student = inputs.student("before"), inputs.student()
-    optimizer = inputs.optimizer(list(student.parameters()), stage.rate, stage.betas)
-    optimizer.add_param_group({"params": list(with_code(student).parameters()), "lr": stage.code_rate})
+    code = with_code(student)
+    network = [parameter for name, parameter in student.named_parameters() if not is_code(name)]
+    optimizer = inputs.optimizer(network, stage.rate, stage.betas)
+    optimizer.add_param_group({"params": list(code.parameters()), "lr": stage.code_rate})
     return Variety(
         recipe=stage,
         draws=inputs.draws(recipe.seed),
@@ -400,16 +402,23 @@ def student_of(teacher: Teacher, values: Mapping[str, Tensor], recipe: Recipe) -
     if recipe.roles.student == "lora":
         merge(student, values, rank=recipe.lora.rank, alpha=recipe.lora.alpha)
     else:
-        if any(name.startswith("code.") for name in values):
-            with_code(student)
-        load_parameters(student, values)
+        load_student(student, values)
     return student.requires_grad_(False).eval()
 
 
+def load_student(student: Denoiser, values: Mapping[str, Tensor]) -> None:
+    """Set a student's parameters, all of them, by name; it gets a code of its noise where they have one."""
+    if any(is_code(name) for name in values):
+        with_code(student)
+    load_parameters(student, values)
+
+
 def with_code(student: Denoiser) -> NoiseCode:
-    """Give a student of the emoji family a code of its noise, and return it."""
+    """Return the code of a student of the emoji family, which gets a new one where it has none."""
     assert isinstance(student, EmojiDenoiser)
-    student.code = NoiseCode(student.transformer.config["pooled_projection_dim"]).to(device_of(student))
+    if student.code is None:
+        width = student.transformer.config["pooled_projection_dim"]
+        student.code = NoiseCode(width).to(device_of(student))
     return student.code
 
 

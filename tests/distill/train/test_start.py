@@ -71,6 +71,10 @@ def test_the_first_stage_goes_on_from_the_weights_of_the_folder(overrides, tmp_p
         ("roles.fake=lora lora.targets=none", r"^lora\.targets: expected the name of a linear layer"),
         ("memory.optimizer=adamw8bit", r"^memory\.optimizer: expected bitsandbytes for adamw8bit"),
         ('guard={"bands":"/nowhere.json"}', r"^guard\.bands: expected a JSON file of bands, found no /nowh"),
+        (
+            'variety={"variants":"/nowhere.json","steps":1,"batch_size":2,"rate":1e-4,"code_rate":1e-3}',
+            r"^variety\.variants: expected a JSON file of prompts, found no /nowhere\.json",
+        ),
         ('evaluate={"reference":"/nowhere"}', r"^expected the real pictures as .* in /nowhere"),
     ],
 )

@@ -1,6 +1,7 @@
 """The stage variety: open prompts learn their variants' pictures, and the noise chooses which."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from scipy.stats import kstest, norm
 
 from flashbulb_distill.bundle import open_bundle
 from flashbulb_distill.plan.predict import predict
+from flashbulb_distill.ranks import ALONE, Ranks
 from flashbulb_distill.run import start_run
 from flashbulb_distill.teachers.denoiser import Condition
 from flashbulb_distill.teachers.emoji import load_emoji_teacher
 from flashbulb_distill.teachers.noise_code import NoiseCode, place_of
 from flashbulb_distill.train import trainer
-from flashbulb_distill.train.build import student_of, with_code
+from flashbulb_distill.train.build import Inputs, build, student_of, with_code
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from flashbulb_distill.train.variety import Variants, Variety
 from support.tiny_teacher import make_tiny_teacher
@@ -142,6 +144,75 @@ def test_a_run_that_was_killed_ends_bitwise_where_the_unbroken_one_does(override
     assert expected.keys() == arrived.keys()
     assert all(torch.equal(expected[name], arrived[name]) for name in expected)
     assert (whole.out / "variety" / trainer.METRICS).exists()
+
+
+class Second(Ranks):
+    """The second of two processes, whose gradients stay its own."""
+
+    def average(self, gradients):
+        """Leave them."""
+
+
+def one_step(recipe, folder, ranks=ALONE):
+    """Return what a step from the teacher logs, and the moved student's parameters."""
+    teacher = load_emoji_teacher(folder)
+    variants = Variants(teacher.encode(["red apple", "rocket"]), [[0, 1], [0], [1]])
+    cond = teacher.encode(["fruit", "red apple", "rocket"])
+    method = build("variety", Inputs(recipe, teacher, cond, cond, variants=variants, ranks=ranks))
+    logs = method.step(3)
+    rows = {half: method._loss(3, rows).item() for half, rows in (("all", range(4)), ("odd", range(1, 4, 2)))}
+    return logs, rows, {name: p.detach().clone() for name, p in method.student.named_parameters()}
+
+
+def test_a_batch_in_parts_and_a_processs_own_rows(overrides, tmp_path):
+    whole, _, moved = one_step(recipe_of(overrides), tmp_path / "teacher")
+    parted, _, parts = one_step(recipe_of(overrides, "memory.micro_batch=3"), tmp_path / "teacher")
+    assert parted["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert parted["student_norm"] == pytest.approx(whole["student_norm"], rel=1e-4)
+    assert max((moved[name] - parts[name]).abs().max() for name in moved) < 1e-5, "a step moves by 2e-4"
+    # A student of no rate stays where it was, so that its loss can be taken again.
+    still = recipe_of(overrides, "variety.rate=1e-30", "variety.code_rate=1e-30")
+    logs, rows, _ = one_step(still, tmp_path / "teacher", Second(1, 2))
+    assert logs["loss"] == pytest.approx(rows["odd"])
+    assert rows["odd"] != pytest.approx(rows["all"], rel=1e-3)
+
+
+def test_both_rates_fall_to_zero_and_the_guard_looks(overrides, tmp_path, monkeypatch):
+    seen, step = [], Variety.step
+
+    def watched(self, number):
+        seen.append([group["lr"] for group in self.optimizers["student"].param_groups])
+        return step(self, number)
+
+    monkeypatch.setattr(Variety, "step", watched)
+    guard = "guard={every: 2, prompts: 1, seeds: 2}"
+    recipe = recipe_of(
+        overrides, "variety.decay_steps=2", "variety.rate=4e-4", "variety.code_rate=8e-3", guard
+    )
+    run = start_run(recipe, tmp_path / "run", resume=False)
+    run.variety()
+    np.testing.assert_allclose(seen, [[4e-4, 8e-3], [4e-4, 8e-3], [4e-4, 8e-3], [2e-4, 4e-3]])
+    looks = json.loads((run.out / "variety" / "guard.json").read_text())["looks"]
+    assert [look["step"] for look in looks] == [0, 2, 4]
+
+
+def test_a_student_with_a_code_can_be_gone_on_from(overrides, tmp_path):
+    """Its code is kept, as a start and as a teacher, whose run may be killed and go on."""
+    coded, code = shutil.copytree(tmp_path / "teacher", tmp_path / "coded"), NoiseCode(384)
+    torch.nn.init.normal_(code.last.weight)
+    code.save_pretrained(coded / "noise_code")
+    still = ("variety.code_rate=1e-30", "variety.rate=1e-30")
+    from_start = start_run(recipe_of(overrides, *still, f"start={coded}"), tmp_path / "one", resume=False)
+    recipe = recipe_of(overrides, *still, f"teacher={coded}")
+    from_teacher = start_run(recipe, tmp_path / "two", resume=False)
+    for run in (from_start, from_teacher):
+        run.variety()
+    record = tmp_path / "two" / "variety" / "stage.json"
+    record.write_text(record.read_text().replace('"done": true', '"done": false'))
+    start_run(recipe, tmp_path / "two", resume=True).variety()
+    for run in (from_start, from_teacher):
+        kept = load_file(run.out / "variety" / "student.safetensors")["code.last.weight"]
+        torch.testing.assert_close(kept, code.last.weight.detach())
 
 
 def test_other_variants_are_another_stage(overrides, tmp_path):
