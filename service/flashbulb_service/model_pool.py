@@ -138,6 +138,12 @@ class ModelPool:
         return dict(self._served)
 
     @property
+    def offered(self) -> dict[str, Served]:
+        """Return those of them that work may be claimed for: another worker may have the memory for a paused one."""
+        now = self._clock()
+        return {name: served for name, served in self._served.items() if now >= served.pause.due_at}
+
+    @property
     def bytes(self) -> int:
         """Return the memory of the models that take room."""
         return sum(served.bytes for served in self._room)

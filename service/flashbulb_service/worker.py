@@ -212,7 +212,7 @@ class Worker:
                 try:
                     await until_stop(self._pipeline.room(lane))
                     names = list(self._models_of(lane))
-                    if not names:  # all of them were removed, or there never were any
+                    if not names:  # all were removed or are paused, or there never were any
                         await until_stop(asyncio.sleep(SCAN_INTERVAL_S))
                         continue
                     wake = None if more else await until_stop(self._queue.wait_for_work(names, IDLE_S))
@@ -232,7 +232,7 @@ class Worker:
 
     def _models_of(self, lane: str) -> dict[str, Served]:
         """Return the models whose work belongs to a lane, as they are now: a scan of the repository may change them."""
-        return {name: served for name, served in self._pool.served.items() if self._lane(served) == lane}
+        return {name: served for name, served in self._pool.offered.items() if self._lane(served) == lane}
 
     def _lane(self, served: Served) -> str:
         manifest = served.model.bundle.manifest
@@ -306,7 +306,7 @@ class Worker:
     def _known_times(self) -> dict[tuple[str, str], tuple[Tau, int]]:
         """Return (model, bucket) -> time model and cap, of every bucket whose time is known."""
         known = {}
-        for model_id, served in self._pool.served.items():
+        for model_id, served in self._pool.offered.items():
             for bucket in self._tokens_by_bucket(served):
                 facts = self._scheduler.facts(model_id, bucket)
                 if facts.tau is not None:
@@ -334,13 +334,13 @@ class Worker:
     async def _keep_models(self) -> None:
         """Serve what appears in the repository, and nothing that is gone; batches in hand keep their model."""
         while self._repository is not None:
+            before = self._me
             await asyncio.sleep(SCAN_INTERVAL_S)
             try:
                 new, gone = await asyncio.to_thread(self._repository.scan)
             except OSError as error:
                 log.warning("cannot look through the model repository: %s", error)
                 continue
-            before = self._me
             for model_id in gone:
                 self._shelved.pop(model_id, None)
                 self._give_up(model_id, "is gone from the repository")
@@ -393,7 +393,7 @@ class Worker:
 
     @property
     def _me(self) -> LiveWorker:
-        served = self._pool.served
+        served = self._pool.offered
         bundles = tuple(one.model.bundle.sha256 for one in served.values())
         backends = tuple(one.backend for one in served.values())
         return LiveWorker(self.id, tuple(served), self._backend_name, bundles, backends)

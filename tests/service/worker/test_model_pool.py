@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -452,3 +453,37 @@ async def test_a_model_whose_load_failed_is_loaded_again_after_a_pause_or_at_an_
         assert device.failures == ["ant@1"]
         await book.load("ant@1")
     await wait_until(lambda: seen({"ant@1", "bee@1", "cat@1"}, {"ant@1", "cat@1"}))
+
+
+async def test_the_work_of_a_model_whose_load_is_paused_is_left_to_other_workers(
+    queue: Queue,
+    device: Device,
+    seen: Seen,
+    wait_until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its worker claimed it on and refused it at once: its jobs lost all attempts before another worker had them."""
+    monkeypatch.setattr(worker_module, "IDLE_S", 0.02)
+    everything = {"ant@1", "bee@1", "cat@1"}
+    await ModelBook(queue).load("ant@1")  # bee leaves the memory
+    await wait_until(lambda: seen(everything, {"ant@1", "cat@1"}))
+
+    def grow() -> None:
+        device.grown += 2 * GROWTH
+
+    device.at_load = grow
+    bee = NewJob(model="bee@1", bucket="bee@1:64x64:1", payload=b"p", max_attempts=2)
+    await queue.enqueue([bee])
+    await wait_until(lambda: seen({"ant@1", "cat@1"}, {"ant@1"}))
+
+    async def is_drawn_elsewhere() -> bool:
+        await queue.reap(now=time.time() + 60)  # its retry is due
+        jobs = await queue.claim("other", ["bee@1"], 1, 60.0)
+        return bool(jobs) and await queue.complete("other", jobs[0], b"r")
+
+    await wait_until(is_drawn_elsewhere)
+    device.at_load = lambda: None
+    device.now += model_pool.LOAD_PAUSE_S
+    await wait_until(lambda: seen(everything, {"ant@1"}))
+    await queue.enqueue([bee])
+    await wait_until(lambda: seen(everything, {"ant@1", "bee@1"}))
