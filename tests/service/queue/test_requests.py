@@ -124,6 +124,24 @@ async def test_a_request_can_be_read_as_long_after_a_replay_as_after_its_first_e
     assert await is_kept()
 
 
+async def test_a_replay_that_fails_keeps_the_other_jobs_no_longer_than_results_live(
+    make_queue: Callable[..., Queue],
+) -> None:
+    """They were kept as long as a dead letter, without their files: the next replay was drawn for nobody."""
+    queue = make_queue(Limits(result_ttl_s=60.0, dead_ttl_s=600.0))
+    ids = (await queue.enqueue([new(), new()], keep=EVENTS)).ids
+    for job in await queue.claim("w", ["emoji@1"], 2, 10.0):
+        if job.id == ids[0]:
+            await queue.fail("w", job, JobError("broken", "no"), retry=False)
+        else:
+            await queue.complete("w", job, b"r")
+    assert await queue.replay_dead(ids[0])
+    [job] = await queue.claim("w", ["emoji@1"], 1, 10.0)
+    await queue.fail("w", job, JobError("broken", "no"), retry=False)
+    dead_ms, other_ms = [await queue._client.pttl(queue.keys.job(job_id)) for job_id in ids]
+    assert 0 < other_ms <= 60_000 < dead_ms
+
+
 async def test_a_dead_letter_of_a_deleted_request_is_not_replayed(queue: Queue) -> None:
     (lead,) = (await queue.enqueue([new()], keep=EVENTS)).ids
     (job,) = await queue.claim("w", ["emoji@1"], 1, 10.0)

@@ -233,13 +233,14 @@ local function news(id, attached)
 end
 
 -- The one way into done, failed and cancelled: counts, expiry and the one event per waiting process.
-local function finish(id, state, now, ttl_ms, attached)
-  local job = key('job', id)
+-- dead_ttl_ms: of a dead letter, which may outlive its result; its request's other jobs do not.
+local function finish(id, state, now, result_ttl_ms, attached, dead_ttl_ms)
+  local job, ttl_ms = key('job', id), math.max(result_ttl_ms, dead_ttl_ms or 0)
   local fields = call('HMGET', job, 'tenant', 'reply', 'events', 'bucket', 'worker', 'replayed')
   stop_long(fields[4], fields[5])
   call('HSET', job, 'state', state, 'finished', now)
   call('PEXPIRE', job, ttl_ms)
-  keep_rows(fields[6], ttl_ms) -- the others ended long before
+  keep_rows(fields[6], result_ttl_ms) -- the others ended long before
   call('ZREM', key('deadlines'), id)
   for _, tenant in ipairs({ '', fields[1] }) do
     if call('HINCRBY', key('inuse'), tenant, -1) <= 0 then
@@ -280,9 +281,9 @@ local function cancel(id, now, result_ttl)
   return 1
 end
 
-local function fail_for_good(id, now, code, message, ttl_ms)
+local function fail_for_good(id, now, code, message, result_ttl_ms, dead_ttl_ms)
   call('HSET', key('job', id), 'code', code, 'message', message)
-  finish(id, 'failed', now, ttl_ms)
+  finish(id, 'failed', now, result_ttl_ms, nil, dead_ttl_ms)
 end
 
 local function fail_overdue(id, now, ttl_ms)
@@ -298,7 +299,7 @@ end
 -- Fail a job and keep its payload for a replay, as one of the newest max_dead dead letters.
 local function bury(id, now, code, message, result_ttl_ms, dead_ttl_ms, max_dead)
   local dead = key('dead')
-  fail_for_good(id, now, code, message, math.max(result_ttl_ms, dead_ttl_ms))
+  fail_for_good(id, now, code, message, result_ttl_ms, dead_ttl_ms)
   call('ZADD', dead, now, id)
   call('PEXPIRE', dead, dead_ttl_ms)
   call('ZREMRANGEBYSCORE', dead, '-inf', now - dead_ttl_ms)
