@@ -221,7 +221,7 @@ class Worker:
                     if stop.is_set():
                         break
                     self._pipeline.is_claiming = self._pipeline.is_claiming or lane == SHORT
-                    more = await self._claim(lane, wake.lone if wake else None)
+                    more = await self._claim(lane, wake.lone if wake else None, stop)
                     outage.worked()
                 except QueueUnavailable as error:
                     outage.failed(error)
@@ -238,14 +238,14 @@ class Worker:
         manifest = served.model.bundle.manifest
         return choose_lane(manifest.task, exporter_times(manifest, self._backend_name))
 
-    async def _claim(self, lane: str, lone: Lone | None) -> bool:
+    async def _claim(self, lane: str, lone: Lone | None, stop: asyncio.Event) -> bool:
         """Claim a batch and have it drawn; return whether more waits in the lane, as far as we know."""
         models = self._models_of(lane)
         names, most = list(models), max((served.cap for served in models.values()), default=1)
         taken = await self._claim_lone(lone, models) if lone is not None else None
         if taken is None:
             plan = partial(self._plan, lane=lane)
-            taken = await self._queue.claim_next(self.id, names, most, self._lease_s, plan=plan)
+            taken = await self._queue.claim_next(self.id, names, most, self._lease_s, plan=plan, stop=stop)
             if taken.jobs:
                 self._submit(models[taken.jobs[0].model], taken.jobs)
         return taken.more

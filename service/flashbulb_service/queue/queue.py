@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, cast
@@ -422,12 +422,15 @@ class Queue:
         lease_s: float,
         *,
         plan: Callable[[Window], Plan | None],
+        stop: asyncio.Event | None = None,
         now: float | None = None,
     ) -> Taken:
         """Do as `claim`, and tell whether more waits.
 
-        Where the call that takes the jobs is not answered, it is sent until it is: the jobs may be this worker's.
+        Where the call that takes the jobs is not answered, it is sent until it is, or until `stop` is set: the jobs may
+        be this worker's.
         """
+        stop = stop or asyncio.Event()
         outage = OutageLog(log, "no answer to a claim, sending it again")
         while models:
             window = await self.window(worker_id, models, 2 * max_batch, now=now)
@@ -447,7 +450,10 @@ class Queue:
                     outage.worked()
                 except QueueUnavailable as error:
                     outage.failed(error)
-                    await asyncio.sleep(BACKOFF_S)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(stop.wait(), BACKOFF_S)
+                    if stop.is_set():
+                        raise
             if taken.jobs:
                 return taken
         return Taken([], more=False)

@@ -232,6 +232,30 @@ async def test_stopping_finishes_what_was_claimed_and_claims_no_other(
     assert len(watched.batches) == 2
 
 
+async def test_a_worker_with_nothing_in_hand_stops_at_once_in_an_outage_that_began_at_its_claim(
+    queue: Queue,
+    start_worker: Start,
+    picture_job: PictureJob,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It sent the claim again for all of its drain time, and ended as one that hands back what it has."""
+    monkeypatch.setattr(worker, "FRESH_MS", -1e6)  # no claim but by `claim_next`
+    monkeypatch.setattr("flashbulb_service.queue.queue.BACKOFF_S", 3600.0)
+    running, calls = start_worker(), list[str]()
+
+    async def away(*args: Any, **options: Any) -> None:
+        calls.append("take")
+        raise QueueUnavailable("planted")
+
+    monkeypatch.setattr(running.worker._queue, "take", away)
+    await queue.enqueue([picture_job()])
+    await wait_until(lambda: _truth(calls))
+    running.stop.set()
+    assert await running.task is True
+    assert calls == ["take"]
+
+
 async def test_the_next_batch_runs_while_the_last_one_is_stored(
     queue: Queue,
     start_worker: Start,
