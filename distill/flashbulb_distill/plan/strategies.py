@@ -80,11 +80,12 @@ class Strategy(BaseModel):
     def suits(self, recipe: Recipe) -> bool:
         """Tell whether a recipe's stages can be trained so.
 
-        IDA mixes weights of student and fake score, of one kind then; whole weights to start from are no adapter's.
+        IDA mixes weights of student and fake score, of one kind then; whole weights to start from are no adapter's,
+        and no more is a code of the noise.
         """
         mixes = any(getattr(section, "ida", 0) for section in recipe.stages.values())
-        starts_whole = self.roles[0] == "full" or recipe.start is None
-        return starts_whole and (self.roles[0] == self.roles[1] or not mixes)
+        may_adapt = recipe.start is None and recipe.variety is None
+        return (self.roles[0] == "full" or may_adapt) and (self.roles[0] == self.roles[1] or not mixes)
 
     def overrides(self, recipe: Recipe, at_once: int | None) -> tuple[str, ...]:
         """Return what to pass to `--set` for it; roles are the whole run's, and so are the rates beside them."""

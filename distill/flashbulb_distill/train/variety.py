@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from annotated_types import Len
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,7 +32,7 @@ def load_variants(path: Path, prompts: Sequence[str]) -> dict[str, list[str]]:
         RecipeError: no such file, not of this form, or a prompt that is not trained.
     """
     try:
-        table = TypeAdapter(dict[str, Annotated[list[str], Len(min_length=1)]]).validate_json(
+        table = TypeAdapter(dict[str, Annotated[list[str], Field(min_length=1)]]).validate_json(
             path.read_bytes()
         )
     except FileNotFoundError:

@@ -185,7 +185,15 @@ def test_all_stages_of_a_run_are_planned_with_one_pair_of_roles():
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_what_is_planned_of_any_recipe_is_a_recipe_too(path):
     """A plan of SD3.5 Large once died in IDA, which pulls the fake score to the student: a whole one to an adapter."""
-    recipe = load_recipe(path, ["memory.optimizer=adamw8bit"])
+    _plans_are_recipes(path, "memory.optimizer=adamw8bit")
+
+
+def test_what_is_planned_of_a_student_with_variety_from_the_teacher_is_a_recipe_too():
+    _plans_are_recipes(RECIPES / "emoji_variety.yaml", "memory.optimizer=adamw8bit", "start=null")
+
+
+def _plans_are_recipes(path, *given):
+    recipe = load_recipe(path, given)
     tried = []
 
     def never_fits(changed, stage, budget):
@@ -197,11 +205,10 @@ def test_what_is_planned_of_any_recipe_is_a_recipe_too(path):
             rows = plan(recipe, stage, GIB, never_fits, gpus=gpus).rows
             names = {row.strategy.name for row in rows}
             assert rows[0].strategy.roles == (recipe.roles.student, recipe.roles.fake)
-            assert ("LoRA both, checkpointing" in names) == (recipe.start is None), (
-                "whole weights are no adapter's"
-            )
+            may_adapt = recipe.start is None and recipe.variety is None
+            assert ("LoRA both, checkpointing" in names) == may_adapt, "whole weights are no adapter's"
             for row in rows:
-                load_recipe(path, list(row.strategy.overrides(recipe, 2)))
+                load_recipe(path, [*given, *row.strategy.overrides(recipe, 2)])
     for changed in tried:
         type(changed).model_validate(changed.model_dump())
         assert changed.memory.optimizer == "adamw"  # 8 bits are a quarter of that, and need no GPU to tell
