@@ -24,7 +24,6 @@ to 11 % too high. No `fsdp` plan below was compared with a measured run.
 A plan takes the first strategy that fits, the recipe's own roles first, and all stages of a run have the same. If need
 be it computes fewer rows at once, which changes nothing of what is learnt. A role that becomes an adapter asks for an
 adapter's rate: the printed options have it. Every GPU has the same share of the batch.
-The rows of SD3 Medium and SDXL are from before that rule: where the command says another strategy, it is right.
 `flashbulb distill plan RECIPE --gpu SIZE --gpus N` prints every strategy and the `--set` options to copy."""
 
 

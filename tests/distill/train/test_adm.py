@@ -1,17 +1,23 @@
 """ADM against what is known exactly."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from flashbulb_distill.bundle import Shape
 from flashbulb_distill.core.draws import Draws
 from flashbulb_distill.core.schedule import add_noise, ode_step
-from flashbulb_distill.networks.discriminators import VectorDiscriminator
+from flashbulb_distill.networks.discriminators import LatentDiscriminator, VectorDiscriminator
 from flashbulb_distill.networks.point import PointDenoiser
 from flashbulb_distill.teachers.denoiser import Condition, spread
 from flashbulb_distill.teachers.mixture import MixtureDenoiser, ring
+from flashbulb_distill.teachers.open import open_teacher
 from flashbulb_distill.train.adm import Adm, keep_position
-from flashbulb_distill.train.recipe import AdmRecipe, Rates
+from flashbulb_distill.train.recipe import AdmRecipe, Rates, load_recipe
+from support.tiny_pipelines import make_tiny_pipeline
 
+RECIPES = Path(__file__).parents[3] / "distill" / "recipes"
 NO_PROMPT = Condition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
 
 
@@ -295,3 +301,34 @@ def test_at_a_short_step_even_the_best_discriminator_is_hardly_ever_right_about_
         pytest.approx(value, abs=0.003) for value in (0.552, 0.542, 0.513, 0.501)
     ]
     assert best_accuracy(1 / 16, 0.1) == pytest.approx(0.707, abs=0.005)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("recipe", "family"),
+    [
+        ("sdxl_1step", "sdxl"),
+        ("sd3_medium_4step", "sd3"),
+    ],
+)
+def test_the_discriminator_of_a_recipe_in_bfloat16_sees_what_bfloat16_would_round_away(
+    recipe, family, tmp_path
+):
+    """At dt = 1/64 both sides differ by no more than that; the recipes read blocks alone, which round their input."""
+    loaded = load_recipe(RECIPES / f"{recipe}.yaml")
+    assert loaded.precision == "bfloat16"
+    folder = str(make_tiny_pipeline(tmp_path, family))
+    shape = Shape(width=64, height=64, frames=9 if loaded.is_video else 1)
+    teacher = open_teacher(loaded.family, folder, shape=shape, bf16=True)
+    last = len(teacher.denoiser.blocks) - 1
+    channels, *axes = teacher.latent_shape
+    torch.manual_seed(0)
+    latent = LatentDiscriminator(
+        teacher.denoiser,
+        sorted({min(tap, last) for tap in loaded.adm.taps}),
+        channels=channels,
+        axes=len(axes),
+    )
+    xs = torch.randn(2, *teacher.latent_shape)
+    s, cond = torch.tensor([0.5, 0.5]), teacher.encode(["a red dog", "dog"])
+    assert not torch.equal(latent(xs, s, cond), latent(xs.bfloat16().float(), s, cond))
