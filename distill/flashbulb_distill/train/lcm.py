@@ -5,8 +5,9 @@ The boundary condition f(x, 0) = x holds by definition here: at t = 0 nothing is
 and c_out, with its times scaled by 10, differ from that by less than 1e-5 at the first time of a grid of 50.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ..ranks import ALONE, Ranks
 from ..sharding import own
 from ..teachers.denoiser import Condition, Denoiser, guided_x0, spread
 from .recipe import LcmRecipe
-from .step import Means, Parts, device_of, sender, update
+from .step import Parts, descend, device_of, sender
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,13 @@ class Lcm:
     def step(self, step: int) -> dict[str, float]:
         """Update the student towards its target one grid step closer to the data, then let the target follow."""
         recipe = self.recipe
-        parts, logs = Parts(self.ranks.rows(recipe.batch_size), self.micro_batch), Means()
-
-        def losses() -> Iterator[Tensor]:
-            for part in parts:
-                loss = self._loss(step, part)
-                logs.add(parts.share(part), loss=loss)
-                yield parts.share(part) * loss
-
-        norm = update(losses(), [self.optimizers["student"]], recipe.clip, self.ranks)
+        parts = Parts(self.ranks.rows(recipe.batch_size), self.micro_batch)
+        loss_of = partial(self._loss, step)
+        logs = descend(loss_of, parts, self.optimizers["student"], recipe.clip, self.ranks)
         with torch.no_grad():
             for target, student in zip(self.target.parameters(), self.student.parameters(), strict=True):
                 own(target).lerp_(own(student), 1 - recipe.target_ema)
-        return {**logs, "student_norm": norm}
+        return logs
 
     def _loss(self, step: int, rows: range) -> Tensor:
         """Return the mean loss of some rows of the batch."""

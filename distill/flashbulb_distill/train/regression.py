@@ -4,8 +4,9 @@ Source: rectified flow (Liu et al. 2022, arXiv 2209.03003) on the pairs of ADP: 
 start for ADP, since one step of it costs a quarter of one of ADP's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..pairs.store import DrawnPairs
 from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser, spread
 from .recipe import RegressionRecipe
-from .step import Means, Parts, device_of, sender, update
+from .step import Parts, descend, device_of, sender
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,9 @@ class Regression:
 
     def step(self, step: int) -> dict[str, float]:
         """Update the student towards the endpoints of drawn pairs, from points on their straight lines."""
-        parts, logs = Parts(self.ranks.rows(self.recipe.batch_size), self.micro_batch), Means()
-
-        def losses() -> Iterator[Tensor]:
-            for part in parts:
-                loss = self._loss(step, part)
-                logs.add(parts.share(part), loss=loss)
-                yield parts.share(part) * loss
-
-        norm = update(losses(), [self.optimizers["student"]], self.recipe.clip, self.ranks)
-        return {**logs, "student_norm": norm}
+        parts = Parts(self.ranks.rows(self.recipe.batch_size), self.micro_batch)
+        loss_of = partial(self._loss, step)
+        return descend(loss_of, parts, self.optimizers["student"], self.recipe.clip, self.ranks)
 
     def _loss(self, step: int, rows: range) -> Tensor:
         """Return the mean loss of some rows of the batch."""

@@ -84,6 +84,30 @@ def update(
     return float(norm)
 
 
+def descend(
+    loss_of: Callable[[range], Tensor],
+    parts: Parts,
+    optimizer: Optimizer,
+    clip: float,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """Move the student down the gradient of one loss over a batch; return the scalars to log.
+
+    Args:
+        loss_of: rows of the batch -> their mean loss [].
+    """
+    logs = Means()
+
+    def losses() -> Iterator[Tensor]:
+        for part in parts:
+            loss = loss_of(part)
+            logs.add(parts.share(part), loss=loss)
+            yield parts.share(part) * loss
+
+    norm = update(losses(), [optimizer], clip, ranks)
+    return {**logs, "student_norm": norm}
+
+
 def clip_gradients(parameters: Sequence[Tensor], most: float, ranks: Ranks = ALONE) -> Tensor:
     """Scale gradients so that their norm over all parameters, and over all ranks' parts, is at most `most`.
 

@@ -6,9 +6,9 @@ named variants under the open prompt, and a `NoiseCode` tells it which of them a
 variants learn what they drew before. No teacher is asked.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ from ..ranks import ALONE, Ranks
 from ..teachers.denoiser import Condition, Denoiser
 from ..teachers.noise_code import place_of
 from .recipe import RecipeError, VarietyRecipe
-from .step import Means, Parts, device_of, update
+from .step import Parts, descend, device_of
 
 
 def load_variants(path: Path, prompts: Sequence[str]) -> dict[str, list[str]]:
@@ -93,16 +93,9 @@ class Variety:
 
     def step(self, step: int) -> dict[str, float]:
         """Update the student towards its earlier pictures of what drawn prompts and noises stand for."""
-        parts, logs = Parts(self.ranks.rows(self.recipe.batch_size), self.micro_batch), Means()
-
-        def losses() -> Iterator[Tensor]:
-            for part in parts:
-                loss = self._loss(step, part)
-                logs.add(parts.share(part), loss=loss)
-                yield parts.share(part) * loss
-
-        norm = update(losses(), [self.optimizers["student"]], self.recipe.clip, self.ranks)
-        return {**logs, "student_norm": norm}
+        parts = Parts(self.ranks.rows(self.recipe.batch_size), self.micro_batch)
+        loss_of = partial(self._loss, step)
+        return descend(loss_of, parts, self.optimizers["student"], self.recipe.clip, self.ranks)
 
     def _loss(self, step: int, rows: range) -> Tensor:
         """Return the mean squared error of some rows of the batch."""
