@@ -61,10 +61,12 @@ class Presence:
         *,
         metrics: bytes = b"",
         memory: Mapping[str, int] | None = None,
+        instead_of: LiveWorker | None = None,
     ) -> None:
         """Say that a worker is alive for the next `ttl_s` seconds, what it has counted, and what lies in its memory.
 
         memory: model -> bytes, 0 for one that is not loaded now.
+        instead_of: what it said before, which ends at once, with no moment between in which it is not on the list.
 
         Raises:
             QueueUnavailable: the server does not answer.
@@ -78,6 +80,8 @@ class Presence:
                 if memory is not None:
                     text = json.dumps(dict(memory))
                     pipe.set(self._memory_key(worker), text, px=max(1, round(ttl_s * 1000)))
+                if instead_of is not None:
+                    pipe.zrem(self._key, _to_member(instead_of))
                 pipe.zadd(self._key, {_to_member(worker): now + ttl_s})
                 pipe.zremrangebyscore(self._key, "-inf", now)
                 pipe.expire(self._key, 3600)

@@ -348,8 +348,7 @@ class Worker:
             await self._follow_words()
             if self._me != before:
                 with contextlib.suppress(QueueUnavailable):
-                    await self._presence.withdraw(before)
-                    await self._presence.announce(self._me, memory=self._pool.memory())
+                    await self._presence.announce(self._me, memory=self._pool.memory(), instead_of=before)
 
     async def _follow_words(self) -> None:
         """Serve what is found but what operators have unloaded, and have in memory what they want there."""

@@ -429,6 +429,23 @@ async def test_a_worker_follows_what_operators_say(
     await wait_until(lambda: seen({"ant@1", "bee@1", "cat@1"}, {"bee@1", "cat@1"}))
 
 
+async def test_a_worker_whose_models_change_is_on_the_list_all_the_time(
+    queue: Queue, seen: Seen, wait_until: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took itself off before it said what it serves now: for a moment /readyz was 503, and models unknown."""
+    await wait_until(lambda: seen({"bee@1", "cat@1"}, {"bee@1", "cat@1"}))
+    listed, announce = [], Presence.announce
+
+    async def look_before(presence: Presence, *args: Any, **kwargs: Any) -> None:
+        listed.append(len(await presence.workers()))
+        await announce(presence, *args, **kwargs)
+
+    monkeypatch.setattr(Presence, "announce", look_before)
+    await ModelBook(queue).unload("bee@1")
+    await wait_until(lambda: seen({"cat@1"}, {"cat@1"}))
+    assert listed and set(listed) == {1}
+
+
 @pytest.mark.parametrize("cause", ["an operator's word", "time"])
 async def test_a_model_whose_load_failed_is_loaded_again_after_a_pause_or_at_an_operators_word(
     queue: Queue,
