@@ -1,5 +1,6 @@
 """Promises of the repository as a whole: names, versions, pins, documents, what a process loads."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +122,19 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
         version = pins.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name}: expected a pin in constraints.txt"
         assert requirement.specifier.contains(version), f"{requirement}: constraints.txt pins {version}"
+
+
+def test_every_pin_installs_on_the_oldest_python() -> None:
+    """Debian 12 has Python 3.11.2: a package that asks for 3.11.5 cannot be installed there."""
+    oldest = PYPROJECT["project"]["requires-python"].removeprefix(">=") + ".0"
+    refused = []
+    for name, version in constraints().items():
+        with contextlib.suppress(metadata.PackageNotFoundError):  # of another system or another extra
+            found = metadata.metadata(name)
+            asked = found["Requires-Python"] or ""
+            if found["Version"].partition("+")[0] == version and not SpecifierSet(asked).contains(oldest):
+                refused.append(f"{name}=={version} asks for Python {asked}")
+    assert refused == []
 
 
 def test_pins_carry_no_local_suffix() -> None:
