@@ -13,7 +13,7 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +113,7 @@ class ModelPool:
         self._capacity = capacity_bytes
         self._measure = measure or resident_bytes
         self._clock = clock
+        self.elsewhere: Set[str] | None = None  # models that other live workers serve, once we are told
         self._served: dict[str, Served] = {}
         self._room: set[Served] = set()  # those that take room, removed ones among them
         self._gate = asyncio.Lock()  # a loader that waits for room is not overtaken,
@@ -139,9 +140,20 @@ class ModelPool:
 
     @property
     def offered(self) -> dict[str, Served]:
-        """Return those of them that work may be claimed for: another worker may have the memory for a paused one."""
+        """Return those of them that work is claimed for: a paused one is left to another worker, where one serves it.
+
+        Where we know that none does, its jobs are claimed, and end with the reason why it cannot be loaded.
+        """
+        paused = self.paused
+        if self.elsewhere is not None:
+            paused &= self.elsewhere
+        return {name: served for name, served in self._served.items() if name not in paused}
+
+    @property
+    def paused(self) -> set[str]:
+        """Return those of them whose newest load failed, for a while."""
         now = self._clock()
-        return {name: served for name, served in self._served.items() if now >= served.pause.due_at}
+        return {name for name, served in self._served.items() if now < served.pause.due_at}
 
     @property
     def bytes(self) -> int:
@@ -243,6 +255,8 @@ class ModelPool:
                 try:
                     loaded = await asyncio.to_thread(self._load_model, served.model)
                 except Exception as error:
+                    served.refused_bytes = 0
+                    self._pause(served)
                     raise ModelUnavailable(served.model.id, f"{type(error).__name__}: {error}") from error
                 served.load_s = self._clock() - start
                 if is_alone and self._num_lent == lent_before:
@@ -253,7 +267,7 @@ class ModelPool:
                 self._evict(served)
                 # What was measured does not hold for good: something else may have grown meanwhile.
                 served.refused_bytes, served.bytes = served.bytes, known
-                served.pause.begin(self._clock())
+                self._pause(served)
                 raise self._too_large(served, served.refused_bytes)
             served.pause = LoadPause()
             self._shrink()
@@ -270,7 +284,7 @@ class ModelPool:
             return
         if served.bytes > self._capacity:
             raise self._too_large(served, served.bytes)
-        if self._clock() < served.pause.due_at:
+        if served.refused_bytes and self._clock() < served.pause.due_at:
             raise self._too_large(served, served.refused_bytes)
         try:
             while (missing := self.bytes + served.bytes - self._capacity) > 0:
@@ -286,6 +300,11 @@ class ModelPool:
                     self._evict(idle[position])
         finally:
             self._waits_for_long = False
+
+    def _pause(self, served: Served) -> None:
+        """Leave a model to other workers for a while. Loads that are tried in a pause make it no longer."""
+        if (now := self._clock()) >= served.pause.due_at:
+            served.pause.begin(now)
 
     def _shrink(self) -> None:
         """Evict idle models while more is in memory than may be: a first load took more than its files."""

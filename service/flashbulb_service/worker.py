@@ -298,10 +298,15 @@ class Worker:
                     self._me, metrics=self._metrics.exposition(), memory=self._pool.memory()
                 )
                 await self._queue.publish_times(self.id, self._known_times(), TTL_S)
+                self._pool.elsewhere = await self._served_elsewhere() if self._pool.paused else None
                 outage.worked()
             except QueueUnavailable as error:
                 outage.failed(error)
             await asyncio.sleep(INTERVAL_S)
+
+    async def _served_elsewhere(self) -> set[str]:
+        others = [worker for worker in await self._presence.workers() if worker.id != self.id]
+        return {model for worker in others for model in worker.models}
 
     def _known_times(self) -> dict[tuple[str, str], tuple[Tau, int]]:
         """Return (model, bucket) -> time model and cap, of every bucket whose time is known."""

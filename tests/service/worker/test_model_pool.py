@@ -22,7 +22,7 @@ from flashbulb_service.errors import ModelUnavailable
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.model_book import ModelBook
 from flashbulb_service.model_pool import LoadedModel, Loan, ModelPool, choose_evictions, resident_bytes
-from flashbulb_service.presence import Presence
+from flashbulb_service.presence import LiveWorker, Presence
 from flashbulb_service.queue import Queue
 from flashbulb_service.repository import Repository
 from flashbulb_service.results import ResultStore
@@ -406,7 +406,8 @@ async def seen(
 
     async def seen(models: set[str], held: set[str]) -> bool:
         workers = await presence.workers()
-        return {name for one in workers for name in one.models} == models and set(device.held) == held
+        own = {name for one in workers if one.id == worker.id for name in one.models}
+        return own == models and set(device.held) == held
 
     yield seen
     stop.set()
@@ -478,9 +479,14 @@ async def test_the_work_of_a_model_whose_load_is_paused_is_left_to_other_workers
     seen: Seen,
     wait_until: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
+    redis_url: str,
+    namespace: str,
 ) -> None:
     """Its worker claimed it on and refused it at once: its jobs lost all attempts before another worker had them."""
     monkeypatch.setattr(worker_module, "IDLE_S", 0.02)
+    monkeypatch.setattr(worker_module, "INTERVAL_S", 0.02)
+    presence = Presence.connect(redis_url, namespace=namespace)
+    await presence.announce(LiveWorker("other", ("bee@1",), "onnx"), ttl_s=60.0)
     everything = {"ant@1", "bee@1", "cat@1"}
     await ModelBook(queue).load("ant@1")  # bee leaves the memory
     await wait_until(lambda: seen(everything, {"ant@1", "cat@1"}))
@@ -504,3 +510,41 @@ async def test_the_work_of_a_model_whose_load_is_paused_is_left_to_other_workers
     await wait_until(lambda: seen(everything, {"ant@1"}))
     await queue.enqueue([bee])
     await wait_until(lambda: seen(everything, {"ant@1", "bee@1"}))
+    await presence.aclose()
+
+
+async def test_jobs_of_a_model_that_no_worker_can_load_end_with_the_reason(
+    queue: Queue,
+    device: Device,
+    seen: Seen,
+    wait_until: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The only worker left them to others: they waited for their deadline, and were told that no worker was free."""
+    monkeypatch.setattr(worker_module, "INTERVAL_S", 0.02)
+    await ModelBook(queue).load("ant@1")  # bee leaves the memory
+    await wait_until(lambda: seen({"ant@1", "bee@1", "cat@1"}, {"ant@1", "cat@1"}))
+    device.at_load = lambda: setattr(device, "grown", 2 * GROWTH)
+    for max_attempts in (1, 2):  # in the pause of the first as well
+        bee = NewJob(model="bee@1", bucket="bee@1:64x64:1", payload=b"p", max_attempts=max_attempts)
+        (view,) = await queue.wait((await queue.enqueue([bee])).ids, 10)
+        assert view.error is not None and view.error.code == "model_unavailable"
+        assert "FLASHBULB_MODELS_MEMORY_BYTES" in view.error.message
+
+
+async def test_a_model_whose_load_failed_is_left_to_others_for_a_while(
+    device: Device, three: list[Model]
+) -> None:
+    """Its worker claimed its jobs on, and they lost all attempts while memory was short for a second."""
+    pool = pool_of(device, 1)
+    ant, _ = [await pool.add(model) for model in three[:2]]
+    device.broken.add("ant@1")
+    for _ in range(3):
+        with pytest.raises(ModelUnavailable, match="no such operator"):
+            await Loan(pool, ant).take()
+    assert set(pool.offered) == {"bee@1"}, "nobody has said yet who else serves it"
+    pool.elsewhere = {"bee@1"}
+    assert set(pool.offered) == {"ant@1", "bee@1"}
+    pool.elsewhere = {"ant@1"}
+    device.now += model_pool.LOAD_PAUSE_S
+    assert set(pool.offered) == {"ant@1", "bee@1"}
