@@ -428,9 +428,8 @@ class Queue:
         """Do as `claim`, and tell whether more waits.
 
         Where the call that takes the jobs is not answered, it is sent until it is, or until `stop` is set: the jobs may
-        be this worker's.
+        be this worker's. Without a `stop` it is sent once.
         """
-        stop = stop or asyncio.Event()
         outage = OutageLog(log, "no answer to a claim, sending it again")
         while models:
             window = await self.window(worker_id, models, 2 * max_batch, now=now)
@@ -449,6 +448,8 @@ class Queue:
                     )
                     outage.worked()
                 except QueueUnavailable as error:
+                    if stop is None:
+                        raise
                     outage.failed(error)
                     with suppress(TimeoutError):
                         await asyncio.wait_for(stop.wait(), BACKOFF_S)

@@ -8,7 +8,7 @@ from flashbulb_service.errors import JobNotFound, QueueUnavailable
 from flashbulb_service.jobs import JobState, NewJob
 from flashbulb_service.queue import Limits
 from flashbulb_service.queue import queue as queue_module
-from flashbulb_service.scheduler import BucketFacts, Plan, plan_batch
+from flashbulb_service.scheduler import BucketFacts, Plan, Window, plan_batch
 from flashbulb_service.timing import Tau
 
 
@@ -356,8 +356,40 @@ async def test_a_claim_that_is_given_up_in_an_outage_is_sent_again_until_it_is_a
 
     monkeypatch.setattr(queue, "take", unanswered_twice)
     monkeypatch.setattr(queue_module, "BACKOFF_S", 0.0)
-    jobs = await queue.claim("w", ["emoji@1"], 8, 60)
+
+    def plan(window: Window) -> Plan | None:
+        return plan_batch(window, lambda _model, _bucket: BucketFacts(8))
+
+    jobs = (await queue.claim_next("w", ["emoji@1"], 8, 60, plan=plan, stop=asyncio.Event())).jobs
     assert [(job.id, job.attempt) for job in jobs] == [(job_id, 1) for job_id in ids]
+
+
+async def test_a_claim_that_nothing_can_stop_is_sent_once(queue, monkeypatch):
+    """`claim` never waits: it went on for ever without a server."""
+    await queue.enqueue([new()])
+
+    async def unanswered(*args, **options):
+        raise QueueUnavailable("planted")
+
+    monkeypatch.setattr(queue, "take", unanswered)
+    with pytest.raises(QueueUnavailable, match="planted"):
+        await queue.claim("w", ["emoji@1"], 8, 60)
+
+
+@pytest.mark.parametrize("since", ["paused", "overdue"])
+async def test_a_claim_that_comes_long_after_its_plan_takes_nothing_that_is_not_to_be_taken_any_more(
+    queue, since
+):
+    """It was sent again after an outage, and drew for an operator who had paused the model, or for nobody."""
+    (job_id,) = (await queue.enqueue([new(deadline_s=30.0)], now=100.0)).ids
+    window = await queue.window("w", ["emoji@1"], 8, now=100.0)
+    plan = plan_batch(window, lambda _model, _bucket: BucketFacts(8))
+    assert plan is not None and plan.take == (job_id,)
+    if since == "paused":
+        await queue.set_gate("emoji@1", "paused")
+    taken = await queue.take("w", plan, 60, models=["emoji@1"], now=101.0 if since == "paused" else 130.0)
+    assert taken.jobs == []
+    assert (await queue.get(job_id)).state is JobState.QUEUED
 
 
 async def test_a_wake_is_trusted_beside_the_backlog_of_a_paused_model(queue):

@@ -44,6 +44,14 @@ local function is_here(id)
   return job[1] == 'queued' and job[2] == model and job[3] == bucket
 end
 
+-- A call that is sent again may come minutes after its plan: what an operator or the clock has said since, counts.
+local is_paused = gate_of(model) == 'paused'
+
+local function is_wanted(id)
+  local deadline = call('HGET', key('job', id), 'deadline')
+  return not is_paused and (not deadline or tonumber(deadline) > now)
+end
+
 for i = first + 2 * num, #ARGV do
   if is_here(ARGV[i]) then
     leave(ARGV[i], model, bucket, call('HGET', key('job', ARGV[i]), 'tenant'))
@@ -54,7 +62,7 @@ end
 local batch = {}
 for i = first, first - 1 + 2 * num, 2 do
   local id, charge, attempt = ARGV[i], tonumber(ARGV[i + 1])
-  if is_here(id) then
+  if is_here(id) and is_wanted(id) then
     local tenant = call('HGET', key('job', id), 'tenant')
     local total = used_by(model, tenant) + charge
     leave(id, model, bucket, tenant)
