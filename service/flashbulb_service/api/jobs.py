@@ -235,6 +235,8 @@ async def describe_job(context: Context, address_of: AddressOf, view: RequestVie
     ended = [row.finished_at for row in rows if row.finished_at is not None]
     over = status not in ("queued", "in_progress")
     last = max(ended) if over and ended else None
+    # A job that was replayed ends later than the others, whose files live no longer for that.
+    first = min((row.finished_at for row in rows if row.result and row.finished_at), default=last)
     error = next((row.error for row in rows if row.state is JobState.FAILED and row.error), None)
     if record.fps:
         left_ms = await _video_left_ms(context, rows[0], record, position, step)
@@ -252,7 +254,9 @@ async def describe_job(context: Context, address_of: AddressOf, view: RequestVie
         "created_at": int(rows[0].enqueued_at),
         "started_at": _seconds(min((row.started_at for row in rows if row.started_at), default=None)),
         "completed_at": _seconds(last),
-        "expires_at": _seconds(None if last is None else last + context.settings.results_ttl_s),
+        "expires_at": _seconds(
+            None if last is None or first is None else first + context.settings.results_ttl_s
+        ),
         "prompt": record.prompt,
         "n": record.n,
         "size": record.size,

@@ -1,6 +1,7 @@
 """Jobs over HTTP: queued at once, read back, watched, cancelled, listed; seen by their owner only."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from flashbulb_service.errors import NewerMessage
 from flashbulb_service.jobs import NewJob
 from flashbulb_service.queue import DueHook
 from flashbulb_service.serve import upkeep
+from flashbulb_service.tasks import ImageOutcome
 from flashbulb_service.wire import WIRE
 
 MakeApp = Callable[..., FastAPI]
@@ -117,6 +119,21 @@ async def test_a_queued_job_tells_its_position_and_is_cancelled_once(make_app: M
         assert (await client.get(f"/v1/jobs/{jobs[1]['id']}")).json()["queue_position"] == 0
         events = await client.get(f"/v1/jobs/{jobs[0]['id']}/events")
         assert events_of(iter(events.text.splitlines()))[-1]["event"] == "job.cancelled"
+
+
+async def test_a_request_tells_when_its_first_picture_goes(make_app: MakeApp) -> None:
+    """Of a request with a replayed job it told when the last one goes; the others' files were gone long before."""
+    app = make_app()
+    queue, now = app.state.context.queue, time.time()
+    outcome = ImageOutcome(file="a.png", batch_size=1, batch_ms=1.0, encode_ms=1.0, bundle_sha256="0")
+    async with client_of(app) as client:
+        made = (await client.post("/v1/jobs", json={"prompt": "dog", "n": 2})).json()
+        for ago_s in (3600.0, 0.0):
+            [job] = await queue.claim("w", [made["model"]], 1, 60.0)
+            await queue.complete("w", job, outcome.to_bytes(), now=now - ago_s)
+        told = (await client.get(f"/v1/jobs/{made['id']}")).json()
+    assert told["status"] == "completed" and told["completed_at"] == int(now)
+    assert told["expires_at"] == int(now - 3600 + app.state.context.settings.results_ttl_s)
 
 
 async def test_deadlines_pass_while_there_is_no_worker(make_app: MakeApp) -> None:

@@ -1,5 +1,6 @@
 """A request as a whole: read back, listed, watched; and the ways an idempotency key works."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -140,6 +141,28 @@ async def test_a_replay_that_fails_keeps_the_other_jobs_no_longer_than_results_l
     await queue.fail("w", job, JobError("broken", "no"), retry=False)
     dead_ms, other_ms = [await queue._client.pttl(queue.keys.job(job_id)) for job_id in ids]
     assert 0 < other_ms <= 60_000 < dead_ms
+
+
+async def test_a_dead_letter_is_not_replayed_when_the_other_files_of_its_request_are_gone(
+    make_queue: Callable[..., Queue],
+) -> None:
+    """An earlier replay keeps the other jobs' hashes longer than their files live: the next was drawn for nobody."""
+    queue = make_queue(Limits(result_ttl_s=60.0, dead_ttl_s=600.0))
+    ids = (await queue.enqueue([new(), new()], keep=EVENTS)).ids
+    now = time.time()
+
+    async def fail_first() -> None:
+        for job in await queue.claim("w", ["emoji@1"], 2, 10.0):
+            if job.id == ids[0]:
+                await queue.fail("w", job, JobError("broken", "no"), retry=False)
+            else:
+                await queue.complete("w", job, b"r")
+
+    await fail_first()
+    assert await queue.replay_dead(ids[0], now=now + 50)
+    await fail_first()
+    with pytest.raises(InvalidRequest, match="deleted or has expired"):
+        await queue.replay_dead(ids[0], now=now + 70)
 
 
 async def test_a_dead_letter_of_a_deleted_request_is_not_replayed(queue: Queue) -> None:

@@ -1,5 +1,5 @@
 -- Queue a dead letter again with a fresh attempt budget. ARGV: now, id, target, result_ttl.
--- Returns 1, 0 when it is not one, or -1 when jobs of its request are gone.
+-- Returns 1, 0 when it is not one, or -1 when jobs of its request are gone, or what they drew is.
 
 local now = now_ms(ARGV[1])
 local id = ARGV[2]
@@ -14,7 +14,9 @@ if (fields[5] or '') ~= '' then -- dead letters outlive the other jobs, without 
     return -1
   end
   for row in string.gmatch(rows, '%S+') do
-    if call('EXISTS', key('job', row)) == 0 then
+    local other = call('HMGET', key('job', row), 'state', 'finished')
+    -- A file lives as long as its result did at first, however long a replay has kept the hash.
+    if not other[1] or (other[1] == 'done' and tonumber(other[2]) + tonumber(ARGV[4]) <= now) then
       return -1
     end
   end
