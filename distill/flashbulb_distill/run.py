@@ -138,10 +138,12 @@ class Run:
             start = open_teacher(recipe.family, recipe.start, shape=recipe.shape)
         except (OSError, ValueError, RuntimeError) as error:
             raise RecipeError(f"{wanted}: {str(error).partition('. ')[0]}") from error
-        shapes, own = (
-            {name: p.shape for name, p in teacher.denoiser.named_parameters() if not is_code(name)}
-            for teacher in (self.teacher, start)
-        )
+        shapes = {name: p.shape for name, p in self.teacher.denoiser.named_parameters()}
+        own = {
+            name: p.shape
+            for name, p in start.denoiser.named_parameters()
+            if name in shapes or not is_code(name)  # a code of its own is kept
+        }
         if shapes != own:
             raise RecipeError(f"{wanted}, a network of other parameters")
         return start

@@ -13,6 +13,7 @@ from ..losses import denoising_loss
 from ..ranks import Ranks
 from ..sharding import own
 from ..teachers.denoiser import Condition, Denoiser, spread
+from ..teachers.emoji import is_code
 from .step import Means, sender, update
 
 
@@ -68,5 +69,7 @@ def pull(fake: Denoiser, student: Denoiser, share: float) -> None:
 
     Source: implicit distribution alignment (Ge et al. 2025, SenseFlow, arXiv 2506.00523); share .03 there.
     """
-    for theirs, ours in zip(student.parameters(), fake.parameters(), strict=True):
+    # A code that the student may have reads its noise, which a score has no use for.
+    of_network = (weights for name, weights in student.named_parameters() if not is_code(name))
+    for theirs, ours in zip(of_network, fake.parameters(), strict=True):
         own(ours).lerp_(own(theirs).to(ours.dtype), share)

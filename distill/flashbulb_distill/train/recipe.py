@@ -197,6 +197,8 @@ class AdmRecipe(AdversarialRecipe):
             raise ValueError(
                 f"delta_t: expected below the end of time_range, {self.time_range[1]:g}, got {self.delta_t:g}"
             )
+        if self.time_range[0] < 0:
+            raise ValueError(f"time_range: expected it to begin at 0 or later, got {self.time_range[0]:g}")
         _check_range(self.times)
         return self
 

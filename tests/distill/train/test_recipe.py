@@ -92,6 +92,7 @@ def test_every_shipped_recipe_loads_and_says_where_each_value_of_its_stages_come
         (["time_steps=[]"], "time_steps: expected descending times"),
         (["adp.pixel_taps=[]"], r"yaml: adp\.pixel_taps: expected blocks for the heads .*, got none$"),
         (["adm.time_range=[0.98,0.02]"], r"adm\.time_range: expected 0 < low < high <= 1, got 0\.98 and"),
+        (["adm.time_range=[-0.5,0.98]"], r"adm\.time_range: expected it to begin at 0 or later, got -0\.5$"),
         (["adm.delta_t=0.99"], r"adm\.delta_t: expected below the end of time_range, 0\.98, got 0\.99$"),
     ],
 )

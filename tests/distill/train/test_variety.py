@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from flashbulb_distill.teachers.emoji import load_emoji_teacher
 from flashbulb_distill.teachers.noise_code import NoiseCode, place_of
 from flashbulb_distill.train import trainer
 from flashbulb_distill.train.build import Inputs, build, student_of, with_code
+from flashbulb_distill.train.fake import pull
 from flashbulb_distill.train.recipe import RecipeError, load_recipe
 from flashbulb_distill.train.variety import Variants, Variety
 from support.tiny_teacher import make_tiny_teacher
@@ -194,6 +196,31 @@ def test_both_rates_fall_to_zero_and_the_guard_looks(overrides, tmp_path, monkey
     np.testing.assert_allclose(seen, [[4e-4, 8e-3], [4e-4, 8e-3], [4e-4, 8e-3], [2e-4, 4e-3]])
     looks = json.loads((run.out / "variety" / "guard.json").read_text())["looks"]
     assert [look["step"] for look in looks] == [0, 2, 4]
+
+
+def test_a_fake_score_is_pulled_towards_a_student_with_a_code(tmp_path):
+    """ADM's first step with `ida` ended in an error: the score has no code."""
+    teacher = load_emoji_teacher(make_tiny_teacher(tmp_path))
+    fake, student = (teacher.new_denoiser(bf16=False) for _ in range(2))
+    with torch.no_grad():
+        for weights in student.parameters():
+            weights += 1
+    with_code(student)
+    pull(fake, student, 0.25)
+    for ours, was in zip(fake.parameters(), teacher.denoiser.parameters(), strict=True):
+        torch.testing.assert_close(ours, was + 0.25)
+
+
+def test_a_teacher_with_a_code_wants_a_start_that_has_it_too(overrides, tmp_path):
+    """It was found after the pairs, as weights of another network."""
+    coded = shutil.copytree(tmp_path / "teacher", tmp_path / "coded")
+    NoiseCode(384).save_pretrained(coded / "noise_code")
+    plain = tmp_path / "teacher"
+    for teacher, start, fits in ((coded, plain, False), (coded, coded, True), (plain, coded, True)):
+        recipe = recipe_of(overrides, f"teacher={teacher}", f"start={start}")
+        run = start_run(recipe, tmp_path / f"{teacher.name}-{start.name}", resume=False)
+        with nullcontext() if fits else pytest.raises(RecipeError, match="a network of other parameters"):
+            assert run.start is not None
 
 
 def test_a_student_with_a_code_can_be_gone_on_from(overrides, tmp_path):
