@@ -5,6 +5,7 @@
 student     model time of one picture, student beside teacher (the default)
 saturate    pictures/s of the whole server beside a bare onnxruntime loop
 overhead    what the server adds to a picture at light load
+floor       the same of servers that do less: the least of three processes, and one process
 stages      where that time goes, by the stages of API and worker
 decide      a decision and a claim with a thousand requests waiting
 durability  what `appendfsync always` of a Valkey of your own costs beside `everysec`
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "saturate": ("saturate.py", SERVICE_TESTS),
     "overhead": ("overhead.py", SERVICE_TESTS),
+    "floor": ("floor.py", SERVICE_TESTS),
     "stages": ("stages.py", SERVICE_TESTS),
     "decide": ("decide.py", ("tests/service/queue", "tests/service/test_scheduler.py")),
     "durability": ("durability.py", ("tests/service/queue", "tests/deploy/test_compose.py")),

@@ -37,19 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     student = open_as_worker(args.bundle, threads=args.threads, batch=1)
     with rig.serving(args.bundle, threads=args.threads) as server:
-        result = measure(server, student, args.requests, args.pause_ms / 1000)
+        result = measure(server.url, student, args.requests, args.pause_ms / 1000)
     rig.finish(NAME, {**result, "threads": args.threads, "pause_ms": args.pause_ms}, write=args.write)
     return 1 if result["wrong"] else 0
 
 
-def measure(server: rig.Server, student: BareStudent, requests: int, pause_s: float) -> dict[str, Any]:
-    """Time requests and the bare work by turns."""
+def measure(
+    url: str, student: BareStudent, requests: int, pause_s: float, *, first: int = 0
+) -> dict[str, Any]:
+    """Time requests to a server and the bare work by turns. first: the number of its first picture."""
     samples: list[Sample] = []
     latency_ms, model_ms, png_ms = [], [], []
     references: dict[Any, Drawn] = {}
-    target = Target(f"{server.url}/v1")
+    target = Target(f"{url}/v1")
     with Wire(target.url) as wire:
-        for picture in rig.different_pictures(WARM_UP + requests):
+        for picture in rig.different_pictures(WARM_UP + requests, first=first):
             time.sleep(pause_s)
             start = time.perf_counter()
             (pixels,) = student.draw([Ask(picture.prompt, picture.seed)])

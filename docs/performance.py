@@ -83,6 +83,14 @@ def _saturate(result: Result) -> list[str]:
     ]
 
 
+def _floor(result: Result) -> list[str]:
+    rows = [
+        [name, p50["median"], min(p50["turns"]), max(p50["turns"])]
+        for name, p50 in result["overhead_p50_ms"].items()
+    ]
+    return _table(["added to a picture, p50 in ms, by turns", "median", "least", "most"], rows)
+
+
 def _stages(result: Result) -> list[str]:
     return _table(["mark", "ms since the one before"], [[k, v] for k, v in result["stages_ms"].items()])
 
@@ -211,6 +219,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], list[str]]]] = {
             }
         ),
     ),
+    "floor": ("What servers add that do less", _floor),
     "stages": ("The way of a picture", _stages),
     "decide": ("Decisions under a backlog", _decide),
     "durability": ("A sync before every answer", _durability),
