@@ -56,8 +56,8 @@ class Tracing:
             attributes={"flashbulb.job": job.id, "flashbulb.attempt": job.attempt, **attributes},
         )
         inside = trace.set_span_in_context(whole)
-        tracer.start_span("queue", context=inside, start_time=_ns(job.enqueued_at)).end(_ns(started_at))
-        at = started_at
+        at = max(started_at, job.enqueued_at)  # a worker reckons the queue's clock, to some milliseconds
+        tracer.start_span("queue", context=inside, start_time=_ns(job.enqueued_at)).end(_ns(at))
         for stage, ms in stages_ms.items():
             span = tracer.start_span(stage, context=inside, start_time=_ns(at))
             at += ms / 1000

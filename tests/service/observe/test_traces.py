@@ -12,7 +12,7 @@ import pytest
 from flashbulb_service.errors import InvalidRequest
 from flashbulb_service.jobs import Job
 from flashbulb_service.settings import Settings
-from flashbulb_service.tracing import OFF, current_traceparent, start_tracing
+from flashbulb_service.tracing import OFF, Tracing, current_traceparent, start_tracing
 from support.serving import Serving
 from support.tiny_bundle import make_tiny_bundle
 
@@ -106,6 +106,24 @@ def test_a_trace_goes_from_the_clients_span_to_the_workers_stages(
     assert (services[route], services["job"]) == ("flashbulb-api", "flashbulb-worker")
     assert sum(span.name == "job" for _, span in collector.spans) == 1, "the second request was not traced"
     assert "secret" not in str([span for _, span in collector.spans])
+
+
+def test_no_span_ends_before_it_begins_where_a_worker_reckons_the_queues_clock_too_early() -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    job = Job("j", "tiny@1", "b", "default", b"p", attempt=1, burnt=0, enqueued_at=100.0)
+    parent = f"00-{TRACE}-{PARENT}-01"
+    stages = {"text": 1.0, "denoise": 2.0}
+    Tracing(provider).job(parent, job, started_at=99.997, ended_at=100.001, stages_ms=stages, attributes={})
+    told = {span.name: (span.start_time, span.end_time) for span in exporter.get_finished_spans()}
+    assert set(told) == {"job", "queue", *stages}
+    assert all(start <= end for start, end in told.values())
+    assert told["queue"][1] <= told["text"][0] and told["denoise"][1] <= told["job"][1]
 
 
 def test_without_a_collector_nothing_is_recorded() -> None:
