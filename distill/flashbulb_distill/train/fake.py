@@ -69,7 +69,8 @@ def pull(fake: Denoiser, student: Denoiser, share: float) -> None:
 
     Source: implicit distribution alignment (Ge et al. 2025, SenseFlow, arXiv 2506.00523); share .03 there.
     """
-    # A code that the student may have reads its noise, which a score has no use for.
-    of_network = (weights for name, weights in student.named_parameters() if not is_code(name))
-    for theirs, ours in zip(of_network, fake.parameters(), strict=True):
+    # The student may have got a code; a fake score has one only where its teacher has.
+    is_coded = any(is_code(name) for name, _ in fake.named_parameters())
+    of_both = (weights for name, weights in student.named_parameters() if is_coded or not is_code(name))
+    for theirs, ours in zip(of_both, fake.parameters(), strict=True):
         own(ours).lerp_(own(theirs).to(ours.dtype), share)

@@ -198,9 +198,13 @@ def test_both_rates_fall_to_zero_and_the_guard_looks(overrides, tmp_path, monkey
     assert [look["step"] for look in looks] == [0, 2, 4]
 
 
-def test_a_fake_score_is_pulled_towards_a_student_with_a_code(tmp_path):
-    """ADM's first step with `ida` ended in an error: the score has no code."""
-    teacher = load_emoji_teacher(make_tiny_teacher(tmp_path))
+@pytest.mark.parametrize("is_coded", [False, True])
+def test_a_fake_score_is_pulled_towards_a_student_with_a_code(is_coded, tmp_path):
+    """ADM's first step with `ida` ended in an error: the score has a code only where its teacher has."""
+    folder = make_tiny_teacher(tmp_path)
+    if is_coded:
+        NoiseCode(384).save_pretrained(folder / "noise_code")
+    teacher = load_emoji_teacher(folder)
     fake, student = (teacher.new_denoiser(bf16=False) for _ in range(2))
     with torch.no_grad():
         for weights in student.parameters():
