@@ -124,7 +124,7 @@ async def test_a_queued_job_tells_its_position_and_is_cancelled_once(make_app: M
 async def test_a_request_tells_when_its_first_picture_goes(make_app: MakeApp) -> None:
     """Of a request with a replayed job it told when the last one goes; the others' files were gone long before."""
     app = make_app()
-    queue, now = app.state.context.queue, time.time()
+    queue, now = app.state.context.queue, float(int(time.time()))
     outcome = ImageOutcome(file="a.png", batch_size=1, batch_ms=1.0, encode_ms=1.0, bundle_sha256="0")
     async with client_of(app) as client:
         made = (await client.post("/v1/jobs", json={"prompt": "dog", "n": 2})).json()
