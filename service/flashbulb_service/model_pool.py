@@ -113,7 +113,7 @@ class ModelPool:
         self._capacity = capacity_bytes
         self._measure = measure or resident_bytes
         self._clock = clock
-        self.elsewhere: Set[str] | None = None  # models that other live workers serve, once we are told
+        self.elsewhere: Set[str] | None = None  # models that other live workers can draw, once we are told
         self._served: dict[str, Served] = {}
         self._room: set[Served] = set()  # those that take room, removed ones among them
         self._gate = asyncio.Lock()  # a loader that waits for room is not overtaken,

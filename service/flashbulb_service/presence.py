@@ -35,6 +35,7 @@ class LiveWorker:
     bundles: tuple[str, ...] = ()  # sha256 of each model's manifest, in their order
     backends: tuple[str, ...] = ()  # what runs each model, in their order
     wire: int = WIRE  # the version of what it reads and writes
+    paused: tuple[str, ...] = ()  # those of the models that it leaves to others for a while: a load failed
 
 
 class Presence:
@@ -80,7 +81,7 @@ class Presence:
                 if memory is not None:
                     text = json.dumps(dict(memory))
                     pipe.set(self._memory_key(worker), text, px=max(1, round(ttl_s * 1000)))
-                if instead_of is not None:
+                if instead_of is not None and instead_of != worker:
                     pipe.zrem(self._key, _to_member(instead_of))
                 pipe.zadd(self._key, {_to_member(worker): now + ttl_s})
                 pipe.zremrangebyscore(self._key, "-inf", now)
@@ -173,8 +174,9 @@ def _to_member(worker: LiveWorker) -> str:
 def _from_member(member: bytes) -> LiveWorker:
     fields = json.loads(member)
     bundles, backends = (tuple(fields.get(name, ())) for name in ("bundles", "backends"))
+    wire, paused = fields.get("wire", 1), tuple(fields.get("paused", ()))
     return LiveWorker(
-        fields["id"], tuple(fields["models"]), fields["backend"], bundles, backends, fields.get("wire", 1)
+        fields["id"], tuple(fields["models"]), fields["backend"], bundles, backends, wire, paused
     )
 
 

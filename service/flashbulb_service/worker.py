@@ -141,6 +141,8 @@ class Worker:
         self._book, self._words = ModelBook(queue), Words()
         self._shelved = {model.id: Shelved(model) for model in unloaded}
         self._done_wishes: dict[str, str] = {}
+        self._announced: LiveWorker | None = None  # what the list says of us
+        self._announcing = asyncio.Lock()
         self._lease_s = lease_s
         self._scheduler = Scheduler(models.swap_ms)
         self.id = worker_id or new_worker_id()
@@ -191,7 +193,8 @@ class Worker:
     async def _withdraw(self, announcing: "Sequence[asyncio.Task[None]]") -> None:
         await _cancel(announcing)
         with contextlib.suppress(QueueUnavailable):
-            await self._presence.withdraw(self._me)
+            for said in {self._me, self._announced or self._me}:  # the newest may have been on its way
+                await self._presence.withdraw(said)
 
     async def _serve(self, stop: asyncio.Event) -> None:
         lanes = [asyncio.create_task(self._serve_lane(stop, lane)) for lane in (SHORT, LONG)]
@@ -216,6 +219,10 @@ class Worker:
                         await until_stop(asyncio.sleep(SCAN_INTERVAL_S))
                         continue
                     wake = None if more else await until_stop(self._queue.wait_for_work(names, IDLE_S))
+                    if wake and (gone := set(names) - self._pool.offered.keys()):
+                        await self._queue.wake(
+                            sorted(gone)
+                        )  # it may have been meant for a worker that has them
                     if wake and not self._pipeline.has_room(lane):  # a step of long work has begun since
                         await until_stop(self._pipeline.room(lane))
                     if stop.is_set():
@@ -294,9 +301,7 @@ class Worker:
         outage = OutageLog(log, "cannot say that this worker lives")
         while True:
             try:
-                await self._presence.announce(
-                    self._me, metrics=self._metrics.exposition(), memory=self._pool.memory()
-                )
+                await self._announce(self._metrics.exposition())
                 await self._queue.publish_times(self.id, self._known_times(), TTL_S)
                 self._pool.elsewhere = await self._served_elsewhere() if self._pool.paused else None
                 outage.worked()
@@ -304,9 +309,17 @@ class Worker:
                 outage.failed(error)
             await asyncio.sleep(INTERVAL_S)
 
+    async def _announce(self, metrics: bytes = b"") -> None:
+        async with self._announcing:
+            me = self._me
+            await self._presence.announce(
+                me, metrics=metrics, memory=self._pool.memory(), instead_of=self._announced
+            )
+            self._announced = me
+
     async def _served_elsewhere(self) -> set[str]:
         others = [worker for worker in await self._presence.workers() if worker.id != self.id]
-        return {model for worker in others for model in worker.models}
+        return {model for worker in others for model in set(worker.models) - set(worker.paused)}
 
     def _known_times(self) -> dict[tuple[str, str], tuple[Tau, int]]:
         """Return (model, bucket) -> time model and cap, of every bucket whose time is known."""
@@ -339,7 +352,6 @@ class Worker:
     async def _keep_models(self) -> None:
         """Serve what appears in the repository, and nothing that is gone; batches in hand keep their model."""
         while self._repository is not None:
-            before = self._me
             await asyncio.sleep(SCAN_INTERVAL_S)
             try:
                 new, gone = await asyncio.to_thread(self._repository.scan)
@@ -351,9 +363,9 @@ class Worker:
                 self._give_up(model_id, "is gone from the repository")
             self._shelved |= {model.id: Shelved(model) for model in new}
             await self._follow_words()
-            if self._me != before:
+            if self._me != self._announced:
                 with contextlib.suppress(QueueUnavailable):
-                    await self._presence.announce(self._me, memory=self._pool.memory(), instead_of=before)
+                    await self._announce()
 
     async def _follow_words(self) -> None:
         """Serve what is found but what operators have unloaded, and have in memory what they want there."""
@@ -397,10 +409,12 @@ class Worker:
 
     @property
     def _me(self) -> LiveWorker:
-        served = self._pool.offered
+        served, paused = self._pool.served, self._pool.paused
         bundles = tuple(one.model.bundle.sha256 for one in served.values())
         backends = tuple(one.backend for one in served.values())
-        return LiveWorker(self.id, tuple(served), self._backend_name, bundles, backends)
+        return LiveWorker(
+            self.id, tuple(served), self._backend_name, bundles, backends, paused=tuple(sorted(paused))
+        )
 
     async def _keep_clean(self) -> None:
         interval_s = min(CLEAN_INTERVAL_S, max(LEAST_CLEAN_INTERVAL_S, self._results.ttl_s / 2))

@@ -559,6 +559,10 @@ class Queue:
             found = await line.call("BLPOP", *map(self.keys.wake, models), timeout_s)
         return None if found is None else Wake(read_token(found[1]))
 
+    async def wake(self, models: Sequence[str]) -> None:
+        """Pass a wake on that was heard by a worker which does not take the work of these models."""
+        await self._run("wake", *models)
+
     async def heartbeat(
         self, worker_id: str, jobs: Sequence[Job], lease_s: float, *, now: float | None = None
     ) -> set[str]:

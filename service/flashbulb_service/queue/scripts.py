@@ -31,6 +31,7 @@ NAMES = (
     "forget",
     "hooks",
     "hook_done",
+    "wake",
 )
 
 

@@ -406,7 +406,7 @@ async def seen(
 
     async def seen(models: set[str], held: set[str]) -> bool:
         workers = await presence.workers()
-        own = {name for one in workers if one.id == worker.id for name in one.models}
+        own = {name for one in workers if one.id == worker.id for name in set(one.models) - set(one.paused)}
         return own == models and set(device.held) == held
 
     yield seen
@@ -486,7 +486,7 @@ async def test_the_work_of_a_model_whose_load_is_paused_is_left_to_other_workers
     monkeypatch.setattr(worker_module, "IDLE_S", 0.02)
     monkeypatch.setattr(worker_module, "INTERVAL_S", 0.02)
     presence = Presence.connect(redis_url, namespace=namespace)
-    await presence.announce(LiveWorker("other", ("bee@1",), "onnx"), ttl_s=60.0)
+    await presence.announce(LiveWorker("other", ("ant@1", "bee@1"), "onnx", paused=("ant@1",)), ttl_s=60.0)
     everything = {"ant@1", "bee@1", "cat@1"}
     await ModelBook(queue).load("ant@1")  # bee leaves the memory
     await wait_until(lambda: seen(everything, {"ant@1", "cat@1"}))
@@ -511,6 +511,35 @@ async def test_the_work_of_a_model_whose_load_is_paused_is_left_to_other_workers
     await queue.enqueue([bee])
     await wait_until(lambda: seen(everything, {"ant@1", "bee@1"}))
     await presence.aclose()
+
+
+async def test_a_wake_that_a_paused_worker_hears_reaches_the_one_that_can_draw(
+    queue: Queue, device: Device, seen: Seen, wait_until: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had gone to sleep for the model before its load failed: another worker slept on beside the work."""
+    await ModelBook(queue).load("ant@1")  # bee leaves the memory
+    await wait_until(lambda: seen({"ant@1", "bee@1", "cat@1"}, {"ant@1", "cat@1"}))
+    sleeps, wait_for_work = threading.Event(), Queue.wait_for_work
+
+    async def watched(asleep: Queue, models: list[str], timeout_s: float) -> Any:
+        if "bee@1" in models:
+            sleeps.set()
+        try:
+            return await wait_for_work(asleep, models, timeout_s)
+        finally:
+            sleeps.clear()
+
+    def grow() -> None:
+        assert sleeps.wait(10)
+        device.grown = 2 * GROWTH
+
+    monkeypatch.setattr(Queue, "wait_for_work", watched)
+    device.at_load = grow
+    await queue.enqueue([NewJob(model="bee@1", bucket="bee@1:64x64:1", payload=b"p", max_attempts=2)])
+    await wait_until(lambda: seen({"ant@1", "cat@1"}, {"ant@1"}))
+    other = asyncio.create_task(wait_for_work(queue, ["bee@1"], worker_module.IDLE_S / 2))
+    await queue.reap(now=time.time() + 60)  # its retry is due
+    assert await other is not None
 
 
 async def test_jobs_of_a_model_that_no_worker_can_load_end_with_the_reason(
