@@ -309,6 +309,9 @@ def test_at_a_short_step_even_the_best_discriminator_is_hardly_ever_right_about_
     [
         ("sdxl_1step", "sdxl"),
         ("sd3_medium_4step", "sd3"),
+        ("sd35_large_4step", "sd35-large"),
+        ("cogvideox_2b_8step", "cogvideox-2b"),
+        ("cogvideox_5b_8step", "cogvideox-5b"),
     ],
 )
 def test_the_discriminator_of_a_recipe_in_bfloat16_sees_what_bfloat16_would_round_away(
