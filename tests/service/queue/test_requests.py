@@ -16,6 +16,15 @@ def new() -> NewJob:
     return NewJob(model="emoji@1", bucket="64x64", payload=b"p")
 
 
+async def end(queue: Queue, *, failing: str) -> None:
+    """End what waits: one job fails for good, the others get results."""
+    for job in await queue.claim("w", ["emoji@1"], 2, 10.0):
+        if job.id == failing:
+            await queue.fail("w", job, JobError("broken", "no"), retry=False)
+        else:
+            await queue.complete("w", job, b"r")
+
+
 async def take(queue: Queue, request_id: str, count: int, after: str = "0") -> list[Event]:
     seen: list[Event] = []
     watching = queue.watch(request_id, after=after, quiet_s=5)
@@ -88,11 +97,7 @@ async def test_a_dead_letter_whose_request_nobody_can_read_any_more_is_not_repla
 ) -> None:
     """Dead letters live longer than results: a replay was drawn for a client that got 404."""
     ids = (await queue.enqueue([new(), new()], keep=EVENTS)).ids
-    for job in await queue.claim("w", ["emoji@1"], 2, 10.0):
-        if job.id == ids[dead]:
-            await queue.fail("w", job, JobError("broken", "no"), retry=False)
-        else:
-            await queue.complete("w", job, b"r")
+    await end(queue, failing=ids[dead])
     await queue._client.pexpire(queue.keys.job(ids[1 - dead]), 0)
     with pytest.raises(InvalidRequest, match="deleted or has expired"):
         await queue.replay_dead(ids[dead])
@@ -105,11 +110,7 @@ async def test_a_request_can_be_read_as_long_after_a_replay_as_after_its_first_e
 ) -> None:
     """Its other jobs were there at the replay, and expired before or soon after its end: the client got 404."""
     ids = (await queue.enqueue([new(), new()], keep=EVENTS)).ids
-    for job in await queue.claim("w", ["emoji@1"], 2, 10.0):
-        if job.id == ids[dead]:
-            await queue.fail("w", job, JobError("broken", "no"), retry=False)
-        else:
-            await queue.complete("w", job, b"r")
+    await end(queue, failing=ids[dead])
     other = queue.keys.job(ids[1 - dead])
 
     async def is_kept() -> bool:
@@ -131,11 +132,7 @@ async def test_a_replay_that_fails_keeps_the_other_jobs_no_longer_than_results_l
     """They were kept as long as a dead letter, without their files: the next replay was drawn for nobody."""
     queue = make_queue(Limits(result_ttl_s=60.0, dead_ttl_s=600.0))
     ids = (await queue.enqueue([new(), new()], keep=EVENTS)).ids
-    for job in await queue.claim("w", ["emoji@1"], 2, 10.0):
-        if job.id == ids[0]:
-            await queue.fail("w", job, JobError("broken", "no"), retry=False)
-        else:
-            await queue.complete("w", job, b"r")
+    await end(queue, failing=ids[0])
     assert await queue.replay_dead(ids[0])
     [job] = await queue.claim("w", ["emoji@1"], 1, 10.0)
     await queue.fail("w", job, JobError("broken", "no"), retry=False)
@@ -151,16 +148,9 @@ async def test_a_dead_letter_is_not_replayed_when_the_other_files_of_its_request
     ids = (await queue.enqueue([new(), new()], keep=EVENTS)).ids
     now = time.time()
 
-    async def fail_first() -> None:
-        for job in await queue.claim("w", ["emoji@1"], 2, 10.0):
-            if job.id == ids[0]:
-                await queue.fail("w", job, JobError("broken", "no"), retry=False)
-            else:
-                await queue.complete("w", job, b"r")
-
-    await fail_first()
+    await end(queue, failing=ids[0])
     assert await queue.replay_dead(ids[0], now=now + 50)
-    await fail_first()
+    await end(queue, failing=ids[0])
     with pytest.raises(InvalidRequest, match="deleted or has expired"):
         await queue.replay_dead(ids[0], now=now + 70)
 
