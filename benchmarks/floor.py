@@ -45,14 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for turn in range(args.turns):
             for name, url in urls.items():
                 rig.say(f"{name}, {turn + 1} of {args.turns}")
-                told = measure(
-                    url,
-                    student,
-                    args.requests,
-                    args.pause_ms / 1000,
-                    first=turn
-                    * (WARM_UP + args.requests),  # of a prompt seen before a worker knows the embedding
-                )
+                first = turn * (WARM_UP + args.requests)  # of a prompt seen before the embedding is known
+                told = measure(url, student, args.requests, args.pause_ms / 1000, first=first)
                 overhead_ms[name].append(round(told["overhead_ms"]["p50"], 2))
                 wrong += told["wrong"]
     result = {

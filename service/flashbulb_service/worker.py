@@ -219,10 +219,9 @@ class Worker:
                         await until_stop(asyncio.sleep(SCAN_INTERVAL_S))
                         continue
                     wake = None if more else await until_stop(self._queue.wait_for_work(names, IDLE_S))
+                    # A wake for what we gave up meanwhile is meant for a worker that has it.
                     if wake and (gone := set(names) - self._pool.offered.keys()):
-                        await self._queue.wake(
-                            sorted(gone)
-                        )  # it may have been meant for a worker that has them
+                        await self._queue.wake(sorted(gone))
                     if wake and not self._pipeline.has_room(lane):  # a step of long work has begun since
                         await until_stop(self._pipeline.room(lane))
                     if stop.is_set():

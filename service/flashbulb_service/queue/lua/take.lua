@@ -28,9 +28,11 @@ local function attempt_of_call(id)
   return job[1] == 'running' and job[2] == worker and job[3] == call_id and tonumber(job[4])
 end
 
+local is_paused = gate_of(model) == 'paused'
+
 -- A plan for one job holds while nothing has come beside it; else the whole window is to be read.
 if seen then
-  local others = gate_of(model) == 'paused' or not is_alone(model, bucket)
+  local others = is_paused or not is_alone(model, bucket)
   for i = 13, first - 1 do
     others = others or (ARGV[i] ~= model and has_work(ARGV[i]))
   end
@@ -45,8 +47,6 @@ local function is_here(id)
 end
 
 -- A call that is sent again may come minutes after its plan: what an operator or the clock has said since, counts.
-local is_paused = gate_of(model) == 'paused'
-
 local function is_wanted(id)
   local deadline = call('HGET', key('job', id), 'deadline')
   return not is_paused and (not deadline or tonumber(deadline) > now)
