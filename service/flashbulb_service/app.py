@@ -1,5 +1,6 @@
 """The API process: routes over a queue and a result store. Never imports a model library."""
 
+import socket
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from flashbulb_service.api.middleware import RequestFrame
 from flashbulb_service.api.short_way import ShortWay
 from flashbulb_service.catalog import Catalog
 from flashbulb_service.errors import ServiceError
+from flashbulb_service.head_start import ApiEnd
 from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
@@ -38,10 +40,18 @@ def create_app(
     presence: Presence,
     catalog: Catalog,
     tracing: Tracing = OFF,
+    to_worker: socket.socket | None = None,
 ) -> FastAPI:
-    """Make an API over open parts; whoever opened them closes them."""
+    """Make an API over open parts; whoever opened them closes them.
+
+    to_worker: the API's end of `head_start.open_pair`; whoever opened it calls `context.head_starts.hear`.
+    """
     keys = KeyStore(queue)
-    context = Context(settings, queue, results, presence, catalog, Metrics(), keys, word_list_of(settings))
+    metrics = Metrics()
+    head_starts = None if to_worker is None else ApiEnd(to_worker, queue, metrics.early_answers.inc)
+    context = Context(
+        settings, queue, results, presence, catalog, metrics, keys, word_list_of(settings), head_starts
+    )
     public_host = urlsplit(settings.public_url).hostname if settings.public_url else None
     app = FastAPI(
         title="Flashbulb",
@@ -54,7 +64,9 @@ def create_app(
     app.state.context = context
     app.add_middleware(
         RequestFrame,
-        short_way=None if tracing.provider else ShortWay(),  # FastAPI makes the spans of its routes
+        short_way=None
+        if tracing.provider
+        else ShortWay(head_starts),  # FastAPI makes the spans of its routes
         admit=Gate(
             keys,
             Access.of(settings.auth, settings.host),

@@ -151,6 +151,7 @@ def worker(
         int | None, typer.Option("--metrics-port", help="Serve metrics on this port [off]")
     ] = None,
     parent_pid: Annotated[int | None, typer.Option("--parent-pid", hidden=True)] = None,
+    head_start_fd: Annotated[int | None, typer.Option("--head-start-fd", hidden=True)] = None,
 ) -> None:
     """Run batches from the queue until SIGTERM; then finish the batch in hand."""
     from flashbulb_service.processes import die_with_parent, stop_on_signals
@@ -168,7 +169,7 @@ def worker(
     _check_backend(settings)
 
     async def run() -> bool:
-        return await run_worker(settings, stop_on_signals())
+        return await run_worker(settings, stop_on_signals(), head_start_fd=head_start_fd)
 
     if not _run(run()):
         # The batch was handed back, but its thread cannot be interrupted: leave without waiting for it.

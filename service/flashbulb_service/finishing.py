@@ -59,32 +59,47 @@ class Finisher:
         self._results.prepare()
 
     def finish(self, model: Model, job_id: str, task: ImageTask, pixels: np.ndarray) -> Finished:
-        """Check and encode a picture or video, and write it where that takes no network.
+        """Do what `encode` and `store` do."""
+        return self.store(self.encode(model, job_id, task, pixels))
+
+    def encode(self, model: Model, job_id: str, task: ImageTask, pixels: np.ndarray) -> Finished:
+        """Check, encode and mark a picture or video.
 
         Args:
             pixels: uint8 [h, w, 3], of a video [f, h, w, 3].
 
         Raises:
-            Undeliverable: it is not allowed, or cannot be checked, encoded or written.
+            Undeliverable: it is not allowed, or cannot be checked or encoded.
         """
         self._check(pixels)
         start = time.perf_counter()
         try:
             origin = Origin(model.id, model.bundle.sha256, task.seed, task.index, task.prompt)
-            files = {
-                name: self._marker.apply(data, kind, origin)
+            (file, data), *others = (
+                (name, self._marker.apply(data, kind, origin))
                 for name, kind, data in _encode(job_id, task, pixels)
-            }
-            encoded = time.perf_counter()
-            if self._results.is_local:
-                for name, data in reversed(files.items()):  # the one that is announced last
-                    self._results.write(name, data)
+            )
         except ImportError as error:
             raise Undeliverable("encoder_unavailable", error, retry=False) from error
         except Exception as error:
             raise Undeliverable("store_failed", error, retry=True) from error
-        (file, data), *others = files.items()
-        return Finished(file, data, encoded - start, time.perf_counter() - encoded, dict(others))
+        return Finished(file, data, time.perf_counter() - start, 0.0, dict(others))
+
+    def store(self, finished: Finished) -> Finished:
+        """Write a file where that takes no network.
+
+        Raises:
+            Undeliverable: it cannot be written.
+        """
+        if not self._results.is_local:
+            return finished
+        start = time.perf_counter()
+        try:
+            for name, data in reversed([(finished.file, finished.data), *finished.beside.items()]):
+                self._results.write(name, data)  # the one that is announced last
+        except Exception as error:
+            raise Undeliverable("store_failed", error, retry=True) from error
+        return replace(finished, store_s=time.perf_counter() - start)
 
     def _check(self, pixels: np.ndarray) -> None:
         try:

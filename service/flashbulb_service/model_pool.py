@@ -12,6 +12,7 @@ import ctypes
 import gc
 import logging
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
@@ -92,7 +93,7 @@ def choose_evictions(idle: Sequence[tuple[float, int]], missing_bytes: int) -> l
 
 
 class ModelPool:
-    """Loads, lends and evicts models. Use it from one event loop."""
+    """Loads, lends and evicts models. Use it from one event loop; `offer` and `Loan.take_now` from any thread."""
 
     def __init__(
         self,
@@ -120,6 +121,7 @@ class ModelPool:
         self._waits_for_long = False  # but by short work while only the end of long work can make its room
         self._one_load = asyncio.Lock()  # so that memory that grows has one cause,
         self._num_lent = 0  # of models in memory, ever: unless a batch grows beside it
+        self._lending = threading.Lock()  # held while it changes who uses a model, or whether it is in memory
         self._idle = asyncio.Event()
 
     @classmethod
@@ -148,6 +150,13 @@ class ModelPool:
         if self.elsewhere is not None:
             paused &= self.elsewhere
         return {name: served for name, served in self._served.items() if name not in paused}
+
+    def offer(self, model_id: str) -> Served | None:
+        """Return one of the models that work is claimed for, None when it is none of them."""
+        served = self._served.get(model_id)
+        if served is None or self._clock() >= served.pause.due_at:
+            return served
+        return None if self.elsewhere is None or model_id in self.elsewhere else served
 
     @property
     def paused(self) -> set[str]:
@@ -209,21 +218,26 @@ class ModelPool:
         for served in list(self._room):
             if served.loading is not None:
                 await asyncio.wait({served.loading})
-            self._evict(served)
+            self._evict(served, in_use_too=True)
 
     def _may_overtake(self, served: Served, is_long: bool) -> bool:
         return self._waits_for_long and served.takes_room and not is_long
 
     def _lend(self, served: Served, is_long: bool) -> None:
+        with self._lending:
+            self._count_use(served, is_long)
+
+    def _count_use(self, served: Served, is_long: bool) -> None:
         served.users += 1
         served.long_users += is_long
         self._num_lent += served.loaded is not None
 
     def _begin_use(self, served: Served, is_long: bool) -> LoadedModel | None:
-        if served.loaded is None or (self._gate.locked() and not self._may_overtake(served, is_long)):
-            return None
-        self._lend(served, is_long)
-        return served.loaded
+        with self._lending:
+            if served.loaded is None or (self._gate.locked() and not self._may_overtake(served, is_long)):
+                return None
+            self._count_use(served, is_long)
+            return served.loaded
 
     async def _wait_for_use(self, served: Served, is_long: bool) -> LoadedModel:
         async with contextlib.nullcontext() if self._may_overtake(served, is_long) else self._gate:
@@ -264,7 +278,7 @@ class ModelPool:
             served.loaded, served.cap, served.times_ms = loaded, loaded.cap, loaded.times_ms
             served.backend = loaded.student.backend.name
             if self._capacity is not None and served.bytes > self._capacity:
-                self._evict(served)
+                self._evict(served, in_use_too=True)  # by those who wait for this load
                 # What was measured does not hold for good: something else may have grown meanwhile.
                 served.refused_bytes, served.bytes = served.bytes, known
                 self._pause(served)
@@ -319,8 +333,9 @@ class ModelPool:
         return [one for one in self._room if not one.users and one.loaded is not None]
 
     def _release(self, served: Served, is_long: bool) -> None:
-        served.users -= 1
-        served.long_users -= is_long
+        with self._lending:
+            served.users -= 1
+            served.long_users -= is_long
         served.last_used = self._clock()
         if not served.users:
             if served.removed:
@@ -333,9 +348,14 @@ class ModelPool:
         if not served.users:
             self._evict(served)
 
-    def _evict(self, served: Served) -> None:
-        self._room.discard(served)
-        loaded, served.loaded = served.loaded, None
+    def _evict(self, served: Served, *, in_use_too: bool = False) -> None:
+        with self._lending:
+            if (
+                served.users and not in_use_too
+            ):  # a thread has taken it since: it goes when that gives it back
+                return
+            self._room.discard(served)
+            loaded, served.loaded = served.loaded, None
         if loaded is not None:
             loaded.student.backend.close()
             give_back_memory()

@@ -29,6 +29,9 @@ class Metrics(Measures):
         self._webhooks = self._counter("webhook_deliveries", "Webhook calls by how they ended.", "result")
         for result in ("delivered", "retried", "given_up"):
             self._webhooks.labels(result)  # at 0: Prometheus sees no rise of a series that begins with it
+        self.early_answers = self._counter(
+            "early_answers", "Pictures that the worker sent ahead of their commit."
+        )
         self.abandoned = self._counter("jobs_abandoned", "Jobs cancelled since their client left.")
         self._queued = self._gauge("queue_depth", "Jobs waiting for a worker.", "model")
         self._work = self._gauge("queue_work_seconds", "Time of one worker for what waits.", "model")

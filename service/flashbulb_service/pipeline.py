@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from typing import Any, TypedDict, TypeVar
@@ -43,6 +43,7 @@ from flashbulb_service.errors import (
     without_frames,
 )
 from flashbulb_service.finishing import Finished, Finisher, Undeliverable
+from flashbulb_service.head_start import WorkerEnd
 from flashbulb_service.jobs import Job, JobError
 from flashbulb_service.long_work import Key, LongRun
 from flashbulb_service.model_pool import LoadedModel, Loan
@@ -75,6 +76,8 @@ MAX_KNOWN_TIMES = 1024
 GIVE_WAY_S = 0.001  # for a thread to begin
 NOTE_AFTER_S = 0.003  # in which another process answers
 KNOWN_DELIVERIES = 64
+ADOPT_S = 1.0  # in which what was drawn ahead is claimed, or it was in vain
+PAUSE_AHEAD_S = 10.0  # after one that was: others claim the jobs that we are told of, or they are refused
 MIN_HIDDEN_CHARS = 3  # to hide a prompt of one letter would spoil the message and protect nobody
 
 Result = TypeVar("Result")
@@ -95,6 +98,10 @@ class Claim:
     held: "asyncio.Future[bool | None] | None" = None  # whether the jobs are ours after all; None: they are
     drawn: bool = False
     previews: list["asyncio.Task[Any]"] = field(default_factory=list)  # on their way to those who watch
+    adopted: threading.Event | None = (
+        None  # of one that was begun ahead: set when it is a claim, or never will be
+    )
+    told: bytes | None = None  # the result that an API was told early
 
     async def is_held(self) -> bool:
         """Wait for the answer of the queue, before which it must not be told of any outcome."""
@@ -103,6 +110,8 @@ class Claim:
     @property
     def is_surely_held(self) -> bool:
         """Tell whether the queue has said yes; from any thread."""
+        if self.adopted is not None and not self.adopted.is_set():
+            return False
         return self.held is None or (self.held.done() and bool(self.held.result()))
 
     @property
@@ -148,6 +157,16 @@ class Completion(TypedDict):
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What is drawn of a job that we hold no claim of yet."""
+
+    claim: Claim
+    loan: Loan
+    begun: "Begun"
+    loop: asyncio.AbstractEventLoop  # that the loan is given back on
+
+
+@dataclass(frozen=True)
 class Begun:
     """A batch that is being drawn."""
 
@@ -175,6 +194,7 @@ class Pipeline:
         server_time: Callable[[], float],
         tracing: Tracing = OFF,
         short_models: Callable[[], Sequence[str]] = tuple,
+        api: WorkerEnd | None = None,
     ) -> None:
         """Keep the parts; threads start with the first batch.
 
@@ -182,6 +202,7 @@ class Pipeline:
             short_models: whose work may go between the steps of long work.
             cache: of the students' embeddings, to count its hits.
             server_time: seconds since the epoch by the queue's clock.
+            api: who gives head starts, and gets early results.
         """
         self._queue = queue
         self._scheduler = scheduler
@@ -193,6 +214,11 @@ class Pipeline:
         self._server_time = server_time
         self._tracing = tracing
         self._short_models = short_models
+        self._api = api
+        self._hand = threading.Lock()  # held while it changes what is drawn ahead
+        self._ahead: Ahead | None = None
+        self._drawn_ahead: Future[Drawn | None] | None = None  # the newest, claimed or not
+        self._no_ahead_until = 0.0  # by the monotonic clock
         self._drawers = ThreadPoolExecutor(2 * (MAX_DRAWING + MAX_DELIVERING), "draw")
         self._stages = {stage: threading.Lock() for stage in ("text", "decode")}
         self._device = Turns()
@@ -259,7 +285,8 @@ class Pipeline:
         held: drawing starts while the claim is still on its way, and nothing is committed unless it succeeds (True).
             Refused (False), nothing is handed back: the jobs may be ours by another claim. None: nobody knows.
         """
-        claim = Claim(model, jobs, held=held)
+        ahead = self._adopt(model, jobs, held)
+        claim = ahead.claim if ahead else Claim(model, jobs, held=held)
 
         def stop_unless_held(answer: "asyncio.Future[bool | None]") -> None:
             if not answer.result():
@@ -267,8 +294,11 @@ class Pipeline:
 
         if held is not None:
             held.add_done_callback(stop_unless_held)
-        begun = self._begin_at_once(claim, loan)
-        if claim.lane == SHORT:
+        if ahead is None:
+            begun = self._begin_at_once(claim, loan)
+        else:
+            begun, loan = ahead.begun, ahead.loan
+        if claim.lane == SHORT and not claim.drawn:
             free_at = max(
                 time.monotonic(), self._free_at, self._step_end if self._step_end < math.inf else 0.0
             )
@@ -276,6 +306,29 @@ class Pipeline:
         task = asyncio.create_task(self._run(claim, loan, begun))
         self._claims[task] = claim
         task.add_done_callback(self._ended)
+
+    def draw_ahead(self, model: Model, job: Job, loan: Loan, loop: asyncio.AbstractEventLoop) -> None:
+        """Draw a short job that is about to be claimed on the calling thread, if nothing else is drawn.
+
+        Whatever is submitted next is either its claim, which goes on with it, or the end of it. loop: of `submit`.
+        """
+        adopted = threading.Event()
+        claim = Claim(model, [job], adopted=adopted)
+        rows, refusals = read_rows(claim, claim.jobs)
+        if refusals:
+            return
+        drawing: Future[Drawn | None] = Future()
+        with self._hand:
+            if self._claims or self._ahead or self.is_claiming or time.monotonic() < self._no_ahead_until:
+                return
+            claim.lent = loan.take_now()
+            if claim.lent is None:
+                return
+            begun = Begun(rows, self._server_time(), drawing, threading.Lock())
+            self._ahead, self._drawn_ahead = Ahead(claim, loan, begun, loop), drawing
+        _settle(drawing, self._drawing(claim, rows, loop, is_whole=True))
+        if not adopted.wait(ADOPT_S):  # it has failed, and its claim would be told why
+            self._drop_ahead(claim)
 
     async def drain(self) -> None:
         """Return when every claim is delivered.
@@ -290,13 +343,53 @@ class Pipeline:
 
     async def close(self) -> None:
         """Hand back what is not delivered. A running stage goes on in its thread until its next step."""
+        self._drop_ahead()
         for task, claim in list(self._claims.items()):
             claim.lost.update(job.id for job in claim.jobs)
             task.cancel()
         await asyncio.gather(*self._claims, return_exceptions=True)
+        if self._drawn_ahead is not None:  # its model is about to be closed
+            await asyncio.wait({asyncio.ensure_future(_end_of(self._drawn_ahead))}, timeout=ADOPT_S)
         self._do_notes()
         for pool in (self._drawers, self._encoders):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _adopt(
+        self, model: Model, jobs: list[Job], held: "asyncio.Future[bool | None] | None"
+    ) -> Ahead | None:
+        """Make what was begun ahead the claim of these jobs, if it is what they want; else it is in vain."""
+        with self._hand:
+            ahead = self._ahead
+            if ahead is None:
+                return None
+            (job, task), claim = ahead.begun.rows[0], ahead.claim
+            if claim.model is model and [replace(job, enqueued_at=one.enqueued_at) for one in jobs] == jobs:
+                self._ahead = None
+                claim.jobs, claim.held, ahead.begun.rows[:] = jobs, held, [(jobs[0], task)]
+                assert claim.adopted is not None
+                claim.adopted.set()
+                return ahead
+        self._drop_ahead()
+        return None
+
+    def _drop_ahead(self, claim: Claim | None = None) -> None:
+        """Draw no further what was begun ahead (only this one, if given); from any thread."""
+        with self._hand:
+            ahead = self._ahead
+            if ahead is None or claim not in (None, ahead.claim):
+                return
+            self._ahead = None
+            self._no_ahead_until = time.monotonic() + PAUSE_AHEAD_S
+            ahead.claim.lost.add(ahead.claim.jobs[0].id)
+            assert ahead.claim.adopted is not None
+            ahead.claim.adopted.set()
+        log.info("job %s was drawn ahead of its claim in vain", ahead.claim.jobs[0].id)
+
+        def give_back(_: "Future[Drawn | None]") -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                ahead.loop.call_soon_threadsafe(ahead.loan.give_back)
+
+        ahead.begun.drawing.add_done_callback(give_back)
 
     def _due_s(self, lane: str) -> float | None:
         """Return in how many seconds a lane's next claim is due; None: not before something ends."""
@@ -431,7 +524,25 @@ class Pipeline:
         return begun
 
     def _begin(self, claim: Claim, rows: list[tuple[Job, ImageTask]], *, is_whole: bool) -> Begun:
-        loop = asyncio.get_running_loop()
+        draw = self._drawing(claim, rows, asyncio.get_running_loop(), is_whole=is_whole)
+        started_at, runs = self._server_time(), threading.Lock()
+        runs.acquire()
+
+        def run() -> Drawn | None:
+            runs.release()
+            return draw()
+
+        return Begun(rows, started_at, self._drawers.submit(run), runs)
+
+    def _drawing(
+        self,
+        claim: Claim,
+        rows: list[tuple[Job, ImageTask]],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        is_whole: bool,
+    ) -> Callable[[], Drawn | None]:
+        """Return what draws a batch on the thread that calls it; None from it: nobody wants it any more."""
 
         def note_denoised(stages_ms: dict[str, float]) -> None:
             if is_whole:
@@ -440,11 +551,7 @@ class Pipeline:
         def show(estimates: list[Estimate]) -> None:
             loop.call_soon_threadsafe(self._show, claim, estimates)
 
-        started_at, runs = self._server_time(), threading.Lock()
-        runs.acquire()
-
-        def run() -> Drawn | None:
-            runs.release()
+        def draw() -> Drawn | None:
             try:
                 return self._run_stages(claim, rows, note_denoised, show, loop)
             except Abandoned:
@@ -452,7 +559,7 @@ class Pipeline:
             except Exception as error:  # noqa: BLE001  it is raised again
                 raise without_frames(error)  # noqa: B904  what it came from is dropped on purpose
 
-        return Begun(rows, started_at, self._drawers.submit(run), runs)
+        return draw
 
     def _run_stages(
         self,
@@ -490,13 +597,17 @@ class Pipeline:
         pictures = stage("decode", lambda: student.decode(latents))
         if len(pictures) != len(rows):
             raise BackendError(f"expected {len(rows)} pictures of the backend, got {len(pictures)}")
+        if claim.adopted is not None:
+            if not claim.adopted.wait(ADOPT_S):
+                self._drop_ahead(claim)
+            _stop_if_abandoned(claim, rows)
         drawn_at = time.monotonic()
         wanted = [
             (job, task, pixels)
             for (job, task), pixels in zip(rows, pictures, strict=True)
             if job.id not in claim.lost
         ]
-        finishing = self._start_finishing(claim.model, wanted)
+        finishing = self._start_finishing(claim, wanted, clock, started_at)
         drawn = Drawn(len(rows), finishing, clock, started_at, drawn_at)
         self._commit_here(claim, drawn)
         return drawn
@@ -519,12 +630,19 @@ class Pipeline:
             )
 
     def _start_finishing(
-        self, model: Model, pictures: list[tuple[Job, ImageTask, np.ndarray]]
+        self,
+        claim: Claim,
+        pictures: list[tuple[Job, ImageTask, np.ndarray]],
+        stages_ms: dict[str, float],
+        started_at: float,
     ) -> "list[tuple[Job, ImageTask, Future[Finished]]]":
         """Finish the first picture here, the shortest way for a batch of one, and the others on other threads."""
 
         def finish(job: Job, task: ImageTask, pixels: np.ndarray) -> Finished:
-            return self._finisher.finish(model, job.id, task, pixels)
+            finished = self._finisher.encode(claim.model, job.id, task, pixels)
+            if claim.adopted is not None:
+                self._answer_early(claim, finished, stages_ms, started_at)
+            return self._finisher.store(finished)
 
         others = [
             (job, task, self._encoders.submit(finish, job, task, pixels))
@@ -532,6 +650,20 @@ class Pipeline:
         ]
         first = [(job, task, _settled(finish, job, task, pixels)) for job, task, pixels in pictures[:1]]
         return first + others
+
+    def _answer_early(
+        self, claim: Claim, finished: Finished, stages_ms: dict[str, float], started_at: float
+    ) -> None:
+        """Tell the API of the only picture of a claim that we hold, before it is stored and committed."""
+        if self._api is None or not claim.is_surely_held or len(finished.data) > MAX_ATTACHED_BYTES:
+            return
+        if not self._finisher.is_local:  # it takes too long to leave the queue in the dark
+            return
+        (job,) = claim.jobs
+        told = self._outcome(claim, 1, stages_ms, finished).to_bytes()
+        times = {"started_at": max(job.enqueued_at, started_at), "finished_at": self._server_time()}
+        if job.id not in claim.lost and self._api.answer(job, told, finished.data, **times):
+            claim.told = told
 
     def _encode_prompts(self, loaded: LoadedModel, requests: list[ImageRequest]) -> Embeddings:
         if self._cache is None:
@@ -744,21 +876,25 @@ class Pipeline:
         )
 
     def _completion(self, claim: Claim, drawn: Drawn, job: Job, finished: Finished) -> Completion:
-        batch_ms = sum(drawn.stages_ms.values())
-        outcome = ImageOutcome(
+        attached = b"" if claim.told or not job.awaited else finished.data
+        return {
+            "result": claim.told or self._outcome(claim, drawn.size, drawn.stages_ms, finished).to_bytes(),
+            "device_ms": sum(drawn.stages_ms.values()) / drawn.size,
+            "attached": attached if len(attached) <= MAX_ATTACHED_BYTES else b"",
+        }
+
+    def _outcome(
+        self, claim: Claim, size: int, stages_ms: dict[str, float], finished: Finished
+    ) -> ImageOutcome:
+        return ImageOutcome(
             file=finished.file,
-            batch_size=drawn.size,
-            batch_ms=batch_ms,
+            batch_size=size,
+            batch_ms=sum(stages_ms.values()),
             encode_ms=(finished.encode_s + finished.store_s) * 1000,
-            stages_ms=drawn.stages_ms,
+            stages_ms=stages_ms,
             bundle_sha256=claim.model.bundle.sha256,
             backend=claim.loaded.student.backend.name,
         )
-        return {
-            "result": outcome.to_bytes(),
-            "device_ms": batch_ms / drawn.size,
-            "attached": finished.data if job.awaited and len(finished.data) <= MAX_ATTACHED_BYTES else b"",
-        }
 
     async def _fail(
         self, job: Job, code: str, error: Exception, *, retry: bool, task: ImageTask | None = None
@@ -815,14 +951,24 @@ class Pipeline:
             await asyncio.gather(*beating, return_exceptions=True)
 
 
+async def _end_of(future: "Future[Any]") -> None:
+    with contextlib.suppress(Exception):
+        await asyncio.wrap_future(future)
+
+
 def _settled(work: Callable[..., Result], *args: object) -> "Future[Result]":
     """Do work on this thread, and return it as if another one had done it."""
     future: Future[Result] = Future()
+    _settle(future, partial(work, *args))
+    return future
+
+
+def _settle(future: "Future[Result]", work: Callable[[], Result]) -> None:
+    """Do work on this thread, and give what comes of it to those who wait."""
     try:
-        future.set_result(work(*args))
+        future.set_result(work())
     except Exception as error:  # noqa: BLE001  whoever reads the future gets it
         future.set_exception(error)
-    return future
 
 
 def _stop_if_abandoned(claim: Claim, rows: Sequence[tuple[Job, ImageTask]]) -> None:

@@ -38,7 +38,13 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 async def keep_running(
-    name: str, command: Sequence[str], env: Mapping[str, str], started: asyncio.Event, *, stop_s: float
+    name: str,
+    command: Sequence[str],
+    env: Mapping[str, str],
+    started: asyncio.Event,
+    *,
+    stop_s: float,
+    pass_fds: Sequence[int] = (),
 ) -> None:
     """Run a command, and again when it ends, until this task is cancelled; then stop it.
 
@@ -46,6 +52,7 @@ async def keep_running(
 
     Args:
         started: once set, the command is known to be able to start, and is restarted for ever.
+        pass_fds: descriptors that every child gets under their numbers; they stay ours.
 
     Raises:
         ChildFailed: it ended several times before `started` was set.
@@ -54,7 +61,9 @@ async def keep_running(
     backoff_s = FIRST_BACKOFF_S
     while True:
         # A session of its own: Ctrl-C reaches only us, and we stop the child when its work is done.
-        child = await asyncio.create_subprocess_exec(*command, env=dict(env), start_new_session=True)
+        child = await asyncio.create_subprocess_exec(
+            *command, env=dict(env), start_new_session=True, pass_fds=tuple(pass_fds)
+        )
         try:
             code = await child.wait()
         finally:

@@ -22,6 +22,7 @@ from flashbulb_service.connections import PromptHeads
 from flashbulb_service.embedded import EmbeddedServer
 from flashbulb_service.errors import ServerStartError, ServiceError
 from flashbulb_service.garbage import settle_heap
+from flashbulb_service.head_start import open_pair
 from flashbulb_service.heap import bound_heap
 from flashbulb_service.huge_pages import use_huge_pages
 from flashbulb_service.model_store import keep_following
@@ -145,10 +146,19 @@ async def run_all(
     catalog = load_catalog(settings, verify=True)
     started = asyncio.Event()
     command = [sys.executable, "-m", "flashbulb_service.cli", "worker", "--parent-pid", str(os.getpid())]
+    # Of several workers, the one that got a head start need not be the one that gets the job.
+    pair = open_pair() if num_workers == 1 else None
+    if pair is not None:
+        command += ["--head-start-fd", str(pair[1].fileno())]
     workers = [
         asyncio.create_task(
             keep_running(
-                f"worker {number}", command, child_env(settings), started, stop_s=settings.drain_s + 5
+                f"worker {number}",
+                command,
+                child_env(settings),
+                started,
+                stop_s=settings.drain_s + 5,
+                pass_fds=() if pair is None else (pair[1].fileno(),),
             )
         )
         for number in range(num_workers)
@@ -157,8 +167,16 @@ async def run_all(
     try:
         async with open_parts(settings) as (queue, results, presence), traced(settings, "api") as tracing:
             app = create_app(
-                settings, queue=queue, results=results, presence=presence, catalog=catalog, tracing=tracing
+                settings,
+                queue=queue,
+                results=results,
+                presence=presence,
+                catalog=catalog,
+                tracing=tracing,
+                to_worker=None if pair is None else pair[0],
             )
+            if (head_starts := app.state.context.head_starts) is not None:
+                asyncio.get_running_loop().add_reader(head_starts.fileno(), head_starts.hear)
             server = _http_server(settings, app)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             ready = asyncio.create_task(_when_ready(app.state.context))
@@ -174,6 +192,9 @@ async def run_all(
         for task in workers:
             task.cancel()
         ended = await asyncio.gather(*workers, return_exceptions=True)
+        for end in pair or ():
+            asyncio.get_running_loop().remove_reader(end)
+            end.close()
     for result in ended:
         if isinstance(result, Exception):
             raise result

@@ -23,6 +23,7 @@ from flashbulb_service.calibration import batch_sizes, load_student
 from flashbulb_service.catalog import Model, exporter_times
 from flashbulb_service.errors import ModelUnavailable, QueueUnavailable
 from flashbulb_service.garbage import settle_heap
+from flashbulb_service.head_start import WorkerEnd
 from flashbulb_service.heap import bound_heap
 from flashbulb_service.huge_pages import use_huge_pages
 from flashbulb_service.jobs import Job
@@ -131,8 +132,12 @@ class Worker:
         repository: Repository | None = None,
         unloaded: Sequence[Model] = (),
         max_tokens: int | None = None,
+        api: WorkerEnd | None = None,
     ) -> None:
-        """Keep the parts; nothing runs before `run`. max_tokens: of one batch, as `count_tokens` counts."""
+        """Keep the parts; nothing runs before `run`.
+
+        max_tokens: of one batch, as `count_tokens` counts. api: who gives us head starts.
+        """
         self._queue = queue
         self._results = results
         self._presence = presence
@@ -160,7 +165,9 @@ class Worker:
             server_time=self._server_time,
             tracing=tracing,
             short_models=lambda: list(self._models_of(SHORT)),
+            api=api,
         )
+        self._api = api
         self._backend_name = backend_name
         self._max_tokens = max_tokens
         for served in models.served.values():
@@ -178,7 +185,8 @@ class Worker:
         serving = asyncio.create_task(self._serve(stop))
         stopping = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            with self._listening():
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._withdraw(announcing)  # first of all: nobody shall count on us any more
             drained, _ = await asyncio.wait({serving}, timeout=drain_s)
             if drained:
@@ -189,6 +197,19 @@ class Worker:
             await self._pipeline.close()
             await _cancel(upkeep)
             await self._withdraw(announcing)
+
+    def _listening(self) -> contextlib.AbstractContextManager[None]:
+        """Draw what an API tells us of before the queue does, while this is open."""
+        if self._api is None:
+            return contextlib.nullcontext()
+        return self._api.listening(partial(self._draw_ahead, asyncio.get_running_loop()))
+
+    def _draw_ahead(self, loop: asyncio.AbstractEventLoop, job: Job) -> None:
+        served = self._pool.offer(job.model)
+        expected_ms = self._scheduler.predicted_ms(job.model, job.bucket, 1)
+        is_short = lane_of(job.bucket) == SHORT and expected_ms is not None and expected_ms <= EARLY_MS
+        if served is not None and is_short:
+            self._pipeline.draw_ahead(served.model, job, Loan(self._pool, served), loop)
 
     async def _withdraw(self, announcing: "Sequence[asyncio.Task[None]]") -> None:
         await _cancel(announcing)
@@ -428,8 +449,10 @@ class Worker:
             await asyncio.sleep(interval_s)
 
 
-async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
+async def run_worker(settings: Settings, stop: asyncio.Event, *, head_start_fd: int | None = None) -> bool:
     """Verify and load every model of the repository, then serve until `stop`.
+
+    head_start_fd: the worker's end of `head_start.open_pair`, which the parent process has left open.
 
     Returns:
         True when the last batch was finished, False when it was handed back while still running.
@@ -480,6 +503,7 @@ async def run_worker(settings: Settings, stop: asyncio.Event) -> bool:
             repository=Repository(settings.models, models),
             unloaded=unloaded,
             max_tokens=settings.max_batch_tokens,
+            api=None if head_start_fd is None else WorkerEnd.inherited(head_start_fd),
         )
         log.info("worker %s serves", worker.id)
         settle_heap()

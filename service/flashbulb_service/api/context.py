@@ -7,6 +7,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from flashbulb_service.catalog import Catalog
+from flashbulb_service.head_start import ApiEnd
 from flashbulb_service.observability import Metrics
 from flashbulb_service.presence import Presence
 from flashbulb_service.queue import Queue
@@ -28,6 +29,7 @@ class Context:
     metrics: Metrics
     keys: KeyStore
     words: WordList = field(default_factory=lambda: WordList([]))  # that no prompt may have
+    head_starts: ApiEnd | None = None  # of this process's worker, if it has one
     draining: asyncio.Event = field(default_factory=asyncio.Event)  # set: this process stops soon
 
 

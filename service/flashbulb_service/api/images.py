@@ -32,7 +32,7 @@ from flashbulb_service.api.plan import Plan, body_digest, check_webhook, keep, m
 from flashbulb_service.api.schemas import ERRORS, MAX_KEY_CHARS, DrawRequest, ImagesRequest
 from flashbulb_service.errors import InvalidRequest, JobNotFound, QueueUnavailable, ServiceError
 from flashbulb_service.jobs import JobView
-from flashbulb_service.queue import Expected, KeyMode
+from flashbulb_service.queue import Expected, KeyMode, new_id
 from flashbulb_service.results import media_type
 from flashbulb_service.safety import check_prompt
 from flashbulb_service.tasks import RequestRecord
@@ -90,7 +90,7 @@ async def generate_images(
     watched = body.stream and body.partial_images > 0 and plan.record.steps > 1
     if watched:
         check_room(context, caller.owner)
-    queued = await enqueue(context, plan, body, caller, key, events=watched)
+    queued = await enqueue(context, plan, body, caller, key, events=watched, ahead=may_run_ahead(body, key))
     headers = answer_headers(plan, replayed=queued.replayed)
     if body.stream:
         watcher = caller.owner if watched else None
@@ -172,6 +172,16 @@ def choose_key(
     return Key(f"retry {digest}", "attach" if int(retry_count) > 0 else "record", digest)
 
 
+def may_run_ahead(body: ImagesRequest, key: Key) -> bool:
+    """Tell whether a request may be drawn before it is queued, and answered while it is committed.
+
+    Nothing that can be asked for again, or is told of elsewhere, may depend on what is not committed.
+    """
+    is_seen_once = not key.keeps and key.mode != "attach" and body.webhook_url is None
+    is_plain = not body.stream and not body.partial_images and body.response_format == "b64_json"
+    return is_seen_once and is_plain
+
+
 async def enqueue(
     context: Context,
     plan: Plan,
@@ -182,10 +192,18 @@ async def enqueue(
     lists: tuple[str, ...] = (),
     events: bool = False,
     awaited: bool = True,
+    ahead: bool = False,
 ) -> Queued:
-    """Queue a planned request, or find the earlier one that it repeats; `awaited` as in `Queue.enqueue`."""
+    """Queue a planned request, or find the earlier one that it repeats; `awaited` as in `Queue.enqueue`.
+
+    ahead: a worker may begin to draw it before it is queued, and tell us of the picture before that is committed.
+    """
     check_prompt(context.words, body.prompt)
     check_webhook(body, context.settings)
+    await context.queue.settled()
+    ids = [new_id() for _ in plan.jobs]
+    if ahead and context.head_starts is not None:
+        context.head_starts.give(ids, plan.jobs)
     kept = key.text is not None or lists or events or body.webhook_url is not None
     enqueued = await context.queue.enqueue(
         plan.jobs,
@@ -195,6 +213,7 @@ async def enqueue(
         window_s=RETRY_WINDOW_S,
         keep=keep(plan.record, caller, lists=lists, events=events) if kept else None,
         awaited=awaited,
+        ids=ids,
     )
     if enqueued.created:
         return Queued(

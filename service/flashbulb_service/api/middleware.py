@@ -125,6 +125,8 @@ class RequestFrame:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._short_way is not None:
+            self._short_way.announce(scope)
         request_id = f"req_{secrets.token_hex(12)}"
         client_id = Headers(scope=scope).get("x-client-request-id", "")
         # Rate limits and the like: whoever knows them puts them here, and every answer carries them.

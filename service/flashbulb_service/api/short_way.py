@@ -16,6 +16,7 @@ from flashbulb_service.api.context import context_of
 from flashbulb_service.api.errors import answer_error
 from flashbulb_service.api.schemas import ImagesRequest
 from flashbulb_service.errors import ServiceError
+from flashbulb_service.head_start import ApiEnd
 
 CONTENT_TYPE = b"application/json"
 READ = (b"content-type", b"idempotency-key", b"x-stainless-retry-count")  # headers that the route reads
@@ -24,11 +25,17 @@ READ = (b"content-type", b"idempotency-key", b"x-stainless-retry-count")  # head
 class ShortWay:
     """Serves the plain ones among the requests to `POST /v1/images/generations`."""
 
-    def __init__(self) -> None:
-        """Find the route that requests are counted under."""
+    def __init__(self, head_starts: ApiEnd | None = None) -> None:
+        """Find the route that requests are counted under. head_starts: of the worker that such requests are for."""
+        self._head_starts = head_starts
         (self._route,) = (
             route for route in images.router.routes if getattr(route, "path", "") == images.PATH
         )
+
+    def announce(self, scope: Scope) -> None:
+        """Tell the worker that a request has begun, if it may be a plain one."""
+        if self._head_starts is not None and scope["path"] == images.PATH:
+            self._head_starts.announce()
 
     async def serve(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:
         """Answer a request whose body has arrived, and return whether that was done; if not, nothing has happened."""

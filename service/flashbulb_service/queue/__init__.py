@@ -2,7 +2,7 @@
 
 from flashbulb_service.queue.completions import Expected
 from flashbulb_service.queue.events import Event
-from flashbulb_service.queue.queue import Queue
+from flashbulb_service.queue.queue import Queue, new_id
 from flashbulb_service.queue.values import (
     DueHook,
     Enqueued,
@@ -34,4 +34,5 @@ __all__ = [
     "Sparing",
     "Taken",
     "Wake",
+    "new_id",
 ]

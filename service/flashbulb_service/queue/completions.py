@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 QUIET_S = 15.0  # a connection may be dead without either side noticing
 ANSWER_S = 5.0  # then it is closed
 MAX_BACKOFF_S = 2.0
+SETTLE_S = 0.05  # a commit takes 1 ms
 
 ReadEnded = Callable[[Sequence[str]], Awaitable[set[str]]]
 
@@ -50,6 +51,8 @@ class Completions:
         self._read_ended = read_ended
         self._waiters: dict[str, set[asyncio.Future[JobView | None]]] = {}
         self._expected: WeakValueDictionary[str, Expected] = WeakValueDictionary()
+        self._told: str | None = None  # the job that was told early last, until the queue tells of it
+        self._settled = asyncio.Event()
         self._subscriptions = 0  # that were made so far
         self._stands = False
         self._again = asyncio.Event()  # an event was lost, or may have been
@@ -72,18 +75,43 @@ class Completions:
             self._waiters.setdefault(job_id, set()).add(future)
         try:
             self._start_reader()
-            if expected is not None and self._stands and expected.subscription == self._subscriptions:
-                for view in expected.news.values():
-                    self._resolve(view.id, view)
-            else:
+            for view in tuple(expected.news.values()) if expected is not None else ():
+                self._resolve(view.id, view)
+            if expected is None or not self._stands or expected.subscription != self._subscriptions:
                 # Only now: a job that ends before the subscription stands is found when it does.
-                await self._look(futures)
+                await self._look([job_id for job_id, future in futures.items() if not future.done()])
             for future in futures.values():
                 await future
             return {job_id: view for job_id, future in futures.items() if (view := future.result())}
         finally:
             for job_id, future in futures.items():
                 self._forget(job_id, future)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Tell whether anybody waits."""
+        return bool(self._waiters)
+
+    def tell(self, view: JobView) -> None:
+        """Give those who wait for a job its view, and those who are about to."""
+        if (expected := self._expected.get(view.id)) is not None:
+            expected.news[view.id] = view
+        self._resolve(view.id, view)
+
+    def tell_early(self, view: JobView) -> None:
+        """Do as `tell` for a job whose end the queue is about to tell."""
+        self._told, self._settled = view.id, asyncio.Event()
+        self.tell(view)
+
+    async def settled(self) -> None:
+        """Return when the end of the job that was told early last has been heard, or after `SETTLE_S`."""
+        if (told := self._told) is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_S):
+                await self._settled.wait()
+        if self._told == told:  # it may have been refused: nothing will be heard of it
+            self._told = None
 
     async def aclose(self) -> None:
         """Stop the reader."""
@@ -102,7 +130,9 @@ class Completions:
 
     async def _look(self, ids: Iterable[str]) -> None:
         """Read whether jobs have ended."""
-        for job_id in await self._read_ended(tuple(ids)):
+        if not (unknown := tuple(ids)):
+            return
+        for job_id in await self._read_ended(unknown):
             self._resolve(job_id, None)
 
     def _resolve(self, job_id: str, view: JobView | None) -> None:
@@ -117,9 +147,10 @@ class Completions:
             log.warning("event of an ended job not understood: %s", error)
             self._again.set()
             return
-        if (expected := self._expected.get(view.id)) is not None:
-            expected.news[view.id] = view
-        self._resolve(view.id, view)
+        if view.id == self._told:
+            self._told = None
+            self._settled.set()
+        self.tell(view)
 
     def _unsubscribed(self) -> None:
         self._stands = False

@@ -164,6 +164,7 @@ class Queue:
         window_s: float = 0.0,
         keep: Kept | None = None,
         awaited: bool = True,
+        ids: Sequence[str] | None = None,
         now: float | None = None,
     ) -> Enqueued:
         """Store all jobs of one request, or none.
@@ -174,20 +175,21 @@ class Queue:
         of the jobs; pass request_digest (of what the client sent) when payloads hold fresh random draws.
         With mode "record" the key is only remembered; with "attach" it replays jobs that are live or ended
         well within the last window_s, and otherwise does as "record". Who does not wait for the jobs says
-        so with awaited=False, and saves the news of their end.
+        so with awaited=False, and saves the news of their end. ids: of `new_id`, one per job, where the caller has
+        told of them already.
 
         Raises:
             DeadlineUnreachable: the jobs would not be done by their deadline; a QueueFull.
             QueueFull: the total or the tenant's limit would be passed; has retry_after_s.
             IdempotencyConflict: the key was used for different jobs.
-            ValueError: no jobs, or jobs of several tenants.
+            ValueError: no jobs, jobs of several tenants, or another number of ids.
         """
         if not jobs:
             raise ValueError("enqueue needs at least one job, got none")
         tenants = {job.tenant for job in jobs}
         if len(tenants) > 1:
             raise ValueError(f"the jobs of one request must have one tenant, got {sorted(tenants)}")
-        ids = [new_id() for _ in jobs]
+        ids = [new_id() for _ in jobs] if ids is None else list(ids)
         rows: list[str | bytes | float] = []
         for job_id, job in zip(ids, jobs, strict=True):
             priority = max(-self.limits.max_priority_ms, min(job.priority_ms, self.limits.max_priority_ms))
@@ -335,6 +337,22 @@ class Queue:
                 for job_id, view in zip(ids, views, strict=True):
                     if view is None:
                         raise JobNotFound(job_id)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Tell whether anybody in this process waits for a job."""
+        return self._completions.is_awaited
+
+    def tell_early(self, view: JobView) -> None:
+        """Let those who wait here for a job have its end from the worker that holds it, ahead of the queue's word."""
+        self._completions.tell_early(view)
+
+    async def settled(self) -> None:
+        """Return when the queue knows what was told early here, or is late with it.
+
+        Whoever has an answer may count on the place of its job being free again.
+        """
+        await self._completions.settled()
 
     async def cancel(self, job_id: str, *, now: float | None = None) -> bool:
         """Cancel a queued, delayed or running job; its worker learns it at the next heartbeat.

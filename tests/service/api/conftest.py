@@ -1,6 +1,7 @@
 """One real server (API, worker, Valkey) on the tiny bundle for the tests that look from outside, and an app
 of this process without a worker for those that look from inside."""
 
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -56,7 +57,9 @@ async def make_app(
 ) -> AsyncIterator[MakeApp]:
     presence = Presence.connect(redis_url, namespace=namespace)
 
-    def make(limits: Limits | None = None, **settings: object) -> FastAPI:
+    def make(
+        limits: Limits | None = None, to_worker: socket.socket | None = None, **settings: object
+    ) -> FastAPI:
         settings = {"allowed_hosts": ["test"], **settings}
         return create_app(
             Settings(models=models_dir, data=tmp_path, redis=redis_url, namespace=namespace, **settings),
@@ -64,6 +67,7 @@ async def make_app(
             results=ResultStore((tmp_path / "results").as_uri(), ttl_s=3600),
             presence=presence,
             catalog=Catalog.load(models_dir, verify=False),
+            to_worker=to_worker,
         )
 
     yield make

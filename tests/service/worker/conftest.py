@@ -13,6 +13,7 @@ from flashbulb_distill.bundle import Bundle, open_bundle
 from flashbulb_service.backends import Backend, Embeddings, ImageRequest, OnStep, Student
 from flashbulb_service.backends.onnx import OnnxBackend
 from flashbulb_service.catalog import Model
+from flashbulb_service.head_start import WorkerEnd
 from flashbulb_service.jobs import NewJob
 from flashbulb_service.model_pool import LoadedModel, ModelPool
 from flashbulb_service.presence import Presence
@@ -103,7 +104,12 @@ async def start_worker(
     running: list[Running] = []
 
     def start(
-        *, lease_s: float = 5.0, drain_s: float = 10.0, cap: int = 8, checker: ImageChecker | None = None
+        *,
+        lease_s: float = 5.0,
+        drain_s: float = 10.0,
+        cap: int = 8,
+        checker: ImageChecker | None = None,
+        api: WorkerEnd | None = None,
     ) -> Running:
         loaded = LoadedModel(Model("tiny", 1, bundle), Student(watched), cap)
         worker = Worker(
@@ -114,6 +120,7 @@ async def start_worker(
             backend_name="onnx",
             lease_s=lease_s,
             checker=checker,
+            api=api,
         )
         stop = asyncio.Event()
         running.append(Running(worker, stop, asyncio.create_task(worker.run(stop, drain_s=drain_s))))

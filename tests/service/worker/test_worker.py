@@ -352,16 +352,16 @@ async def test_pictures_that_are_not_delivered_leave_nothing_for_the_collector(
 ) -> None:
     """Two threads raise an error each, kept where it waits for its reader with the frames that keep the pixels."""
     drawn: list[weakref.ref[np.ndarray]] = []
-    finish = Finisher.finish
+    encode = Finisher.encode
 
     def watch(self: Finisher, model: Model, job_id: str, task: ImageTask, pixels: np.ndarray) -> Finished:
         drawn.append(weakref.ref(pixels))
-        return finish(self, model, job_id, task, pixels)
+        return encode(self, model, job_id, task, pixels)
 
     def full(name: str, data: bytes) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Finisher, "finish", watch)
+    monkeypatch.setattr(Finisher, "encode", watch)
     monkeypatch.setattr(results, "write", full)
     with no_collector():
         await queue.enqueue([picture_job(max_attempts=1), picture_job("dog", max_attempts=1)])
