@@ -318,6 +318,7 @@ class Pipeline:
         if refusals:
             return
         drawing: Future[Drawn | None] = Future()
+        drawing.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         with self._hand:
             if self._claims or self._ahead or self.is_claiming or time.monotonic() < self._no_ahead_until:
                 return
@@ -344,6 +345,8 @@ class Pipeline:
     async def close(self) -> None:
         """Hand back what is not delivered. A running stage goes on in its thread until its next step."""
         self._drop_ahead()
+        with self._hand:
+            self._no_ahead_until = math.inf
         for task, claim in list(self._claims.items()):
             claim.lost.update(job.id for job in claim.jobs)
             task.cancel()

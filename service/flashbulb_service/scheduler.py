@@ -407,6 +407,12 @@ class Scheduler:
         tau = self.times(model, bucket).tau if model in self._models else None
         return tau(num_rows) if tau else None
 
+    def lone_ms(self, model: str, bucket: str) -> float | None:
+        """Return the time of a batch of one row, None where nobody has asked for the bucket's yet; from any thread."""
+        times = self._times.get((model, bucket))
+        tau = times.tau if times else None
+        return tau(1) if tau else None
+
     def observe(self, model: str, bucket: str, num_rows: int, ms: float) -> float | None:
         """Learn from a batch that ran; return measured over calibrated time (median), None without calibration."""
         if model not in self._models:

@@ -206,7 +206,7 @@ class Worker:
 
     def _draw_ahead(self, loop: asyncio.AbstractEventLoop, job: Job) -> None:
         served = self._pool.offer(job.model)
-        expected_ms = self._scheduler.predicted_ms(job.model, job.bucket, 1)
+        expected_ms = self._scheduler.lone_ms(job.model, job.bucket)
         is_short = lane_of(job.bucket) == SHORT and expected_ms is not None and expected_ms <= EARLY_MS
         if served is not None and is_short:
             self._pipeline.draw_ahead(served.model, job, Loan(self._pool, served), loop)

@@ -98,10 +98,15 @@ class Completions:
             expected.news[view.id] = view
         self._resolve(view.id, view)
 
-    def tell_early(self, view: JobView) -> None:
-        """Do as `tell` for a job whose end the queue is about to tell."""
+    def tell_early(self, view: JobView) -> bool:
+        """Do as `tell` for a job whose end the queue is about to tell; return False where nobody wants to hear it."""
+        is_waited_for = any(not future.done() for future in self._waiters.get(view.id, ()))
+        expected = self._expected.get(view.id)
+        if not is_waited_for and (expected is None or view.id in expected.news):
+            return False
         self._told, self._settled = view.id, asyncio.Event()
         self.tell(view)
+        return True
 
     async def settled(self) -> None:
         """Return when the end of the job that was told early last has been heard, or after `SETTLE_S`."""

@@ -343,9 +343,13 @@ class Queue:
         """Tell whether anybody in this process waits for a job."""
         return self._completions.is_awaited
 
-    def tell_early(self, view: JobView) -> None:
-        """Let those who wait here for a job have its end from the worker that holds it, ahead of the queue's word."""
-        self._completions.tell_early(view)
+    def tell_early(self, view: JobView) -> bool:
+        """Let those who wait here for a job have its end from the worker that holds it, ahead of the queue's word.
+
+        Returns:
+            False where nobody does, or the queue was faster.
+        """
+        return self._completions.tell_early(view)
 
     async def settled(self) -> None:
         """Return when the queue knows what was told early here, or is late with it.

@@ -68,7 +68,7 @@ async def idle(running: Any, job: NewJob, wait_until: Any) -> None:
 
     async def sleeps() -> bool:
         is_asleep = any(line.is_busy for line in queue._sleepers) and not drawing._claims
-        knows = running.worker._scheduler.predicted_ms(job.model, job.bucket, 1) is not None
+        knows = running.worker._scheduler.lone_ms(job.model, job.bucket) is not None
         return is_asleep and knows and not drawing.is_claiming
 
     await wait_until(sleeps)
@@ -96,13 +96,13 @@ def start(
     picture_job: Any,
     wait_until: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[], Awaitable[Any]]:
+) -> Callable[..., Awaitable[Any]]:
     """Start a worker that knows how long its model takes: a head start is for what is known to be short."""
 
     monkeypatch.setattr(worker, "EARLY_MS", 1e9)  # the machine may be busy when the time is learnt
 
-    async def started() -> Any:
-        running = start_worker(api=ends.worker)
+    async def started(**settings: Any) -> Any:
+        running = start_worker(api=ends.worker, **settings)
         await queue.wait((await queue.enqueue([picture_job("to learn the time")])).ids, 20)
         await idle(running, picture_job(), wait_until)
         return running
@@ -311,6 +311,40 @@ async def test_nobody_waits_for_a_worker_that_does_not_listen(picture_job, ends)
         ends.api.give(["a"], [picture_job(payload=b"x" * 10_000)])
 
 
+async def test_a_worker_that_may_not_wait_for_its_batch_waits_for_its_thread(
+    start, queue, adopted, watched, picture_job, ends, start_worker, wait_until
+):
+    """The claim goes back at once; the model may be closed when nothing draws with it."""
+    running = await start(drain_s=0.0)
+    drawing, over = threading.Event(), []
+
+    def draw(requests: Any) -> None:
+        drawing.wait(10)
+        over.append(True)
+
+    watched.before = draw
+    ids, job = [new_id()], picture_job("red dog")
+    ends.api.give(ids, [job])
+
+    async def begun():
+        return len(watched.batches) == 2
+
+    await wait_until(begun)
+    await queue.enqueue([job], ids=ids)
+
+    async def is_adopted():
+        return adopted == [False, True]
+
+    await wait_until(is_adopted)
+    running.stop.set()
+    asyncio.get_running_loop().call_later(0.1, drawing.set)
+    assert await running.task is False
+    assert over == [True]
+    (view,) = await queue.views(ids)
+    assert view is not None and view.state is JobState.QUEUED
+    await queue.cancel(ids[0])
+
+
 @pytest.mark.parametrize("size", [0, 100_000])
 async def test_a_picture_arrives_with_all_its_bytes(ends, size):
     data = bytes(range(256)) * (size // 256)
@@ -425,8 +459,26 @@ async def test_the_next_request_waits_until_the_queue_knows_what_was_told_early(
     assert await queue.complete("w", job, b"{}")
     await asyncio.wait_for(settling, 20)
     monkeypatch.setattr(completions, "SETTLE_S", 0.01)
-    queue.tell_early(replace(view, id="refused"))
+    kept = queue._completions.expect(["refused"])
+    assert queue.tell_early(replace(view, id="refused"))
     await asyncio.wait_for(queue.settled(), 20)  # the queue never tells of it
+    assert kept.news
+
+
+async def test_an_early_result_that_nobody_wants_holds_up_nobody(queue, picture_job, monkeypatch):
+    """Its client has left, or the queue was faster: no news of a commit will come."""
+    monkeypatch.setattr(completions, "SETTLE_S", 60.0)
+    enqueued = await queue.enqueue([picture_job()])
+    stored = await queue.get(enqueued.ids[0])
+    early = replace(stored, state=JobState.DONE, result=b"{}")
+    waiting = asyncio.create_task(queue.wait(enqueued.ids, 20, expected=enqueued.expected))
+    await queue.cancel(stored.id)
+    await waiting
+    enqueued.expected.news[stored.id] = early  # as if the queue's word had come first
+    assert not queue.tell_early(early)
+    del enqueued, waiting
+    assert not queue.tell_early(early)
+    await asyncio.wait_for(queue.settled(), 20)
 
 
 async def test_an_early_result_that_comes_before_anybody_waits_is_kept(queue, picture_job):
